@@ -1,0 +1,1 @@
+"""Measurements beside rivals; every script runs as `python -m benchmarks.NAME --help`."""

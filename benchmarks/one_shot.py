@@ -1,0 +1,138 @@
+"""One-shot compression of one model: perplexity and KL of each configuration, beside what rivals reached.
+
+Each configuration is one `gossamer compress` in a process of its own; its checkpoint is then measured through
+the kernels that it decodes with (int8 activations included), beside the dense model in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import protocol
+from benchmarks.compress import GOSSAMER, limited
+
+# name: (options of `gossamer compress`, the run in results/original.json that it answers)
+CONFIGS: dict[str, tuple[str, str | None]] = {
+    "sparsegpt_50": ("--sparsity 0.5 --values bf16 --head-values bf16 --windows 128", "sparsegpt_50"),
+    "sparsegpt_2_4": ("--pattern 2:4 --values bf16 --head-values bf16 --windows 32", "sparsegpt_2_4"),
+    "sparsegpt_70": ("--sparsity 0.7 --values bf16 --head-values bf16 --windows 32", "sparsegpt_70"),
+    "wanda_2_4": ("--method wanda --pattern 2:4 --values bf16 --head-values bf16 --windows 32", "wanda_2_4"),
+    "int4_g64": ("--sparsity 0 --values int4 --windows 32", None),
+    "int4_g32": ("--sparsity 0 --values int4 --group 32 --windows 32", None),
+    "int3_g64": ("--sparsity 0 --values int3 --windows 32", None),
+    "joint_50_int4_w64": ("--sparsity 0.5 --values int4 --windows 64", "joint_50_int4"),
+    "joint_50_int4": ("--sparsity 0.5 --values int4 --windows 32", "joint_50_int4"),
+    "joint_32_64_int4": ("--pattern 32:64 --values int4 --windows 32", "joint_50_int4"),
+    "joint_2_4_int4": ("--pattern 2:4 --values int4 --windows 32", None),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.one_shot", description=__doc__)
+    protocol.add_model_arguments(parser)
+    parser.add_argument(
+        "--configs", default="all", metavar="A,B", help="all, or some of: " + ", ".join(CONFIGS)
+    )
+    parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
+    parser.add_argument("--measure-only", action="store_true", help="measure what --keep holds already")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints in this folder")
+    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "one_shot.json", metavar="FILE")
+    return parser.parse_args()
+
+
+def compress(args: argparse.Namespace, options: str, out: Path) -> dict[str, Any]:
+    """One `gossamer compress` in a process of its own: seconds and peak memory."""
+    command = [sys.executable, "-c", GOSSAMER, "compress", args.model, "--out", str(out), "--json"]
+    command += ["--calibration", str(Path(args.data) / protocol.CALIBRATION_TEXT), *options.split()]
+    command += ["--seqlen", str(protocol.CALIBRATION_SEQLEN), "--threads", str(args.threads)]
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=limited(args.threads))
+    _, status, usage = os.wait4(child.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"gossamer compress {options} failed")
+    return {
+        "options": options,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
+    }
+
+
+def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Bits and quality of a checkpoint, through its own kernels, beside the dense model in bfloat16."""
+    from gossamer.evaluate import evaluate, size_of
+    from gossamer.models import load_checkpoint, load_model
+
+    windows = protocol.measured_windows(protocol.load_tokenizer(args.model), args.data, args.eval_windows)
+    dense, _ = load_model(args.model, "bfloat16")
+    quality = evaluate(load_checkpoint(out), windows, reference=dense)
+    size = size_of(out)
+    low, high = (round(end, 3) for end in _ends(quality.intervals()["perplexity_ratio"]))
+    return {
+        "bits_linears": round(size.linear_bits, 3),
+        "bits_all_in": round(size.all_bits, 3),
+        "perplexity": round(quality.perplexity, 3),
+        "dense_perplexity": round(quality.reference_perplexity or 0.0, 3),
+        "ratio_interval": [low, high],
+        "mean_kl": round(quality.mean_kl or 0.0, 4),
+        "top1_agreement": round(quality.top1_agreement or 0.0, 4),
+        "tokens": quality.tokens,
+    }
+
+
+def _ends(interval: Any) -> tuple[float, float]:
+    return interval.low, interval.high
+
+
+def main() -> None:
+    args = parse()
+    if not args.data:
+        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
+    args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())
+    protocol.set_threads(args.threads)
+    names = list(CONFIGS) if args.configs == "all" else args.configs.split(",")
+    if unknown := [name for name in names if name not in CONFIGS]:
+        raise SystemExit(f"no such configuration: {', '.join(unknown)}; there are {', '.join(CONFIGS)}")
+    original = protocol.read_json(protocol.RESULTS / "original.json").get("runs", {})
+    rows = []
+    for name in names:
+        options, rival = CONFIGS[name]
+        folder = args.keep or Path(tempfile.mkdtemp())
+        out = folder / name
+        try:
+            load = round(os.getloadavg()[0], 2)
+            made = {"options": options} if args.measure_only else compress(args, options, out)
+            figures = {**made, **measure(args, out), "threads": args.threads, "load_average_before": load}
+        finally:
+            if args.keep is None:
+                shutil.rmtree(folder)
+        theirs = original.get(rival, {}).get("perplexity") or original.get(rival, {}).get(
+            "perplexity_elsewhere"
+        )
+        figures["original_perplexity"] = theirs
+        ratio = round(figures["perplexity"] / theirs, 3) if theirs else None
+        rows.append([name, figures["bits_linears"], figures["perplexity"], figures["mean_kl"], theirs, ratio,
+                     figures.get("seconds"), figures.get("peak_rss_gb")])  # fmt: skip
+        protocol.update_json(
+            args.out,
+            {
+                "runs": {name: figures},
+                "command": "python -m benchmarks.one_shot --model DIR --threads N",
+                "machine": protocol.machine(),
+            },
+        )
+        print(json.dumps({name: figures}), flush=True)
+    head = ["configuration", "bits", "perplexity", "KL", "original", "ratio", "seconds", "peak GB"]
+    protocol.print_table(head, rows)
+
+
+if __name__ == "__main__":
+    main()

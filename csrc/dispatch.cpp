@@ -1,0 +1,75 @@
+// Asks the processor (CPUID) and the system (XCR0) which kernels may run.
+#include "dispatch.h"
+
+#if defined(GOSSAMER_X86)
+#include <cpuid.h>
+#endif
+
+extern "C" {
+extern const gossamer::Family gossamer_int_portable, gossamer_float_portable;
+#if defined(GOSSAMER_X86)
+extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2;
+extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512;
+#endif
+}
+
+namespace gossamer {
+namespace {
+
+#if defined(GOSSAMER_X86)
+struct Registers {
+    uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers cpuid(uint32_t leaf, uint32_t part) {
+    Registers r;
+    if (!__get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d)) return Registers{};
+    return r;
+}
+
+constexpr uint32_t bits() { return 0; }
+template <class... Rest>
+constexpr uint32_t bits(int first, Rest... rest) {
+    return 1u << first | bits(rest...);
+}
+
+bool all(uint32_t word, uint32_t wanted) { return (word & wanted) == wanted; }
+
+// Register sets that the system saves at a context switch; 0 where it cannot say.
+uint64_t saved_registers() {
+    if (!all(cpuid(1, 0).c, bits(27))) return 0;  // OSXSAVE
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return uint64_t(high) << 32 | low;
+}
+
+bool avx2_runs() {
+    if (!all(uint32_t(saved_registers()), bits(1, 2))) return false;  // SSE and AVX registers
+    return all(cpuid(1, 0).c, bits(12, 23, 28, 29))                   // FMA POPCNT AVX F16C
+           && all(cpuid(0x80000001, 0).c, bits(5))                    // LZCNT
+           && all(cpuid(7, 0).b, bits(3, 5, 8));                      // BMI1 AVX2 BMI2
+}
+
+bool avx512_runs() {
+    if (!avx2_runs() || !all(uint32_t(saved_registers()), bits(5, 6, 7))) return false;  // masks and ZMM
+    return all(cpuid(7, 0).b, bits(16, 17, 30, 31))                                      // F DQ BW VL
+           && all(cpuid(7, 0).c, bits(1, 6, 11))                                         // VBMI VBMI2 VNNI
+           && all(cpuid(7, 1).a, bits(5));                                               // BF16
+}
+#endif
+
+}  // namespace
+
+const Tier* tiers(int* count) {
+    static const Tier all_tiers[] = {
+        {"portable", &gossamer_int_portable, &gossamer_float_portable, true},
+#if defined(GOSSAMER_X86)
+        {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, avx2_runs()},
+        {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, avx512_runs()},
+#endif
+    };
+    *count = int(sizeof all_tiers / sizeof *all_tiers);
+    return all_tiers;
+}
+
+}  // namespace gossamer

@@ -1,0 +1,17 @@
+// The instruction sets that kernels were compiled for, and which of them this processor runs.
+#pragma once
+#include "packed.h"
+
+namespace gossamer {
+
+struct Tier {
+    const char* name;
+    const Family* ints;
+    const Family* floats;
+    bool runs_here;  // the processor has it and the system saves its registers
+};
+
+// From the slowest to the fastest; the first is "portable" and runs everywhere.
+const Tier* tiers(int* count);
+
+}  // namespace gossamer

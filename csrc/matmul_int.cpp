@@ -1,0 +1,119 @@
+// y = x Wᵀ for int8, int4 and int3 values with int8 activations: one dot product of unsigned codes and signed
+// activations per step, groups added in order in float32 (docs/architecture.md, "Activations").
+#include "multiply.h"
+
+namespace gossamer {
+namespace {
+
+// Row `row` of x to int8 codes, one scale a group, and minus the sums that the zero code adds.
+template <class T, Floats (*load_some)(const T*, int)>
+void quantize_row(const Packed& w, const T* x, int64_t row, const Activations& to) {
+    const int32_t zero_code = w.values == kInt8 ? 128 : w.values == kInt4 ? 8 : 4;
+    const Place place = place_of(to, w.groups, row);
+    const int64_t row_of_block = row % kMaxRowBlock;
+    for (int64_t g = 0; g < w.groups; g++) {
+        int64_t left = w.in - kGroup * g;
+        Floats v[4];
+        GOSSAMER_UNROLL(4)
+        for (int j = 0; j < 4; j++) {
+            int64_t n = left - 16 * j;
+            v[j] = load_some(x + kGroup * g + (n > 0 ? 16 * j : 0), n < 0 ? 0 : n > 16 ? 16 : int(n));
+        }
+        float top = largest(v);
+        float inverse = 127.0f / top;
+        if (!(inverse <= __FLT_MAX__)) inverse = 0;  // all zero, too small to invert, or NaN
+        int64_t at = place.first + g * place.step;
+        int8_t* codes = (int8_t*)to.codes + kGroup * at;
+        Ints rounded[4];
+        GOSSAMER_UNROLL(4)
+        for (int j = 0; j < 4; j++) rounded[j] = store_codes(codes + 16 * j, mul(v[j], floats(inverse)));
+        to.scales[at] = top * float(1.0 / 127.0);
+        int32_t* negative = to.negatives + (at - row_of_block) * w.parts + row_of_block;
+        Ints low = add(rounded[0], rounded[1]), high = add(rounded[2], rounded[3]);
+        if (w.parts == 1) {
+            negative[0] = -zero_code * total(add(low, high));
+        } else {
+            negative[0] = -zero_code * total(low);
+            negative[place.step] = -zero_code * total(high);
+        }
+    }
+}
+
+void prepare(const Packed* w, const void* x, int dtype, int64_t begin, int64_t end, const Activations* to) {
+    for (int64_t row = begin; row < end; row++) {
+        if (dtype == kF32)
+            quantize_row<float, load_floats>(*w, (const float*)x + row * w->in, row, *to);
+        else
+            quantize_row<uint16_t, load_bfloat16>(*w, (const uint16_t*)x + row * w->in, row, *to);
+    }
+}
+
+template <int V>
+struct IntKernel {
+    static constexpr int kValues = V;
+    static constexpr int kRowBlock = kRegisters == 32 ? 8 : 4;
+    static constexpr int kSums = 1;
+
+    template <int R, class Reader>
+    static GOSSAMER_INLINE void add(Reader& reader, const Packed& w, const Activations& x, int64_t panel,
+                                    int64_t row, int64_t begin, int64_t end, Floats (&y)[R][1]) {
+        constexpr int kChains = R >= 4 ? 1 : 4 / R;  // independent sums hide the latency of dot products
+        const Place place = place_of(x, w.groups, row);
+        const int64_t row_of_block = row % kMaxRowBlock, at = place.first + begin * place.step;
+        const uint16_t* scales = w.scales + (panel * w.groups + begin) * w.parts * kPanel;
+        const int8_t* codes = (const int8_t*)x.codes + kGroup * at;
+        const float* scales_x = x.scales + at;
+        const int32_t* negatives = x.negatives + (at - row_of_block) * w.parts + row_of_block;
+        for (int64_t g = begin; g < end; g++) {
+            reader.next();
+            Ints sum[R][kChains];
+            GOSSAMER_UNROLL(2)
+            for (int half = 0; half < 2; half++) {
+                if (half == 0 || w.parts == 2) {
+                    GOSSAMER_UNROLL(8)
+                    for (int r = 0; r < R; r++) {
+                        sum[r][0] = ints(negatives[r]);
+                        GOSSAMER_UNROLL(4)
+                        for (int c = 1; c < kChains; c++) sum[r][c] = ints(0);
+                    }
+                    negatives += place.step;
+                }
+                GOSSAMER_UNROLL(8)
+                for (int i = 0; i < 8; i++) {
+                    int s = 8 * half + i;
+                    Bytes weights = reader.piece(s);
+                    GOSSAMER_UNROLL(8)
+                    for (int r = 0; r < R; r++)
+                        sum[r][s % kChains] =
+                            dot8<V == kInt8>(sum[r][s % kChains], weights, codes + kGroup * r + 4 * s);
+                }
+                if (half == 1 || w.parts == 2) {
+                    Floats scale = load_halves(scales);
+                    scales += kPanel;
+                    GOSSAMER_UNROLL(8)
+                    for (int r = 0; r < R; r++) {
+                        GOSSAMER_UNROLL(4)
+                        for (int c = 1; c < kChains; c++) sum[r][0] = gossamer::add(sum[r][0], sum[r][c]);
+                        y[r][0] = mul_add(mul(scale, floats(scales_x[r])), to_floats(sum[r][0]), y[r][0]);
+                    }
+                }
+            }
+            codes += kGroup * place.step;
+            scales_x += place.step;
+        }
+    }
+
+    static GOSSAMER_INLINE Floats result(const Floats (&y)[1]) { return y[0]; }
+};
+
+}  // namespace
+}  // namespace gossamer
+
+extern "C" {
+extern const gossamer::Family GOSSAMER_EXPORT(int);
+const gossamer::Family GOSSAMER_EXPORT(int) = {
+    gossamer::prepare,
+    gossamer::multiply<gossamer::IntKernel<gossamer::kInt8>, gossamer::IntKernel<gossamer::kInt4>,
+                       gossamer::IntKernel<gossamer::kInt3>>
+};
+}

@@ -1,0 +1,74 @@
+// The Python face of the kernels: gossamer.kernels._native. Tensors come as addresses; native.py checks them.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "driver.h"
+#include "threads.h"
+#include "validate.h"
+
+namespace nb = nanobind;
+using gossamer::Packed;
+
+namespace {
+
+std::vector<std::string> tier_names(bool all) {
+    int count;
+    const gossamer::Tier* tiers = gossamer::tiers(&count);
+    std::vector<std::string> names;
+    for (int i = 0; i < count; i++)
+        if (all || tiers[i].runs_here) names.emplace_back(tiers[i].name);
+    return names;
+}
+
+int tier_index(const std::string& name) {
+    int count;
+    const gossamer::Tier* tiers = gossamer::tiers(&count);
+    for (int i = 0; i < count; i++)
+        if (name == tiers[i].name && tiers[i].runs_here) return i;
+    return -1;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    gossamer::team_kind();  // from now on forks are seen, before any kernel has run
+
+    nb::class_<Packed>(m, "Packed")
+        .def("__init__",
+             [](Packed* self, int64_t out, int64_t in, int layout, int values, int keep, int parts,
+                uintptr_t data, int64_t data_bytes, uintptr_t masks, uintptr_t scales, uintptr_t offsets) {
+                 auto bytes = reinterpret_cast<const uint8_t*>(data);
+                 new (self) Packed{out,
+                                   in,
+                                   (out + gossamer::kPanel - 1) / gossamer::kPanel,
+                                   (in + gossamer::kGroup - 1) / gossamer::kGroup,
+                                   layout,
+                                   values,
+                                   keep,
+                                   parts,
+                                   bytes,
+                                   bytes + data_bytes,
+                                   reinterpret_cast<const uint64_t*>(masks),
+                                   reinterpret_cast<const uint16_t*>(scales),
+                                   reinterpret_cast<const int64_t*>(offsets)};
+             })
+        .def("check", &gossamer::check, nb::call_guard<nb::gil_scoped_release>(),
+             "An empty string, or what is wrong with the packed bytes.");
+    m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
+    m.def("available", [] { return tier_names(false); }, "Those of them that this processor runs.");
+    m.def("tier", &tier_index, "Index of an available instruction set, or -1.");
+    m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
+    m.def("stored_bytes", &gossamer::stored_bytes, "Bytes of `count` values of a panel-group.");
+    m.def(
+        "matmul",
+        [](const Packed& w, int tier, uintptr_t x, int64_t rows, int dtype, uintptr_t y, int threads) {
+            int count;
+            const gossamer::Tier* tiers = gossamer::tiers(&count);
+            if (tier < 0 || tier >= count || !tiers[tier].runs_here) throw nb::value_error("no such tier");
+            nb::gil_scoped_release release;
+            gossamer::matmul(w, tiers[tier], reinterpret_cast<const void*>(x), rows, dtype,
+                             reinterpret_cast<void*>(y), threads);
+        },
+        "y = x Wᵀ; x and y are addresses of row-major arrays (dtype 0: float32, 1: bfloat16).");
+}

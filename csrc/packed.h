@@ -1,0 +1,119 @@
+// A packed weight as kernels see it: plain data and the table of functions of one instruction set.
+//
+//   weight (out, in)            panels of 16 outputs, groups of 64 inputs; sections are panel-major
+//
+//   values   | panel 0: group 0 | group 1 | ... | panel 1: group 0 | ...            | 0 to 64 bytes |
+//   masks    | 16 words         | 16 words| ...   word s, bit 4o + k: is e = 64s + 4o + k kept?
+//   scales   | 64/group x 16 f16| ...             one float16 an output and part of a group
+//   offsets  | byte where panel 0 starts in values | panel 1 | ... | end |          (bitmap only)
+//
+//   inside a panel-group, weight (output o, input 4s + k) has index e = 64s + 4o + k:
+//
+//   step s:  | o0 k0 k1 k2 k3 | o1 k0 k1 k2 k3 | ... | o15 k0 k1 k2 k3 |   64 codes, one register
+//
+// This header is included by units of every instruction set: nothing in it may have external linkage.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace gossamer {
+
+constexpr int kPanel = 16;          // outputs of a panel
+constexpr int kGroup = 64;          // inputs of a group
+constexpr int kSteps = kGroup / 4;  // dot-product steps of a panel-group
+constexpr int kWeights = 16 * 64;   // weights of a panel-group
+constexpr int kSlack = 128;         // bytes that may be read past the end of a panel-group's values
+constexpr int kMaxRowBlock = 8;     // most rows that one pass over a panel serves
+
+// Bytes ahead that readers prefetch. A trade, on one core of a Zen 5 that was not idle: against 2 KiB, int4
+// gains 7-9 % (dense and 32:64), int3 nothing, and dense bfloat16 loses about 10 %.
+constexpr int kPrefetch = 4096;
+
+enum Layout : int { kDense = 0, kBitmap = 1, kBalanced = 2 };
+enum Values : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3, kInt3 = 4 };
+enum Dtype : int { kF32 = 0, kBF16 = 1 };
+
+struct Packed {
+    int64_t out, in, panels, groups;
+    int layout, values;
+    int keep;   // n of n:64
+    int parts;  // scales an output and panel-group: 64 / group
+    const uint8_t* data;
+    const uint8_t* data_end;
+    const uint64_t* masks;
+    const uint16_t* scales;
+    const int64_t* offsets;
+};
+
+// Input rows made ready, in blocks of 8 (the last of 1, 2, 4 or 8), so that a block is read as one stream:
+//
+//     codes      [block][group][row of block][64]     int8, bfloat16 or float32; zeros past the inputs
+//     scales     [block][group][row of block]         (integer values)
+//     negatives  [block][group][part][row of block]   minus zero_code * sum(codes)
+struct Activations {
+    int64_t rows, padded;  // padded: rows that the blocks have room for
+    void* codes;
+    float* scales;
+    int32_t* negatives;
+};
+
+// The kernels of one value family in one instruction set.
+struct Family {
+    // Fills rows [begin, end) of `to` from row-major `x`, an array of `dtype`.
+    void (*prepare)(const Packed* w, const void* x, int dtype, int64_t begin, int64_t end,
+                    const Activations* to);
+    // Writes outputs of panels [begin, end) for all rows of `x` into row-major `y`, an array of `dtype`.
+    // `scratch`: scratch_bytes(), aligned to 64.
+    void (*multiply)(const Packed* w, const Activations* x, void* y, int dtype, int64_t begin, int64_t end,
+                     uint8_t* scratch);
+};
+
+// Bytes of one activation, and of one expanded weight.
+static inline int element_bytes(int values) { return values == kFloat32 ? 4 : values == kBFloat16 ? 2 : 1; }
+
+// Bytes of `count` stored values of a panel-group (docs/architecture.md, "Values").
+static inline int64_t stored_bytes(int values, int64_t count) {
+    switch (values) {
+        case kFloat32:
+            return 4 * count;
+        case kBFloat16:
+            return 2 * count;
+        case kInt8:
+            return count;
+        case kInt4:
+            return count / 128 * 64 + (count % 128 + 1) / 2;
+        default:
+            return count / 256 * 64 + (count % 256 + 3) / 4 + (count + 7) / 8;
+    }
+}
+
+// Groups of a panel that are expanded and swept by all rows at a time: 32 KiB, so that they stay in L1.
+static inline int64_t span_groups(const Packed& w) {
+    int64_t most = (32 << 10) / (kWeights * element_bytes(w.values));
+    return w.groups < most ? w.groups : most;
+}
+
+// Bytes that a thread needs to multiply `padded` rows: one expanded span, and sums of all rows between spans.
+static inline int64_t scratch_bytes(const Packed& w, int64_t padded) {
+    int64_t sums = element_bytes(w.values) * kPanel * 4;
+    return span_groups(w) * kWeights * element_bytes(w.values) + padded * sums;
+}
+
+// Where a row lies among Activations: index of its group 0, and from one group to the next.
+struct Place {
+    int64_t first, step;
+};
+
+static inline Place place_of(const Activations& x, int64_t groups, int64_t row) {
+    int64_t block = row / kMaxRowBlock * kMaxRowBlock, left = x.padded - block;
+    return {block * groups + row - block, left < kMaxRowBlock ? left : kMaxRowBlock};
+}
+
+// Rows that `rows` are padded to: whole blocks, then one block of 1, 2, 4 or 8.
+static inline int64_t padded_rows(int64_t rows) {
+    int64_t rest = rows % kMaxRowBlock;
+    if (rest > 4) return rows - rest + 8;
+    return rest == 3 ? rows + 1 : rows;
+}
+
+}  // namespace gossamer

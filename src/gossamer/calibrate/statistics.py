@@ -1,0 +1,95 @@
+"""What a method may ask to know of a layer's inputs, accumulated window by window.
+
+A statistic sees each input once, as ``(tokens, in_features)``, and is shared by all layers that read
+the same tensor (query, key and value; gate and up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import CalibrationError
+
+
+class Statistic:
+    """Base: ``update`` with inputs, ``finish`` once, then read its attributes."""
+
+    name: ClassVar[str]
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Takes inputs ``x``, float ``(tokens, in_features)``."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Ends accumulation; raises CalibrationError where nothing or nothing finite was seen."""
+        if self.tokens == 0:
+            raise CalibrationError("no calibration input reached this layer (an expert never chosen?)")
+
+
+class InputNorm(Statistic):
+    """``norm``: the L2 norm of each input feature over all calibration tokens, float32 ``(in_features,)``."""
+
+    name = "input_norm"
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self._squares = torch.zeros(features, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        self._squares += x.float().square().sum(dim=0).double()
+        self.tokens += x.shape[0]
+
+    def finish(self) -> None:
+        super().finish()
+        self.norm = self._squares.sqrt().float()
+        if not torch.isfinite(self.norm).all():
+            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+
+
+class Gram(Statistic):
+    """``matrix``: sum of ``x xᵀ`` over all calibration tokens, float32 ``(in_features, in_features)``."""
+
+    name = "gram"
+    STRIP = 384  # columns multiplied at a time: only strips on and above the diagonal are computed
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.matrix = torch.zeros(features, features, dtype=torch.float32)
+        self.factors: dict[Any, Any] = {}  # what solvers derive from the matrix, shared by its layers
+
+    def update(self, x: Tensor) -> None:
+        # bfloat16 inputs multiply as bfloat16 with float32 sums: exact products, twice the speed
+        precision = "medium" if x.dtype == torch.bfloat16 else "highest"
+        x = x.float()
+        with matmul_precision(precision):
+            for start in range(0, self.features, self.STRIP):
+                stop = min(start + self.STRIP, self.features)
+                self.matrix[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+        self.tokens += x.shape[0]
+
+    def finish(self) -> None:
+        super().finish()
+        upper = self.matrix.triu()
+        self.matrix = upper + upper.triu(1).T
+        if not torch.isfinite(self.matrix).all():
+            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Sets torch's float32 matmul precision within, and restores it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

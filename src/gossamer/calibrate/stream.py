@@ -1,0 +1,213 @@
+"""The walk: one block in memory at a time, its inputs summed into statistics, its outputs the next inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.calibrate.statistics import Statistic
+from gossamer.calibrate.work import Inputs, WorkFolder
+from gossamer.errors import CalibrationError
+from gossamer.models.skeleton import WeightFiles, materialize, read_parameter, release
+from gossamer.models.walk import (
+    ModelParts,
+    capture_block_inputs,
+    find_parts,
+    is_conv1d,
+    prunable,
+    run_block,
+    set_weight,
+    weight_of,
+)
+from gossamer.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 2048  # tokens a forward pass: products near full speed, activations still in cache
+
+
+@dataclass
+class Visit:
+    """One block on the walk. ``layers`` maps full names to its prunable modules; ``statistics`` holds
+    what their inputs were. Weights put in by :meth:`replace` are what the next blocks see."""
+
+    index: int
+    name: str
+    module: nn.Module
+    layers: dict[str, nn.Module]
+    files: WeightFiles
+    statistics: dict[str, dict[type[Statistic], Statistic]] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Tensor:
+        """The layer's own weight, float32 ``(out, in)``, whatever type the walk multiplies in."""
+        layer = self.layers[name]
+        assert isinstance(layer.weight, Tensor)
+        weight = read_parameter(layer.weight, f"{name}.weight", self.files, torch.float32)
+        return weight.T.contiguous() if is_conv1d(layer) else weight
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Puts ``weight`` ``(out, in)`` into the layer for the rest of the walk."""
+        set_weight(self.layers[name], weight)
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the machine multiplies it fast (AVX-512 BF16, AMX), else float32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+    return torch.bfloat16 if supported and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def walk(
+    model: PreTrainedModel,
+    files: WeightFiles,
+    needs: tuple[type[Statistic], ...],
+    work: WorkFolder,
+    *,
+    windows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress = silent,
+    stage: str = "blocks",
+) -> Iterator[Visit]:
+    """Visits each decoder block from ``work.next_block`` on, with statistics of ``needs``.
+
+    ``model`` is a skeleton on the meta device; ``windows`` are token ids ``(windows, seqlen)``, and may
+    be None only where nothing is needed. When the caller asks for the next visit, the block runs again
+    with the weights it was left with, and the work folder notes it as done: write results before that.
+    Raises CalibrationError where inputs are not finite.
+    """
+    parts = find_parts(model)
+    total = len(parts.blocks)
+    if not needs:
+        for index in range(work.next_block, total):
+            block = parts.blocks[index]
+            progress(stage, index, total)
+            yield _visit(index, block.name, block.module, files)
+            work.block_done(index, None)
+        progress(stage, total, total)
+        return
+    if windows is None:
+        raise CalibrationError("this method needs calibration text, and there is none")
+    dtype = dtype or fast_dtype()
+    batch = batch_size(len(windows), windows.shape[1])
+    with _before_blocks(model, parts, files, dtype):
+        kwargs = capture_block_inputs(model, windows[:batch], batch=batch, parts=parts)
+        shape = (*windows.shape, kwargs.hidden.shape[-1])
+        if work.next_block == 0:
+            states = (
+                capture_block_inputs(model, windows[at : at + batch], batch=batch, parts=parts).hidden
+                for at in range(0, len(windows), batch)
+            )
+            work.block_done(-1, Inputs(work.inputs_file(0), shape, dtype).written(states))
+    for index in range(work.next_block, total):
+        block = parts.blocks[index]
+        progress(stage, index, total)
+        inputs = work.open_inputs(shape, dtype)
+        materialize(block.module, block.name, files, dtype, check_finite=True)
+        visit = _visit(index, block.name, block.module, files)
+        visit.statistics = _collect(visit, needs, inputs, batch, kwargs.kwargs[index])
+        yield visit
+        following = None
+        if index + 1 < total:
+            outputs = _run(block.module, inputs, batch, kwargs.kwargs[index])
+            following = Inputs(work.inputs_file(index + 1), shape, dtype).written(outputs)
+        release(block.module)
+        work.block_done(index, following)
+    progress(stage, total, total)
+
+
+def batch_size(windows: int, seqlen: int) -> int:
+    """Windows that run together: about BATCH_TOKENS tokens, and a divisor of ``windows``, so that what a
+    model prepares for one batch fits all."""
+    most = max(1, BATCH_TOKENS // seqlen)
+    return max(size for size in range(1, min(most, windows) + 1) if windows % size == 0)
+
+
+@contextmanager
+def _before_blocks(
+    model: PreTrainedModel, parts: ModelParts, files: WeightFiles, dtype: torch.dtype
+) -> Iterator[None]:
+    """Embeddings, norms and projections outside the blocks are in memory within, and only there."""
+    outside = [model.get_submodule(n) for n in (*parts.embeddings, *parts.norms, *parts.others)]
+    names = (*parts.embeddings, *parts.norms, *parts.others)
+    for name, module in zip(names, outside, strict=True):
+        materialize(module, name, files, dtype, check_finite=True)
+    try:
+        yield
+    finally:
+        for module in outside:
+            release(module)
+
+
+@torch.inference_mode()
+def _run(module: nn.Module, inputs: Inputs, batch: int, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for at in range(0, inputs.shape[0], batch):
+        yield run_block(module, inputs.read(at, at + batch), kwargs)
+
+
+def _visit(index: int, name: str, module: nn.Module, files: WeightFiles) -> Visit:
+    layers = {f"{name}.{inner}": layer for inner, layer in prunable(module).items()}
+    return Visit(index, name, module, layers, files)
+
+
+def _collect(
+    visit: Visit,
+    needs: tuple[type[Statistic], ...],
+    inputs: Inputs,
+    batch: int,
+    kwargs: dict[str, Any],
+) -> dict[str, dict[type[Statistic], Statistic]]:
+    """Runs the block over its inputs and sums up what each layer reads.
+
+    Layers that are handed the same tensor share their statistics; one that once differs gets its own.
+    """
+    found: dict[str, dict[type[Statistic], Statistic]] = {}
+    seen: dict[int, tuple[Tensor, str]] = {}  # this pass: tensor -> the layer that summed it up
+    leader: dict[str, str] = {}
+
+    def hook(name: str, features: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            first = seen.get(id(x), (x, name))[1]
+            if name not in leader:
+                leader[name] = first
+                found[name] = found[first] if first != name else {kind: kind(features) for kind in needs}
+            elif leader[name] != first:
+                raise CalibrationError(
+                    f"{name} reads the input of {first}, and before read that of {leader[name]}: "
+                    "a block that changes its wiring between windows cannot be calibrated"
+                )
+            if first == name:
+                seen[id(x)] = (x, name)
+                for statistic in found[name].values():
+                    statistic.update(x.reshape(-1, features))
+
+        return collect
+
+    handles = []
+    for name, layer in visit.layers.items():
+        handles.append(layer.register_forward_pre_hook(hook(name, weight_of(layer).shape[1])))
+    try:
+        for _ in _run(visit.module, inputs, batch, kwargs):
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent_layers = [name for name in visit.layers if name not in found]
+    if silent_layers:
+        raise CalibrationError(f"no calibration input reached {silent_layers[0]}")
+    finished: set[int] = set()
+    for name, statistics in found.items():
+        if id(statistics) in finished:
+            continue
+        finished.add(id(statistics))
+        for statistic in statistics.values():
+            try:
+                statistic.finish()
+            except CalibrationError as error:
+                raise CalibrationError(f"{name}: {error}") from error
+    return found

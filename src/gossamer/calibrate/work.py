@@ -1,0 +1,183 @@
+"""The work folder: what an interrupted run needs to go on, and the proof that it is the same run.
+
+    OUT.work/
+        state.json        fingerprint of the run, next block, checksum of its inputs (the one truth)
+        inputs-007.bin    the next block's inputs: windows x seqlen x hidden, raw
+        block-000.*       results of finished blocks, written by whoever walks
+
+Every file is written beside and renamed, ``state.json`` last: a run killed at any moment either has
+finished a block or has not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.errors import OutputError, ResumeError
+
+CHUNK = 16 << 20
+
+
+class WorkFolder:
+    """A folder that one run owns. ``fingerprint`` is all that the result depends on, JSON-able: settings,
+    model, tokens, versions, threads, instruction set.
+
+    Raises ResumeError where the folder belongs to another run, or is no work folder at all.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        self.path = path
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.resumed = False
+        self.next_block = 0
+        self._inputs_crc: int | None = None
+        if path.exists():
+            self._resume()
+        else:
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                raise OutputError(f"cannot make the work folder {path.name}: {error.strerror}") from error
+            self._save()
+
+    def _resume(self) -> None:
+        state_file = self.path / "state.json"
+        if not state_file.is_file():
+            if not self.path.is_dir() or any(self.path.iterdir()):
+                raise ResumeError(f"{self.path.name} exists and is no work folder of gossamer; move it away")
+            self._save()
+            return
+        try:
+            state = json.loads(state_file.read_text())
+            theirs, self.next_block = state["fingerprint"], int(state["next_block"])
+            self._inputs_crc = state["inputs_crc"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{self.path.name}/state.json is damaged; delete {self.path.name}") from error
+        if theirs != self.fingerprint:
+            changed = sorted(
+                key
+                for key in set(theirs) | set(self.fingerprint)
+                if theirs.get(key) != self.fingerprint.get(key)
+            )
+            key = changed[0]
+            raise ResumeError(
+                f"{self.path.name} holds unfinished work of another run: it differs in {', '.join(changed)} "
+                f"({key} was {theirs.get(key)!r}, now {self.fingerprint.get(key)!r}). Run the same command "
+                f"as before to go on, or delete {self.path.name} to start anew"
+            )
+        self.resumed = True
+        for stale in self.path.glob("*.tmp"):
+            stale.unlink()
+
+    def _save(self) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "next_block": self.next_block,
+            "inputs_crc": self._inputs_crc,
+        }
+        data = json.dumps(state, indent=1, sort_keys=True).encode()
+        self.write("state.json", data)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes ``data`` to the file ``name`` atomically; raises OutputError where the disk is full."""
+        beside = self.path / (name + ".tmp")
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise OutputError(
+                f"cannot write {name} in {self.path.name}: {error.strerror}. Finished blocks are kept; "
+                "make room and run the same command again"
+            ) from error
+
+    def block_file(self, index: int, suffix: str = ".safetensors") -> Path:
+        return self.path / f"block-{index:03d}{suffix}"
+
+    def inputs_file(self, index: int) -> Path:
+        return self.path / f"inputs-{index:03d}.bin"
+
+    def block_done(self, index: int, inputs: Inputs | None) -> None:
+        """Block ``index`` and the next one's ``inputs`` are on disk: from here on a run goes on there."""
+        self.next_block = index + 1
+        self._inputs_crc = None if inputs is None else inputs.crc
+        self._save()
+        if index >= 0:
+            self.inputs_file(index).unlink(missing_ok=True)
+
+    def open_inputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+        """The next block's inputs; raises ResumeError where they are missing or damaged."""
+        inputs = Inputs(self.inputs_file(self.next_block), shape, dtype)
+        if self._inputs_crc is not None and inputs.checksum() != self._inputs_crc:
+            raise ResumeError(f"{inputs.path.name} in {self.path.name} is damaged; delete {self.path.name}")
+        inputs.crc = self._inputs_crc
+        return inputs
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Inputs:
+    """Hidden states ``(windows, seqlen, hidden)`` on disk, read and written a few windows at a time: the
+    page cache keeps them in memory as long as there is room, and they spill where there is not."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self.crc: int | None = None
+
+    @property
+    def window_bytes(self) -> int:
+        return int(np.prod(self.shape[1:])) * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Windows ``start`` to ``stop`` as a tensor of their own."""
+        stop = min(stop, self.shape[0])
+        data = bytearray((stop - start) * self.window_bytes)
+        with open(self.path, "rb") as file:
+            file.seek(start * self.window_bytes)
+            if file.readinto(data) != len(data):
+                raise ResumeError(f"{self.path.name} is shorter than its windows")
+        return torch.frombuffer(data, dtype=self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def checksum(self) -> int:
+        crc = 0
+        try:
+            with open(self.path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    crc = zlib.crc32(chunk, crc)
+        except OSError as error:
+            raise ResumeError(f"{self.path.name} is missing from the work folder") from error
+        return crc
+
+    def written(self, parts: Iterator[Tensor]) -> Inputs:
+        """Writes ``parts`` one after another, beside and then in place; returns itself."""
+        beside = self.path.with_suffix(".tmp")
+        crc = 0
+        try:
+            with open(beside, "wb") as file:
+                for part in parts:
+                    data = part.contiguous().to(self.dtype).view(torch.uint8).reshape(-1).numpy().data
+                    crc = zlib.crc32(data, crc)
+                    file.write(data)
+            os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise OutputError(
+                f"cannot write {self.path.name}: {error.strerror}. Finished blocks are kept; make room and "
+                "run the same command again"
+            ) from error
+        self.crc = crc
+        return self

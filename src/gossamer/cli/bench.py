@@ -1,0 +1,102 @@
+"""`gossamer bench`: prompt and decode speed, rivals side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gossamer.cli import options, show
+from gossamer.cli.guard import guarded
+from gossamer.cli.progress import progress
+
+if TYPE_CHECKING:
+    from gossamer.bench import Machine, SpeedComparison
+
+BUSY = 0.1  # cores that other processes keep busy: above it they disturb the figures
+
+
+@guarded
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help=f"Gossamer checkpoints, or {options.SOURCE}; ratios are to the first."
+        ),
+    ],
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
+    decode: Annotated[int, typer.Option("--decode", min=1, help="Tokens written after it.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are reported.")] = 3,
+    dtype: options.Dtype = options.DtypeName.bfloat16,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure tokens a second, prompt and decode, of one or several models in turn."""
+    from gossamer.recipes.measure import speed
+
+    with progress() as report:
+        found = speed(
+            *models,
+            prompt=prompt,
+            decode=decode,
+            repeats=repeats,
+            threads=threads,
+            dtype=dtype.value,
+            progress=report,
+        )
+    if as_json:
+        show.document(found.to_dict())
+        return
+    header = (
+        "model",
+        f"prompt {prompt} tok/s",
+        "ratio",
+        f"decode {decode} tok/s",
+        "ratio",
+        "read a token",
+        "GB/s",
+        "weights come from",
+    )
+    show.columns(
+        f"Speed (medians of {repeats} interleaved rounds, ratios to the first)",
+        header,
+        [_row(found, name) for name in found.speeds],
+        machine_notes(found.machine, found.other_work),
+    )
+
+
+def _row(found: SpeedComparison, name: str) -> tuple[str, ...]:
+    one = found.speeds[name]
+    return (
+        name,
+        f"{one.prompt_tokens_per_second:,.0f}",
+        f"{found.ratio(name, 'prompt'):.2f}x",
+        f"{one.decode_tokens_per_second:,.1f}",
+        f"{found.ratio(name):.2f}x",
+        show.size(one.decode_bytes),
+        f"{one.decode_gb_per_second:.1f}",
+        weights_from(found.past_cache(name)),
+    )
+
+
+def weights_from(past_cache: bool | None) -> str:
+    """Where a decode step finds the weights: a working set near the cache's size is partly in it."""
+    return {True: "memory", False: "cache, at least in part", None: "unknown"}[past_cache]
+
+
+def machine_notes(machine: Machine, other_work: float | None) -> list[str]:
+    """What the figures were measured on, and what else ran meanwhile."""
+    cache = "unknown" if machine.cache_bytes is None else show.size(machine.cache_bytes)
+    notes = [
+        f"{machine.cpu}, {machine.threads} threads of {machine.cores} cores, kernels {machine.isa}, "
+        f"last-level cache {cache}, torch {machine.torch}",
+    ]
+    if machine.read_gb_per_second is not None:
+        notes.append(f"memory reads at {machine.read_gb_per_second:.1f} GB/s with these threads")
+    if other_work is not None:
+        load = (
+            "" if machine.load is None else f" (load average before, with our own work: {machine.load:.2f})"
+        )
+        warning = ". NOT QUIET: the figures may be too low" if other_work > BUSY else ""
+        notes.append(f"other processes kept {other_work:.2f} cores busy meanwhile{load}{warning}")
+    return notes

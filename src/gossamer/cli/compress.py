@@ -1,0 +1,151 @@
+"""`gossamer compress`: the main job."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gossamer.cli import options, show
+from gossamer.cli.files import checkpoint_rows
+from gossamer.cli.guard import guarded, resumable
+from gossamer.cli.progress import duration, progress
+from gossamer.errors import MethodError
+
+_VALUES = "float32, bf16, int8, int4 or int3"
+
+
+@guarded
+def compress(
+    model: options.DenseModel,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to make; must not exist.")],
+    method: Annotated[str, typer.Option(help="Pruning method; `gossamer methods` lists them.")] = "obs",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of prunable weights to remove, 0 to 1; 0: quantize only.",
+            show_default="what the pattern says",
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="N:M keeps N of every M inputs (2:4, 32:64); or RxC blocks (16x4), unstructured[:GROUP], "
+            "channel:in, channel:out.",
+            show_default="32:64, or unstructured where --sparsity is given",
+        ),
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option(help="How layers share the sparsity: uniform, global.")
+    ] = "uniform",
+    values: Annotated[str, typer.Option(help=f"Kept weights as {_VALUES}.")] = "int4",
+    head_values: Annotated[
+        str, typer.Option(help=f"Embeddings and head (never pruned) as {_VALUES}.")
+    ] = "int8",
+    group: Annotated[int, typer.Option(help="Inputs that share a scale: 64 or 32.")] = 64,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text file, folder or jsonl to calibrate on.",
+            show_default="prose inside Python, a smoke test",
+        ),
+    ] = None,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens a calibration window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the places that windows are cut from.")] = 0,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the method, such as damping=0.05; repeatable."),
+    ] = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Prune and quantize MODEL into the new checkpoint OUT.
+
+    Ctrl-C keeps finished blocks in OUT.work; the same command goes on from there, with the same result.
+    """
+    chosen = parse_options(option or ())
+    options.use_threads(threads)
+    start = time.perf_counter()
+    with resumable(out.with_name(out.name + ".work")), progress() as report:
+        from gossamer.bench import peak_bytes
+        from gossamer.models.sources import resolve
+        from gossamer.recipes.compress import compress as run
+        from gossamer.recipes.describe import describe_checkpoint, weight_bytes
+
+        made = run(
+            model,
+            out,
+            calibration=calibration,
+            progress=report,
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            allocation=allocation,
+            values=values,
+            head_values=head_values,
+            group=group,
+            seqlen=seqlen,
+            windows=windows,
+            seed=seed,
+            options=chosen,
+        )
+        before = weight_bytes(resolve(model).folder)
+    found, seconds, peak = describe_checkpoint(made.path), time.perf_counter() - start, peak_bytes()
+    if as_json:
+        show.document(
+            {
+                "out": str(made.path),
+                "seconds": seconds,
+                "resumed": made.resumed,
+                "peak_memory_bytes": peak,
+                "weight_file_bytes_before": before,
+                **found.to_dict(),
+            }
+        )
+        return
+    smaller = before / found.weight_file_bytes
+    rows = [
+        (
+            "weights before",
+            f"{show.size(before)}, now {show.size(found.weight_file_bytes)}: {smaller:.2f}x smaller",
+        ),
+        *checkpoint_rows(found),
+        ("took", duration(seconds) + (" (resumed)" if made.resumed else "")),
+        ("peak memory", show.size(peak)),
+    ]
+    following = shlex.join(["gossamer", "eval", str(made.path), "--against", model])
+    calibrated = found.made.get("calibration") or {}
+    notes = [SMOKE] if calibrated.get("smoke_test") else []
+    show.facts(f"{made.path}", rows, [*notes, f"next: {following}"])
+
+
+SMOKE = "calibrated on the prose inside Python (a smoke test): give --calibration TEXT for real use"
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs as a method's options: numbers and true/false where they look like it, else text.
+    Raises MethodError."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise MethodError(f"--option is written KEY=VALUE, got {pair!r}")
+        found[key.strip().replace("-", "_")] = _typed(value.strip())
+    return found
+
+
+def _typed(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

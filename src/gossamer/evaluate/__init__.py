@@ -1,0 +1,30 @@
+"""Quality of a model: perplexity, distance to the dense model, layer errors, size; with intervals."""
+
+from gossamer.evaluate.bootstrap import (
+    Interval,
+    bootstrap_mean,
+    paired_difference,
+    perplexity_interval,
+    perplexity_ratio_interval,
+)
+from gossamer.evaluate.layer_error import layer_errors, reconstruction_error
+from gossamer.evaluate.quality import Quality, compare, evaluate
+from gossamer.evaluate.size import Size, memory_bytes, size_of, size_of_folder, size_of_model
+
+__all__ = [
+    "Interval",
+    "Quality",
+    "Size",
+    "bootstrap_mean",
+    "compare",
+    "evaluate",
+    "layer_errors",
+    "memory_bytes",
+    "paired_difference",
+    "perplexity_interval",
+    "perplexity_ratio_interval",
+    "reconstruction_error",
+    "size_of",
+    "size_of_folder",
+    "size_of_model",
+]

@@ -1,0 +1,260 @@
+"""Quality of a language model on fixed windows: perplexity, and distance to a reference (dense) model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import EvaluationError
+from gossamer.evaluate.bootstrap import (
+    Interval,
+    bootstrap_mean,
+    perplexity_interval,
+    perplexity_ratio_interval,
+)
+from gossamer.evaluate.logits import LogitReader, eval_mode
+from gossamer.progress import Progress, silent
+
+CHUNK = 256  # positions whose logits are held at once: 50 MB a model at a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured on ``windows`` windows of ``seqlen`` tokens, each predicting ``seqlen - 1`` of them.
+
+    ``nll``: mean negative log-likelihood of each window, nats per token. With a reference model also
+    ``reference_nll`` (its own), ``kl``: mean KL(reference || model) of each window, nats per token, and
+    ``agreement``: the fraction of positions where both models rank the same token first.
+    All windows are equally long, so the mean over windows is the mean over tokens.
+    """
+
+    seqlen: int
+    nll: tuple[float, ...]
+    reference_nll: tuple[float, ...] | None = None
+    kl: tuple[float, ...] | None = None
+    agreement: tuple[float, ...] | None = None
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return len(self.nll)
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens."""
+        return self.windows * (self.seqlen - 1)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood per token."""
+        return _exp(_mean(self.nll))
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        """The reference model's perplexity on the same windows."""
+        return None if self.reference_nll is None else _exp(_mean(self.reference_nll))
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """Perplexity over the reference's (1.02 = 2 % worse)."""
+        if self.reference_nll is None:
+            return None
+        return _exp(_mean(self.nll) - _mean(self.reference_nll))
+
+    @property
+    def mean_kl(self) -> float | None:
+        """KL(reference || model), nats per token."""
+        return None if self.kl is None else _mean(self.kl)
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Fraction of positions where both models rank the same token first."""
+        return None if self.agreement is None else _mean(self.agreement)
+
+    def intervals(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
+        """Bootstrap intervals over windows: ``perplexity``, and with a reference ``perplexity_ratio``
+        (paired), ``kl`` and ``agreement``. Empty for a single window, which has no spread."""
+        if self.windows < 2:
+            return {}
+        options: dict[str, Any] = {"confidence": confidence, "seed": seed}
+        found = {"perplexity": perplexity_interval(self.nll, **options)}
+        if self.reference_nll is not None:
+            found["perplexity_ratio"] = perplexity_ratio_interval(self.nll, self.reference_nll, **options)
+        if self.kl is not None:
+            found["kl"] = bootstrap_mean(self.kl, **options)
+        if self.agreement is not None:
+            found["agreement"] = bootstrap_mean(self.agreement, **options)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the means, their intervals, and the values of each window."""
+        return {
+            "perplexity": self.perplexity,
+            "reference_perplexity": self.reference_perplexity,
+            "perplexity_ratio": self.perplexity_ratio,
+            "kl": self.mean_kl,
+            "agreement": self.top1_agreement,
+            "tokens": self.tokens,
+            "windows": self.windows,
+            "seqlen": self.seqlen,
+            "intervals": {name: interval.to_dict() for name, interval in self.intervals().items()},
+            "per_window": {
+                "nll": list(self.nll),
+                "reference_nll": None if self.reference_nll is None else list(self.reference_nll),
+                "kl": None if self.kl is None else list(self.kl),
+                "agreement": None if self.agreement is None else list(self.agreement),
+            },
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    reference: nn.Module | None = None,
+    batch: int = 1,
+    chunk: int = CHUNK,
+    progress: Progress = silent,
+) -> Quality:
+    """Measure one causal language model on ``windows``; see `compare`."""
+    options: dict[str, Any] = {"batch": batch, "chunk": chunk, "progress": progress}
+    return compare({"the model": model}, windows, reference=reference, **options)["the model"]
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    windows: Tensor,
+    *,
+    reference: nn.Module | None = None,
+    batch: int = 1,
+    chunk: int = CHUNK,
+    progress: Progress = silent,
+) -> dict[str, Quality]:
+    """Measure several models on the same windows, the reference once per window for all of them.
+
+    ``windows``: int64 token ids ``(n, seqlen)``, cut without overlap; each window starts anew and predicts
+    its tokens 1 .. seqlen - 1, so n * (seqlen - 1) tokens count. ``reference``: the dense model; it may
+    be one of ``models``, and is then run once. ``batch``: windows run together (memory). ``chunk``: positions
+    whose logits are held at once (the result does not depend on it, beyond the rounding of a matrix product).
+    ``progress("evaluate", done, n)`` is called after each batch of windows.
+
+    Logits are taken in the dtype the model gives, log-softmax is in float32, sums in float64.
+    Raises EvaluationError for windows that are no ``(n, seqlen >= 2)`` integers or hold tokens outside the
+    vocabulary, for NaN or infinite logits, and where a model's vocabulary is not the reference's.
+    """
+    _check_windows(windows, batch, chunk)
+    for name, model in models.items():
+        _check_vocabulary(name, model, windows, reference)
+    n, seqlen = windows.shape
+    windows = windows.to(torch.int64)
+    readers = {name: LogitReader(model, name) for name, model in models.items()}
+    base = None if reference is None else LogitReader(reference, "the reference model")
+    tallies = {name: _Tally() for name in models}
+    base_tally = _Tally()
+    with ExitStack() as stack:
+        for module in {*models.values(), *([] if reference is None else [reference])}:
+            stack.enter_context(eval_mode(module))
+        for start in range(0, n, batch):
+            ids = windows[start : start + batch]
+            base_rows = None if base is None else base(ids)
+            rows = {name: reader(ids) for name, reader in readers.items() if reader.model is not reference}
+            for tally in (base_tally, *tallies.values()):
+                tally.open(len(ids))
+            for first in range(0, seqlen - 1, chunk):
+                last = min(first + chunk, seqlen - 1)
+                targets = ids[:, first + 1 : last + 1]
+                expected = None
+                if base_rows is not None:
+                    expected = base_rows(first, last).log_softmax(dim=-1)
+                    base_tally.add(expected, targets, None)
+                for name, tally in tallies.items():
+                    if name in rows:
+                        tally.add(rows[name](first, last).log_softmax(dim=-1), targets, expected)
+                    elif expected is not None:
+                        tally.add(expected, targets, expected)
+            progress("evaluate", min(start + batch, n), n)
+    reference_nll = None if base is None else base_tally.mean("nll", seqlen - 1)
+    return {
+        name: Quality(
+            seqlen=seqlen,
+            nll=tally.mean("nll", seqlen - 1),
+            reference_nll=reference_nll,
+            kl=None if base is None else tally.mean("kl", seqlen - 1),
+            agreement=None if base is None else tally.mean("agreement", seqlen - 1),
+        )
+        for name, tally in tallies.items()
+    }
+
+
+@dataclass
+class _Tally:
+    """Sums of one model: a float64 total per finished or open window."""
+
+    sums: dict[str, list[float]] = field(default_factory=lambda: {"nll": [], "kl": [], "agreement": []})
+    opened: int = 0
+
+    def open(self, windows: int) -> None:
+        for values in self.sums.values():
+            values.extend([0.0] * windows)
+        self.opened = windows
+
+    def add(self, logp: Tensor, targets: Tensor, expected: Tensor | None) -> None:
+        """``logp``, ``expected``: float32 log-probabilities ``(windows, positions, vocab)``."""
+        self._add("nll", -logp.gather(-1, targets[..., None])[..., 0])
+        if expected is not None:
+            kl = torch.sub(expected, logp).mul_(expected.exp()).sum(dim=-1)
+            self._add("kl", kl)
+            self._add("agreement", expected.argmax(dim=-1) == logp.argmax(dim=-1))
+
+    def _add(self, name: str, values: Tensor) -> None:
+        totals = values.to(torch.float64).sum(dim=1).tolist()
+        offset = len(self.sums[name]) - self.opened
+        for i, total in enumerate(totals):
+            self.sums[name][offset + i] += total
+
+    def mean(self, name: str, positions: int) -> tuple[float, ...]:
+        return tuple(total / positions for total in self.sums[name])
+
+
+def _check_vocabulary(name: str, model: nn.Module, windows: Tensor, reference: nn.Module | None) -> None:
+    """Refuse tokens outside the vocabulary before any work (models that declare none are trusted)."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if size is not None and int(windows.max()) >= size:
+        raise EvaluationError(
+            f"the windows hold token {int(windows.max())}, but the vocabulary of {name} ends at {size - 1}: "
+            "the text was tokenised for another model"
+        )
+    other = getattr(getattr(reference, "config", None), "vocab_size", None)
+    if size is not None and other is not None and size != other:
+        raise EvaluationError(
+            f"{name} has a vocabulary of {size} tokens and the reference model one of {other}: "
+            "KL and agreement need the same tokens on both sides"
+        )
+
+
+def _check_windows(windows: Tensor, batch: int, chunk: int) -> None:
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise EvaluationError(
+            f"windows must be token ids of shape (n, seqlen >= 2), got {tuple(windows.shape)}"
+        )
+    if windows.is_floating_point() or windows.dtype == torch.bool:
+        raise EvaluationError(f"windows must be integer token ids, got {windows.dtype}")
+    if int(windows.min()) < 0:
+        raise EvaluationError(f"windows hold the negative token id {int(windows.min())}")
+    if batch < 1 or chunk < 1:
+        raise EvaluationError(f"batch and chunk must be at least 1, got {batch} and {chunk}")
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _exp(x: float) -> float:
+    """exp that gives infinity where float64 ends: a broken model may well have a loss of 1,000 nats."""
+    return math.exp(x) if x < 709.0 else math.inf

@@ -1,0 +1,59 @@
+"""What every kernel must compute, in plain PyTorch: the definition that native code is tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 64  # inputs per activation scale, and per panel-group of the packed layouts
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 symmetric codes of ``x`` and one float32 scale per row and 64 inputs.
+
+    ``x``: float ``(rows, in_features)``. Returns codes int8 ``(rows, groups, 64)`` (zero-padded) and
+    scales float32 ``(rows, groups)``: ``scale = max|x| / 127``, ``code = round_half_even(x / scale)``,
+    computed as ``x * (127 / max|x|)``; a group of zeros has scale 0 and codes 0.
+    """
+    rows, cols = x.shape
+    groups = -(-cols // GROUP)
+    padded = torch.zeros(rows, groups * GROUP, dtype=torch.float32)
+    padded[:, :cols] = x
+    padded = padded.reshape(rows, groups, GROUP)
+    top = padded.abs().amax(dim=2)
+    # a true division: `127.0 / top` would multiply by a rounded reciprocal
+    inverse = torch.where(top > 0, torch.full_like(top, 127.0) / top, torch.zeros_like(top))
+    codes = torch.round(padded * inverse[..., None]).to(torch.int8)
+    return codes, top * (1.0 / 127.0)
+
+
+def matmul_int(q: Tensor, scales: Tensor, x: Tensor, group: int = GROUP) -> Tensor:
+    """``y = x Wᵀ`` for integer weights ``q`` and int8 activations.
+
+    ``q``: integer ``(out, in)`` (0 where pruned); ``scales``: float16 ``(out, ceil(in / group))``, group
+    32 or 64; ``x``: float ``(rows, in)``. Sums within a group are exact integers; groups are added in
+    order in float32: ``y += (scale_w * scale_x) * sum``. Returns float32 ``(rows, out)``.
+    """
+    out, cols = q.shape
+    codes, scales_x = quantize_activations(x)
+    groups = codes.shape[1]
+    padded = torch.zeros(out, groups * GROUP, dtype=torch.float64)
+    padded[:, :cols] = q
+    parts = GROUP // group
+    # float64 holds these integer sums exactly and has a fast matmul
+    weights = padded.reshape(out, groups * parts, group)
+    acts = codes.to(torch.float64).reshape(-1, groups * parts, group)
+    y = torch.zeros(x.shape[0], out, dtype=torch.float32)
+    for part in range(scales.shape[1]):
+        sums = (acts[:, part] @ weights[:, part].T).to(torch.float32)
+        scale = scales[:, part].float()[None, :] * scales_x[:, part // parts][:, None]
+        y += scale * sums
+    return y
+
+
+def matmul_float(weight: Tensor, x: Tensor) -> Tensor:
+    """``y = x Wᵀ`` for a float32 or bfloat16 weight ``(out, in)``: with bfloat16 weights the activations
+    are rounded to bfloat16 too; products are summed in float32. Returns float32 ``(rows, out)``."""
+    if weight.dtype == torch.bfloat16:
+        x = x.to(torch.bfloat16)
+    return x.float() @ weight.float().T

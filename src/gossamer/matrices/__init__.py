@@ -1,0 +1,41 @@
+"""Structured matrices, their packed layouts and number formats, and how they lie on disk."""
+
+from gossamer.matrices.compose import LowRank, Product, Sum
+from gossamer.matrices.dense import Dense
+from gossamer.matrices.layouts import Unpacked, choose_layout, packed_bytes
+from gossamer.matrices.matrix import Matrix, fit_error, from_description
+from gossamer.matrices.packed import Packed, pack, pack_tree
+from gossamer.matrices.sparse import Sparse
+from gossamer.matrices.values import (
+    VALUES,
+    Quantized,
+    ValueType,
+    choose_scales,
+    quantize,
+    quantize_codes,
+    value_type,
+)
+
+__all__ = [
+    "VALUES",
+    "Dense",
+    "LowRank",
+    "Matrix",
+    "Packed",
+    "Product",
+    "Quantized",
+    "Sparse",
+    "Sum",
+    "Unpacked",
+    "ValueType",
+    "choose_layout",
+    "choose_scales",
+    "fit_error",
+    "from_description",
+    "pack",
+    "pack_tree",
+    "packed_bytes",
+    "quantize",
+    "quantize_codes",
+    "value_type",
+]

@@ -1,0 +1,247 @@
+"""Packed layouts: weights to section bytes and back, exactly as docs/architecture.md draws them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.errors import MatrixError
+from gossamer.matrices.bitfields import pack_bits, pack_codes, unpack_bits, unpack_codes
+from gossamer.matrices.geometry import (
+    ENTRIES,
+    GROUP,
+    PANEL,
+    SECTION_DTYPES,
+    Array,
+    check_room,
+    from_stream,
+    grid,
+    mask_bytes,
+    output_counts,
+    padded_size,
+    parse_layout,
+    shape_of,
+    to_stream,
+    value_bytes,
+)
+from gossamer.matrices.values import ValueType, check_group
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What :func:`unpack_sections` gives back.
+
+    ``weight``: ``(out, in)`` float32, bfloat16 or int8 codes q, 0 where pruned; ``mask``: bool like it, or
+    None (dense: all kept); ``scales``: float16 ``(out, ceil(in / group))``, or None for floats.
+    """
+
+    weight: Tensor
+    mask: Tensor | None
+    scales: Tensor | None
+
+
+def pack_sections(
+    weight: Tensor,
+    values: ValueType,
+    layout: str,
+    *,
+    mask: Tensor | None = None,
+    scales: Tensor | None = None,
+    group: int = GROUP,
+) -> dict[str, Tensor]:
+    """The sections of a packed weight: flat tensors by name, as they lie in memory and on disk.
+
+    ``weight``: ``(out, in)``, floats for float values (bfloat16 rounds to nearest even), integer codes q
+    for integer ones; ``mask``: bool like it, True = kept (None: all); ``scales``: float16
+    ``(out, ceil(in / group))``, integer values only. The dense layout holds pruned weights as zeros and
+    forgets that they were pruned. Raises MatrixError where shapes, codes or layout do not fit.
+    """
+    kind = parse_layout(layout)
+    shape = shape_of(weight)
+    if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
+        raise MatrixError(f"the mask is bool {shape} like the weight, got {mask.dtype} {tuple(mask.shape)}")
+    stored = _to_stored(weight, values)
+    if mask is not None:
+        stored = torch.where(mask, stored, _zero(values))
+    stream = to_stream(stored, shape, _zero(values)).numpy()
+    sections: dict[str, Tensor] = {}
+    if not kind.sparse:
+        sections["values"] = _section(_pack_values(stream, None, values))
+    else:
+        kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
+        bits = to_stream(kept, shape, 0).numpy()
+        masks = pack_bits(bits)
+        kept_by_output = output_counts(masks)
+        counts = kept_by_output.sum(axis=1, dtype=np.int64)
+        if kind.room is None:
+            packed = _pack_values(stream[bits], counts, values)
+            sizes = value_bytes(counts, values).reshape(grid(shape)).sum(axis=1)
+            sections["offsets"] = _section(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+        else:
+            check_room(kept_by_output, kind, shape)
+            room = np.full((len(stream), kind.room), _zero(values), dtype=stream.dtype)
+            room[np.arange(kind.room) < counts[:, None]] = stream[bits]
+            packed = _pack_values(room, None, values)
+        sections["values"] = _section(packed)
+        sections["masks"] = _section(masks.reshape(-1).view(np.int64))
+    if values.is_integer:
+        sections["scales"] = _pack_scales(scales, shape, group)
+    elif scales is not None:
+        raise MatrixError(f"{values.name} values have no scales")
+    return {name: sections[name] for name in SECTION_DTYPES if name in sections}
+
+
+def unpack_sections(
+    sections: dict[str, Tensor], values: ValueType, layout: str, shape: tuple[int, int], group: int = GROUP
+) -> Unpacked:
+    """The inverse of :func:`pack_sections`: kept float values bit for bit, integer codes exactly.
+
+    The sections must have passed :func:`gossamer.matrices.validation.check_sections`.
+    """
+    kind = parse_layout(layout)
+    count = grid(shape)[0] * grid(shape)[1]
+    stored = sections["values"].numpy()
+    mask = None
+    if kind.room is not None:
+        size = int(value_bytes(np.array([kind.room]), values)[0])
+        dense = _unpack_values(stored[: count * size].reshape(count, size), kind.room, values)
+    if kind.sparse:
+        masks = mask_bytes(sections["masks"], count)
+        bits = unpack_bits(masks)
+        mask = from_stream(torch.from_numpy(bits), shape)
+        stream = np.full((count, ENTRIES), _zero(values), dtype=_stored_dtype(values))
+        counts = output_counts(masks).sum(axis=1, dtype=np.int64)
+        if kind.room is None:
+            stream[bits] = _unpack_values(stored, counts, values)
+        else:
+            stream[bits] = dense[np.arange(kind.room) < counts[:, None]]
+    else:
+        stream = dense
+    weight = _from_stored(from_stream(torch.from_numpy(stream), shape), values)
+    scales = _unpack_scales(sections["scales"], shape, group) if values.is_integer else None
+    return Unpacked(weight, mask, scales)
+
+
+def choose_layout(mask: Tensor | None, values: ValueType) -> str:
+    """The layout that holds ``mask`` bool ``(out, in)`` (None: all kept) in the fewest bytes.
+
+    ``n:64`` where every output keeps exactly n of each full group of 64 inputs, and at most n of a ragged
+    last one (a 2:4 mask is a valid 32:64); else ``bitmap``; and ``dense`` where nothing is pruned or where
+    the sparse layout would take no fewer bytes.
+    """
+    if mask is None or bool(mask.all()):
+        return "dense"
+    shape = shape_of(mask)
+    full = shape[1] - shape[1] % GROUP
+    kept = mask[:, :full].reshape(shape[0], -1, GROUP).sum(dim=2)
+    choice = "bitmap"
+    if full and 0 < int(kept.min()) == int(kept.max()) < GROUP:
+        n = int(kept[0, 0])
+        if int(mask[:, full:].sum(dim=1).max()) <= n:
+            choice = f"{n}:64"
+    return choice if packed_bytes(mask, values, choice) < packed_bytes(mask, values, "dense") else "dense"
+
+
+def packed_bytes(mask: Tensor, values: ValueType, layout: str, group: int = GROUP) -> int:
+    """Bytes of all sections that :func:`pack_sections` would make for ``mask`` bool ``(out, in)``."""
+    kind = parse_layout(layout)
+    shape = shape_of(mask)
+    panels, groups = grid(shape)
+    if kind.room is None:
+        bits = to_stream(mask, shape, 0)
+        counts = np.asarray(bits.sum(dim=1).numpy())
+    else:
+        counts = np.full(panels * groups, kind.room)
+    sizes = [int(value_bytes(counts, values).sum())]
+    if kind.sparse:
+        sizes.append(panels * groups * ENTRIES // 8)
+    if values.is_integer:
+        sizes.append(panels * groups * (GROUP // group) * PANEL * 2)
+    if kind.room is None:
+        sizes.append(8 * (panels + 1))
+    return sum(padded_size(size) for size in sizes)
+
+
+def _zero(values: ValueType) -> int:
+    return values.zero_code if values.is_integer else 0
+
+
+def _stored_dtype(values: ValueType) -> Any:
+    return {32: np.int32, 16: np.int16}.get(values.bits, np.uint8)
+
+
+def _to_stored(weight: Tensor, values: ValueType) -> Tensor:
+    """Floats as their bit patterns (int32, int16), codes as ``q + zero_code`` (uint8)."""
+    weight = weight.detach()
+    if not values.is_integer:
+        if not weight.is_floating_point():
+            raise MatrixError(f"{values.name} values are packed from floats, got {weight.dtype}")
+        patterns = torch.int32 if values.bits == 32 else torch.int16
+        return weight.to(values.dtype).contiguous().view(patterns)
+    if weight.is_floating_point() or weight.dtype == torch.bool:
+        raise MatrixError(f"{values.name} values are packed from integer codes, got {weight.dtype}")
+    if bool((weight < values.qmin).any()) or bool((weight > values.qmax).any()):
+        raise MatrixError(f"{values.name} codes lie in [{values.qmin}, {values.qmax}]")
+    return (weight.to(torch.int16) + values.zero_code).to(torch.uint8)
+
+
+def _from_stored(stored: Tensor, values: ValueType) -> Tensor:
+    if not values.is_integer:
+        return stored.view(values.dtype)
+    return (stored.to(torch.int16) - values.zero_code).to(torch.int8)
+
+
+def _section(array: Array) -> Tensor:
+    """A flat array as a tensor, zero-padded to a multiple of 64 bytes. It is PyTorch's memory, which
+    starts at such a multiple (numpy's does not), so that kernels use it in place."""
+    flat = torch.from_numpy(np.ascontiguousarray(array).reshape(-1))
+    used = flat.numel() * flat.element_size()
+    section = torch.zeros(padded_size(used) // flat.element_size(), dtype=flat.dtype)
+    section[: flat.numel()] = flat
+    return section
+
+
+def _pack_values(stored: Array, counts: Array | None, values: ValueType) -> Array:
+    """Bytes of stored values: ``(panel_groups, room)``, or flat with ``counts`` a panel-group."""
+    if values.name == "int4" or values.name == "int3":
+        return pack_codes(stored, counts, values.bits)
+    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+
+
+def _unpack_values(stored: Array, counts: Array | int, values: ValueType) -> Array:
+    """The inverse: ``(panel_groups, room)`` from bytes ``(panel_groups, size)`` where ``counts`` is the room,
+    else a flat array of ``sum(counts)`` from a flat one."""
+    if values.name == "int4" or values.name == "int3":
+        return unpack_codes(stored, counts, values.bits)
+    patterns = _stored_dtype(values)
+    if isinstance(counts, int):
+        return np.ascontiguousarray(stored).view(patterns)
+    return stored[: int(counts.sum()) * np.dtype(patterns).itemsize].view(patterns)
+
+
+def _pack_scales(scales: Tensor | None, shape: tuple[int, int], group: int) -> Tensor:
+    check_group(group)
+    panels, groups = grid(shape)
+    wanted = (shape[0], -(-shape[1] // group))
+    if scales is None or scales.dtype != torch.float16 or tuple(scales.shape) != wanted:
+        got = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
+        raise MatrixError(
+            f"the scales of a weight {shape} in groups of {group} are float16 {wanted}, got {got}"
+        )
+    vectors = GROUP // group
+    padded = torch.zeros(panels * PANEL, groups * vectors, dtype=torch.float16)
+    padded[: wanted[0], : wanted[1]] = scales.detach()
+    ordered = padded.reshape(panels, PANEL, groups, vectors).permute(0, 2, 3, 1)
+    return _section(ordered.contiguous().numpy())
+
+
+def _unpack_scales(section: Tensor, shape: tuple[int, int], group: int) -> Tensor:
+    panels, groups = grid(shape)
+    vectors = GROUP // group
+    used = section[: panels * groups * vectors * PANEL].reshape(panels, groups, vectors, PANEL)
+    plain = used.permute(0, 3, 1, 2).reshape(panels * PANEL, groups * vectors)
+    return plain[: shape[0], : -(-shape[1] // group)].contiguous()

@@ -1,0 +1,321 @@
+"""Packed: the leaf whose bytes a kernel reads, the same in memory and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer import kernels
+from gossamer.errors import MatrixError
+from gossamer.kernels import reference
+from gossamer.matrices.compose import Composite, Sum
+from gossamer.matrices.dense import Dense
+from gossamer.matrices.geometry import (
+    GROUP,
+    SECTION_DTYPES,
+    grid,
+    mask_bytes,
+    output_counts,
+    parse_layout,
+    shape_of,
+)
+from gossamer.matrices.layouts import Unpacked, choose_layout, pack_sections, unpack_sections
+from gossamer.matrices.matrix import Description, Matrix, check_target, described_shape
+from gossamer.matrices.rows import dense_rows
+from gossamer.matrices.sparse import Sparse
+from gossamer.matrices.validation import check_sections
+from gossamer.matrices.values import Quantized, ValueType, check_group, integer_type, quantize, value_type
+
+
+class Packed(Matrix, kind="packed"):
+    """A weight in packed sections (docs/architecture.md), which are its buffers ``values``, ``masks``,
+    ``scales`` and ``offsets`` (None where the layout or the values have none).
+
+    Not trainable; gradients flow through it to the activations. ``module.to(dtype)`` leaves it as it is:
+    its bytes are its meaning. Integer values multiply int8 activations, bfloat16 ones bfloat16 activations.
+    The sections are checked when the matrix is made and when a state dict is loaded.
+    """
+
+    values: Tensor
+    masks: Tensor | None
+    scales: Tensor | None
+    offsets: Tensor | None
+    _handle: kernels.Handle | None
+    _plain: Unpacked | None
+
+    def __init__(
+        self,
+        sections: dict[str, Tensor],
+        *,
+        layout: str,
+        values: str,
+        shape: tuple[int, int],
+        group: int = GROUP,
+        clamped: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layout = parse_layout(layout).name
+        self.value_type = value_type(values)
+        self.group = group
+        self.clamped = clamped
+        self._shape = (int(shape[0]), int(shape[1]))
+        check_sections(sections, self.value_type, layout, self._shape, group)
+        for name in SECTION_DTYPES:
+            self.register_buffer(name, sections.get(name))
+        self._forget()
+
+    # --- making ---
+
+    @classmethod
+    def pack(
+        cls,
+        weight: Matrix | Tensor | Quantized,
+        values: str | None = None,
+        layout: str = "auto",
+        group: int | None = None,
+        mask: Tensor | None = None,
+        *,
+        importance: Tensor | None = None,
+    ) -> Packed:
+        """A Dense or Sparse leaf, a tensor ``(out, in)`` or codes with their scales, as a packed leaf.
+
+        ``values``: float32, bfloat16, int8, int4 or int3 (default: int4, or the codes' own); ``layout``:
+        dense, bitmap, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64 (default)
+        or 32; ``mask``: bool, True = kept (default: the leaf's own, or all).
+        Floats become integers by rounding to nearest under scales of least squared error, weighted by
+        ``importance`` (``(in,)``, the Gram diagonal). The dense layout keeps pruned weights as zeros and
+        forgets the mask. Raises MatrixError, on NaN weights too.
+        """
+        if isinstance(weight, Matrix):
+            weight, own = _leaf(weight)
+            mask = own if mask is None else mask
+        if isinstance(weight, Quantized):
+            kind, group = _same_format(weight, values, group)
+            quantized: Quantized | None = weight
+            plain = weight.q
+        else:
+            kind = value_type(values or "int4")
+            group = GROUP if group is None or not kind.is_integer else group
+            check_target(weight, None)
+            plain = weight.detach()
+            quantized = quantize(plain.float(), kind, group, mask, importance) if kind.is_integer else None
+            plain = plain if quantized is None else quantized.q
+        if layout == "auto":
+            layout = choose_layout(mask, kind)
+        scales = None if quantized is None else quantized.scales
+        sections = pack_sections(plain, kind, layout, mask=mask, scales=scales, group=group)
+        return cls(
+            sections,
+            layout=layout,
+            values=kind.name,
+            shape=shape_of(plain),
+            group=group,
+            clamped=0 if quantized is None else quantized.clamped,
+        )
+
+    @classmethod
+    def fit(cls, target: Tensor, gram: Tensor | None = None, **structure: Any) -> Packed:
+        """Round to nearest, scales weighted by the Gram diagonal; ``structure``: as :meth:`pack`."""
+        check_target(target, gram)
+        importance = None if gram is None else gram.diagonal().float().clamp_min(0)
+        return cls.pack(target, importance=importance, **structure)
+
+    @classmethod
+    def from_tensors(cls, description: Description, tensors: dict[str, Tensor]) -> Packed:
+        layout, values = description.get("layout"), description.get("values")
+        group, clamped = description.get("group", GROUP), description.get("clamped", 0)
+        if not isinstance(layout, str) or not isinstance(values, str):
+            raise MatrixError(f"a packed weight names its layout and values, got {layout!r} and {values!r}")
+        if type(group) is not int or type(clamped) is not int:
+            raise MatrixError(f"group and clamped are integers, got {group!r} and {clamped!r}")
+        check_group(group)
+        shape = described_shape(description)
+        return cls(tensors, layout=layout, values=values, shape=shape, group=group, clamped=clamped)
+
+    # --- what it is ---
+
+    @property
+    def values_name(self) -> str:
+        """The number format: float32, bfloat16, int8, int4 or int3."""
+        return self.value_type.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        held = ((name, getattr(self, name)) for name in SECTION_DTYPES)
+        return {name: section for name, section in held if section is not None}
+
+    def describe(self) -> Description:
+        """Layout, values, and for integers the group and how many scales were clamped."""
+        description = {**super().describe(), "layout": self.layout, "values": self.value_type.name}
+        if self.value_type.is_integer:
+            description |= {"group": self.group, "clamped": self.clamped}
+        return description
+
+    def unpack(self) -> Unpacked:
+        """The weight (or codes q) ``(out, in)``, its mask (None: all kept) and scales, exactly as packed."""
+        return unpack_sections(self.tensors(), self.value_type, self.layout, self._shape, self.group)
+
+    def quantized(self) -> Quantized:
+        """Codes and scales of integer values; raises MatrixError for floats."""
+        plain = self.unpack()
+        if plain.scales is None:
+            raise MatrixError(f"{self.value_type.name} values have no codes: use unpack")
+        return Quantized(plain.weight, plain.scales, self.group, self.value_type.bits, self.clamped)
+
+    def mask(self) -> Tensor:
+        """bool ``(out, in)``, True = kept (all of it in the dense layout)."""
+        mask = self.unpack().mask
+        return torch.ones(self._shape, dtype=torch.bool) if mask is None else mask
+
+    @property
+    def kept(self) -> int:
+        out, width = self._shape
+        if self.masks is None:
+            return out * width
+        panels, groups = grid(self._shape)
+        return int(output_counts(mask_bytes(self.masks, panels * groups)).sum())
+
+    def to_dense(self) -> Tensor:
+        """float32 ``(out, in)``."""
+        if self.value_type.is_integer:
+            return self.quantized().to_dense()
+        return self.unpack().weight.float()
+
+    def transpose(self) -> Matrix:
+        """Wᵀ as a float32 Dense, or Sparse with the same mask; not trainable. Scales run along inputs, so
+        integers have no exact transpose in their own format."""
+        if self.masks is None:
+            return Dense(self.to_dense().T.contiguous(), trainable=False)
+        return Sparse(self.mask().T.contiguous(), self.to_dense().T.contiguous(), trainable=False)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """float32 rows; from the dense layout's bytes alone, else from the unpacked whole."""
+        if self.masks is not None:
+            return self.to_dense()[index]
+        flat = dense_rows(self.tensors(), self.value_type, self._shape, self.group, index.reshape(-1))
+        return flat.reshape(*index.shape, self._shape[1])
+
+    def extra_repr(self) -> str:
+        group = f", group {self.group}" if self.value_type.is_integer else ""
+        return f"{super().extra_repr()}, {self.layout}, {self.value_type.name}{group}"
+
+    # --- multiplying ---
+
+    def matmul(self, x: Tensor) -> Tensor:
+        self._check_inputs(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """``x Wᵀ`` without a gradient, by the native kernels or, where they are missing, their reference."""
+        if self._handle is None and self._plain is None:
+            if kernels.native_available():
+                self._handle = kernels.make_handle(
+                    self.layout, self.value_type.name, *self._shape, self.group, self.tensors()
+                )
+            else:
+                self._plain = self.unpack()
+        if self._handle is not None:
+            if x.dtype in (torch.float32, torch.bfloat16):
+                return kernels.matmul(self._handle, x)
+            return kernels.matmul(self._handle, x.float()).to(x.dtype)
+        assert self._plain is not None
+        plain, flat = self._plain, x.reshape(-1, self._shape[1]).float()
+        if plain.scales is None:
+            y = reference.matmul_float(plain.weight, flat)
+        else:
+            y = reference.matmul_int(plain.weight, plain.scales, flat, self.group)
+        return y.reshape(*x.shape[:-1], self._shape[0]).to(x.dtype)
+
+    def _forget(self) -> None:
+        """Drops what was derived from the buffers: they moved, or hold other bytes."""
+        self._handle = None
+        self._plain = None
+
+    # --- being a module ---
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._forget()
+        if not self.values.is_meta:
+            check_sections(self.tensors(), self.value_type, self.layout, self._shape, self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None, "_plain": None}
+
+
+def _leaf(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+    """The weight and mask of one leaf."""
+    if isinstance(matrix, Packed):
+        return matrix.to_dense(), matrix.unpack().mask
+    if isinstance(matrix, Sparse):
+        return matrix.to_dense(), matrix.mask
+    if isinstance(matrix, Dense):
+        return matrix.to_dense(), None
+    raise MatrixError(f"a {matrix.kind} is not one leaf: use pack_tree")
+
+
+def _same_format(quantized: Quantized, values: str | None, group: int | None) -> tuple[ValueType, int]:
+    """The format of ``quantized``; raises MatrixError where another one is asked for."""
+    kind = integer_type(quantized.bits)
+    if values not in (None, kind.name) or group not in (None, quantized.group):
+        raise MatrixError(
+            f"the codes are {kind.name} in groups of {quantized.group}, but {values or kind.name} in groups "
+            f"of {group or quantized.group} was asked for: quantize the weight itself"
+        )
+    return kind, quantized.group
+
+
+class _Frozen(torch.autograd.Function):
+    """A packed product whose gradient reaches the activations only, as if they had not been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return packed._product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.packed.to_dense().to(grad.dtype), None
+
+
+pack = Packed.pack
+
+
+def pack_tree(
+    matrix: Matrix,
+    values: str = "int4",
+    layout: str = "auto",
+    group: int = GROUP,
+    importance: Tensor | None = None,
+) -> Matrix:
+    """``matrix`` with every Dense and Sparse leaf packed; leaves that are packed stay as they are.
+
+    ``importance``: ``(in,)``, for the leaves that see the activations themselves (in a product: the last).
+    """
+    if isinstance(matrix, Packed):
+        return matrix
+    if not isinstance(matrix, Composite):
+        return Packed.pack(matrix, values, layout, group, importance=importance)
+    sees = list(matrix) if isinstance(matrix, Sum) else list(matrix)[-1:]
+    return matrix.map_parts(
+        lambda part: pack_tree(part, values, layout, group, importance if part in sees else None)
+    )

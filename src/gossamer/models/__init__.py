@@ -1,0 +1,80 @@
+"""Language models: found, opened, walked block by block, saved and run; and the texts that they read."""
+
+from gossamer.models.checkpoint import load_checkpoint
+from gossamer.models.checkpoint_writer import CheckpointWriter
+from gossamer.models.contents import open_checkpoint
+from gossamer.models.generate import Session, generate, stream
+from gossamer.models.manifest import is_checkpoint
+from gossamer.models.parts import read_part, write_part
+from gossamer.models.skeleton import (
+    WeightFiles,
+    empty_model,
+    load_model,
+    materialize,
+    read_parameter,
+    release,
+    skeleton,
+)
+from gossamer.models.sources import ModelFolder, resolve
+from gossamer.models.text import (
+    Text,
+    TextSource,
+    calibration_windows,
+    default_text,
+    evaluation_windows,
+    read_text,
+)
+from gossamer.models.tokenizer import StreamDecoder, encode_prompt, format_chat, load_tokenizer
+from gossamer.models.walk import (
+    Block,
+    BlockInputs,
+    ModelParts,
+    capture_block_inputs,
+    find_parts,
+    finish,
+    prunable,
+    run_block,
+    set_weight,
+    weight_of,
+)
+
+__all__ = [
+    "Block",
+    "BlockInputs",
+    "CheckpointWriter",
+    "ModelFolder",
+    "ModelParts",
+    "Session",
+    "StreamDecoder",
+    "Text",
+    "TextSource",
+    "WeightFiles",
+    "calibration_windows",
+    "capture_block_inputs",
+    "default_text",
+    "empty_model",
+    "encode_prompt",
+    "evaluation_windows",
+    "find_parts",
+    "finish",
+    "format_chat",
+    "generate",
+    "is_checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "load_tokenizer",
+    "materialize",
+    "open_checkpoint",
+    "prunable",
+    "read_parameter",
+    "read_part",
+    "read_text",
+    "release",
+    "resolve",
+    "run_block",
+    "set_weight",
+    "skeleton",
+    "stream",
+    "weight_of",
+    "write_part",
+]

@@ -1,0 +1,164 @@
+"""Dense export: a plain Hugging Face folder that transformers loads unchanged, zeros where pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import ModelError, OutputError
+from gossamer.matrices.atomic import atomic_file, atomic_folder, check_free
+from gossamer.matrices.storage import LazyTensor, nbytes, write_tensors
+from gossamer.models.checkpoint import load_checkpoint
+from gossamer.models.checkpoint_writer import copy_companions
+from gossamer.models.naming import state_of
+from gossamer.models.walk import is_conv1d
+from gossamer.nn import StructuredEmbedding, StructuredLinear
+from gossamer.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD_BYTES = 5_000_000_000
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_dense(
+    source: str | Path | PreTrainedModel,
+    out: str | Path,
+    dtype: str = "bfloat16",
+    *,
+    base: str | Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
+) -> Path:
+    """Writes the model as plain dense weights that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    ``source``: the folder of a checkpoint, or a model in memory, structured or not; ``dtype``: float32,
+    bfloat16 or float16, of every floating tensor; ``base``: where tokenizer files come from (the checkpoint
+    by default). One matrix is unpacked at a time. Files past ``shard_bytes`` are split as transformers
+    splits them. Nothing is left under ``out`` unless all is there. Returns ``out``. Raises OutputError where
+    ``out`` is taken or cannot be written, CheckpointError where the checkpoint is damaged.
+    """
+    out = Path(out)
+    check_free(out)
+    if dtype not in _DTYPES:
+        raise OutputError(f"the dtype of an export is one of {', '.join(_DTYPES)}, not {dtype!r}")
+    if isinstance(source, (str, Path)):
+        model, base = load_checkpoint(source), base or source
+    else:
+        model = source
+    tensors, tied = _dense_tensors(model, _DTYPES[dtype])
+    with atomic_folder(out) as folder:
+        if base is not None:
+            copy_companions(Path(base), folder, without=("config.json",))
+        _write_config(model, folder, dtype, tied)
+        _write_shards(folder, tensors, shard_bytes, progress)
+    return out
+
+
+def _dense_tensors(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, LazyTensor], bool]:
+    """Every tensor of the dense model by its name there, tied ones once; and whether ties hold: not where
+    parameters that the configuration ties have become different matrices."""
+    sketch = _dense_twin(model)
+    owners: dict[int, int] = {}  # the sketch's tensor -> what the model holds in its place
+    state = [(name, tensor, _held(model, name)) for name, tensor in state_of(sketch)]
+    tied = all(owners.setdefault(id(tensor), id(held)) == id(held) for _, tensor, held in state)
+    tensors: dict[str, LazyTensor] = {}
+    seen: set[int] = set()
+    for name, tensor, held in state:
+        if tied and id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        turned = is_conv1d(sketch.get_submodule(name.rpartition(".")[0]))
+        shape = tuple(tensor.shape)
+        kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
+        tensors[name] = LazyTensor(kind, shape, partial(_load, held, turned, kind))
+    return tensors, tied
+
+
+def _dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            twin = AutoModelForCausalLM.from_config(deepcopy(model.config), trust_remote_code=False)
+    except Exception as error:  # whatever a foreign configuration does
+        raise ModelError(f"transformers makes no model of this configuration: {error}") from error
+    twin.tie_weights()
+    return twin
+
+
+def _held(model: nn.Module, name: str) -> Any:
+    """The tensor, or the matrix, that stands for the dense parameter ``name``."""
+    module_name, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        module = None
+    if isinstance(module, (StructuredLinear, StructuredEmbedding)) and last == "weight":
+        return module.matrix
+    held = getattr(module, last, None)
+    if not isinstance(held, Tensor):
+        raise ModelError(f"the model has no parameter {name}, which its configuration asks for")
+    return held
+
+
+def _load(held: Any, turned: bool, dtype: torch.dtype) -> Tensor:
+    if isinstance(held, Tensor):
+        return held.detach().to(dtype)
+    dense: Tensor = held.to_dense().detach()
+    return (dense.T if turned else dense).to(dtype)
+
+
+def _write_config(model: PreTrainedModel, folder: Path, dtype: str, tied: bool) -> None:
+    config = deepcopy(model.config)
+    config.dtype = _DTYPES[dtype]
+    config.architectures = [type(model).__name__]
+    if not tied:
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    if not (folder / "generation_config.json").exists() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _write_shards(folder: Path, tensors: dict[str, LazyTensor], shard_bytes: int, progress: Progress) -> None:
+    shards = list(_shards(tensors, shard_bytes))
+    total = sum(nbytes(tensor) for tensor in tensors.values())
+    places: dict[str, str] = {}
+    done = 0
+
+    def count(written: int) -> None:
+        progress("exporting", done + written, total)
+
+    for index, names in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{index:05}-of-{len(shards):05}.safetensors"
+        part = {name: tensors[name] for name in names}
+        write_tensors(folder / file, part, metadata={"format": "pt"}, progress=count)
+        places.update(dict.fromkeys(names, file))
+        done += sum(nbytes(tensor) for tensor in part.values())
+    if len(shards) > 1:
+        index_table = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index_table, indent=2, sort_keys=True).encode() + b"\n"
+        with atomic_file(folder / "model.safetensors.index.json", needed=len(text)) as writer:
+            writer.write(text)
+
+
+def _shards(tensors: dict[str, LazyTensor], limit: int) -> Iterable[list[str]]:
+    """Names in order, cut before the tensor that would pass ``limit`` bytes."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + nbytes(tensor) > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes(tensor)
+    yield names

@@ -1,0 +1,47 @@
+"""Which files make a folder a model, which of them are taken along, and which are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WANTED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_ABOUT = "gossamer_source.json"
+
+
+def is_model(names: Collection[str]) -> bool:
+    """Whether files of these names in one folder are a Hugging Face model in safetensors."""
+    return "config.json" in names and any(name in names for name in _WEIGHTS)
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a file of such a folder is taken along: weights, config and tokenizer."""
+    return name.endswith(_WANTED) or (name.startswith("model") and name.endswith(".safetensors"))
+
+
+def pickle_refusal(where: str) -> str:
+    """Why weights in ``.bin`` and the like are not read."""
+    return (
+        f"{where} holds weights only in a pickle format ({', '.join(PICKLES)}), which can run code when it "
+        "is read: convert them to safetensors first"
+    )
+
+
+def write_about(folder: Path, key: str, origin: str, license_: str | None) -> None:
+    """Notes in ``folder`` what it was made from: its sha256, its name and its license."""
+    about = {"license": license_, "origin": origin, "sha256": key}
+    (folder / _ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `write_about` noted; empty where it did not."""
+    with suppress(OSError, ValueError):
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        if isinstance(about, dict):
+            return about
+    return {}

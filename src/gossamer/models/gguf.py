@@ -1,0 +1,203 @@
+"""A GGUF file made into a Hugging Face folder, once: float32 safetensors, config and tokenizer.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Config and tokenizer are read by
+transformers, blocks are dequantized by the ``gguf`` package. Weights of common architectures pass one tensor
+at a time; others are loaded whole by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.errors import GossamerError, ModelError
+from gossamer.matrices.storage import LazyTensor, write_tensors
+from gossamer.models.naming import state_of
+from gossamer.models.skeleton import SINGLE_FILE, empty_model
+from gossamer.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+_MAGIC = b"GGUF"
+
+
+def license_of(path: Path) -> str | None:
+    """The license that a GGUF file states for its model."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).fields.get("general.license")
+    return None if field is None else str(field.contents())
+
+
+def convert(path: Path, folder: Path, progress: Progress = silent) -> None:
+    """Writes the model in the GGUF file ``path`` into the existing ``folder``.
+
+    The weights are what the file's blocks stand for, in float32; a head that is tied to the embedding is
+    not stored twice. ``progress``: stage "convert", in tensors. Raises ModelError where the file is damaged,
+    its architecture is unknown to transformers, or it holds tensors that transformers would leave out.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != _MAGIC:
+            raise ModelError(f"{path.name} is no GGUF file: it does not begin with {_MAGIC.decode()}")
+    try:
+        _convert(path, folder, progress)
+    except GossamerError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"{path.name} cannot be converted: {type(error).__name__}: {reason}") from error
+
+
+def _convert(path: Path, folder: Path, progress: Progress) -> None:
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoTokenizer
+
+    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    config = AutoConfig.from_pretrained(path.parent, **place)
+    # what the file's quantization was says nothing about the float weights that are written here
+    for stale in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        if stale in config.__dict__:
+            delattr(config, stale)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    model = empty_model(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+    reader = GGUFReader(path)
+    architecture = str(reader.fields["general.architecture"].contents())
+    if architecture in _FROM_GGUF:
+        tensors: Mapping[str, Tensor | LazyTensor] = _lazy_tensors(model, reader, architecture, progress)
+    else:
+        tensors = _whole(path, model)
+    write_tensors(folder / SINGLE_FILE, tensors, metadata={"format": "pt"})
+    AutoTokenizer.from_pretrained(path.parent, **place).save_pretrained(folder)
+    _forget_how_loaded(folder / "tokenizer_config.json")
+
+
+def _forget_how_loaded(path: Path) -> None:
+    """Tokenizers save the settings that they were loaded with, which are none of theirs."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(key, None)
+    path.write_text(
+        json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _lazy_tensors(
+    model: PreTrainedModel, reader: Any, architecture: str, progress: Progress
+) -> dict[str, LazyTensor]:
+    """Every tensor of ``model`` under one name, dequantized when its turn comes to be written."""
+    from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+
+    key = next(arch for arch in MODEL_ARCH if MODEL_ARCH_NAMES.get(arch) == architecture)
+    names = get_tensor_name_map(key, model.config.num_hidden_layers)
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    fix = _FROM_GGUF[architecture]
+    total, done = len(there), 0
+
+    def lazy(stored: Any, tensor: Tensor) -> LazyTensor:
+        def load() -> Tensor:
+            nonlocal done
+            from gguf import dequantize
+
+            array = fix(stored.name, dequantize(stored.data, stored.tensor_type), model.config)
+            if array.shape != tuple(tensor.shape):
+                raise ModelError(
+                    f"the tensor {stored.name} of the GGUF file has shape {array.shape}, but the config that "
+                    f"transformers reads from the file asks for {tuple(tensor.shape)}"
+                )
+            done += 1
+            progress("convert", done, total)
+            return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+
+        return LazyTensor(torch.float32, tuple(tensor.shape), load)
+
+    lazies: dict[str, LazyTensor] = {}
+    seen: set[int] = set()
+    missing: dict[int, str] = {}
+    for name, tensor in state_of(model):
+        if id(tensor) in seen:
+            continue
+        base, _, kind = name.rpartition(".")
+        stored = there.pop(f"{names.get_name(base)}.{kind}", None)
+        if stored is None:
+            missing.setdefault(id(tensor), name)
+            continue
+        seen.add(id(tensor))
+        lazies[name] = lazy(stored, tensor)
+    absent = [name for key, name in missing.items() if key not in seen]
+    if absent:
+        raise ModelError(f"the GGUF file has no tensor for {absent[0]} of {type(model).__name__}")
+    if there:
+        raise ModelError(
+            f"the GGUF file holds the tensor {min(there)}, which transformers would leave out: "
+            "use this model's safetensors release"
+        )
+    return lazies
+
+
+def _whole(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every tensor, loaded at once by transformers."""
+    import transformers
+
+    settings: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "local_files_only": True}
+    # releases that keep blocks packed need to be told not to
+    if hasattr(transformers, "GgufConfig"):
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = type(model).from_pretrained(path.parent, **settings)
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in state_of(loaded):
+        once.setdefault(id(tensor), (name, tensor))
+    return {name: tensor.detach().contiguous() for name, tensor in once.values()}
+
+
+# How llama.cpp changes weights when it writes GGUF, undone. Each takes the tensor's GGUF name, the array
+# and the model's config.
+
+
+def _same(name: str, array: _Array, config: Any) -> _Array:
+    return array
+
+
+def _unpermuted(name: str, array: _Array, config: Any) -> _Array:
+    """llama.cpp interleaves the halves of each head's rotary dimensions; transformers keeps them apart."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    layer = name.split(".")[-2]
+    if layer not in heads:
+        return array
+    pairs = array.reshape(heads[layer], -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _norms_less_one(name: str, array: _Array, config: Any) -> _Array:
+    """Gemma's norms multiply by 1 + weight, llama.cpp stores that sum."""
+    return array - 1 if name.endswith("norm.weight") else array
+
+
+def _conv1d(name: str, array: _Array, config: Any) -> _Array:
+    """GPT-2's own layout of linear layers is (in, out)."""
+    linear = {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+    return array.T if array.ndim == 2 and name.split(".")[-2] in linear else array
+
+
+_FROM_GGUF: dict[str, Callable[[str, _Array, Any], _Array]] = {
+    "llama": _unpermuted,
+    "qwen2": _same,
+    "qwen3": _same,
+    "phi3": _same,
+    "gemma2": _norms_less_one,
+    "gemma3": _norms_less_one,
+    "gpt2": _conv1d,
+}

@@ -1,0 +1,195 @@
+"""Text in, windows of tokens out: what models are calibrated and measured on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import TextError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TextSource = str | Path | Sequence[str] | None
+"""What `read_text` takes: a file or folder, documents, or None for the built-in prose."""
+
+SEPARATOR = "\n\n"
+BUILT_IN = "python-topics"
+_CALIBRATION_SHARE = 0.7
+_TEXT_NAMES = (".txt", ".txt.gz", ".md", ".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and how reports name them. ``smoke``: the prose built into Python, on which a figure is no
+    measurement but a smoke test, and is labelled so."""
+
+    documents: tuple[str, ...]
+    label: str
+    smoke: bool = False
+
+    @property
+    def joined(self) -> str:
+        """All documents as one string, with an empty line between them."""
+        return SEPARATOR.join(self.documents)
+
+
+def read_text(source: TextSource, part: str = "calibrate") -> Text:
+    """The text that ``source`` names.
+
+    - a file: one document (UTF-8; ``.gz`` is unpacked; line ends become newlines);
+    - a ``.jsonl`` or ``.jsonl.gz`` file: one document a line: the string under ``text``, else ``query``,
+      else the line's first;
+    - a folder: its .txt, .md and .jsonl files (and .gz of them), also in folders below, sorted by path;
+    - a sequence of strings: those documents;
+    - None: `default_text` of ``part``.
+
+    Empty documents are left out. Raises TextError: nothing there, not UTF-8, binary, no document.
+    """
+    if source is None:
+        return default_text(part)
+    if not isinstance(source, (str, Path)):
+        documents, label = list(source), "given strings"
+        for i, document in enumerate(documents):
+            if not isinstance(document, str):
+                raise TextError(f"document {i} of the given text is {type(document).__name__}, not a string")
+    else:
+        path = Path(source).expanduser()
+        label = path.resolve().name
+        if path.is_dir():
+            documents = [document for file in _text_files(path) for document in _read_file(file)]
+        elif path.is_file():
+            documents = list(_read_file(path))
+        else:
+            raise TextError(f"there is no text file or folder {str(source)!r}")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"the text {label} is empty")
+    return Text(tuple(documents), label)
+
+
+def default_text(part: str = "calibrate") -> Text:
+    """English prose that every Python carries (``pydoc_data.topics``, sorted by key): of its characters the
+    first 70 %, in whole documents, for ``calibrate``, the rest for ``measure``. It differs a little between
+    releases of Python."""
+    from pydoc_data.topics import topics
+
+    if part not in ("calibrate", "measure"):
+        raise TextError(f"the built-in text has the parts calibrate and measure, not {part!r}")
+    documents = [topics[key] for key in sorted(topics)]
+    room = _CALIBRATION_SHARE * sum(map(len, documents))
+    cut = 0
+    while cut < len(documents) and room >= len(documents[cut]):
+        room -= len(documents[cut])
+        cut += 1
+    chosen = documents[:cut] if part == "calibrate" else documents[cut:]
+    return Text(tuple(chosen), BUILT_IN, smoke=True)
+
+
+def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The token ids (int64) of all documents as one string, without special tokens."""
+    ids = tokenizer(
+        text.joined, add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False
+    )["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def calibration_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int, windows: int, seed: int = 0
+) -> Tensor:
+    """Token ids ``(windows, seqlen)`` from random places of ``text``, the same for the same seed.
+
+    The text is tokenised once without special tokens; windows start at Python's
+    ``random.Random(seed).randint(0, tokens - seqlen - 1)``, one draw each, as in the calibration of the
+    SparseGPT and Wanda repositories. Raises TextError where the text is shorter than one window.
+    """
+    _check_positive(seqlen=seqlen, windows=windows)
+    ids = tokenize(text, tokenizer)
+    _check_length(text, len(ids), seqlen + 1)
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(windows)]
+    return torch.stack([ids[start : start + seqlen] for start in starts])
+
+
+def evaluation_windows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int = 2048, limit: int | None = None
+) -> Tensor:
+    """Token ids ``(n, seqlen)``: ``text`` tokenised once without special tokens, cut from the start without
+    overlap, at most ``limit`` windows; the rest that fills no window is left out. Raises TextError where
+    the text is shorter than one window."""
+    _check_positive(seqlen=seqlen, limit=1 if limit is None else limit)
+    ids = tokenize(text, tokenizer)
+    _check_length(text, len(ids), seqlen)
+    count = len(ids) // seqlen
+    count = count if limit is None else min(count, limit)
+    return ids[: count * seqlen].reshape(count, seqlen)
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise TextError(f"{name} must be at least 1, got {number}")
+
+
+def _check_length(text: Text, tokens: int, needed: int) -> None:
+    if tokens < needed:
+        raise TextError(
+            f"the text {text.label} has {tokens:,} tokens, but one window needs {needed:,}: give more text, "
+            "or shorter windows"
+        )
+
+
+def _text_files(folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name.endswith(_TEXT_NAMES)]
+    if not files:
+        raise TextError(f"the folder {folder.resolve().name} holds no text: no {', '.join(_TEXT_NAMES)} file")
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        data = path.read_bytes()
+        if path.name.endswith(".gz"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TextError(f"cannot read the text {path.name}: {error}") from error
+    try:
+        whole = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path.name} is no UTF-8 text: byte {error.start} is {data[error.start]:#04x}"
+        ) from error
+    if "\0" in whole:
+        raise TextError(f"{path.name} is no text: it holds NUL bytes")
+    # as text files are read everywhere: \r costs a tokenizer dear, and perplexity several percent
+    whole = whole.replace("\r\n", "\n").replace("\r", "\n")
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        # not splitlines(): JSON strings may hold U+2028 and its like as they are
+        for number, line in enumerate(whole.split("\n"), 1):
+            if line.strip():
+                yield _document(line, f"line {number} of {path.name}")
+    else:
+        yield whole
+
+
+def _document(line: str, where: str) -> str:
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{where} is no JSON: {error}") from error
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict):
+        for value in (record.get("text"), record.get("query"), *record.values()):
+            if isinstance(value, str):
+                return value
+    raise TextError(f"{where} holds no text: neither a string nor an object with one")

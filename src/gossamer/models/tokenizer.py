@@ -1,0 +1,93 @@
+"""Text to tokens and back: the tokenizer of a folder, chat prompts, and text that appears token by token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gossamer.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a Hugging Face folder. Nothing is fetched, and no code of the folder runs.
+    Raises ModelError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # damaged tokenizer files raise whatever their parser raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{Path(folder).name} has no tokenizer that can be loaded: {reason}") from error
+    return tokenizer
+
+
+def format_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | None = None) -> str:
+    """``prompt`` as a user's turn in the model's own chat form, up to where the model answers; ``prompt``
+    itself where the tokenizer has no chat template. A template may refuse ``system``: ModelError."""
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs and raise their own errors
+        raise ModelError(f"the model's chat template fails: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True) -> list[int]:
+    """Token ids of ``prompt``: in chat form, whose template writes all special tokens itself; with ``chat``
+    off or without a template as plain text, with the special tokens that the tokenizer puts first."""
+    formatted = chat and bool(tokenizer.chat_template)
+    text = format_chat(tokenizer, prompt) if formatted else prompt
+    ids: list[int] = tokenizer(text, add_special_tokens=not formatted, verbose=False)["input_ids"]
+    return ids
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come, holding back a character until its last byte is there.
+
+    ``push`` returns the new text (often ""), ``finish`` what is left; joined they are the decoded whole, in
+    which bytes that are no UTF-8 become U+FFFD. Special tokens are left out.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # text of ids[start:told] has been given out; it is decoded again each time since tokenizers
+        # treat a text's first token in their own way (leading space)
+        self._start = 0
+        self._told = 0
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` completes."""
+        self._ids.append(int(token))
+        text = self._fresh()
+        if text.endswith(_REPLACEMENT) or not text:
+            return ""
+        self._start, self._told = self._told, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """What has been held back; the decoder is empty afterwards."""
+        text = self._fresh()
+        self._ids, self._start, self._told = [], 0, 0
+        return text
+
+    def _fresh(self) -> str:
+        before = self._decode(self._ids[self._start : self._told])
+        return self._decode(self._ids[self._start :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text

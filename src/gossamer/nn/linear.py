@@ -1,0 +1,52 @@
+"""StructuredLinear: one module that serves every structured matrix in a PyTorch model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gossamer.errors import MatrixError
+from gossamer.matrices.matrix import Matrix
+
+
+class StructuredLinear(nn.Module):
+    """``y = x Wᵀ + bias`` with a structured W ``(out_features, in_features)``.
+
+    ``x``: ``(..., in_features)`` of any float dtype, which ``y`` keeps; ``bias``: ``(out_features,)``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if bias is not None and tuple(bias.shape) != (matrix.shape[0],):
+            raise MatrixError(f"the bias of {matrix.shape[0]} outputs has shape {tuple(bias.shape)}")
+        self.matrix = matrix
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, matrix: Matrix) -> StructuredLinear:
+        """``matrix`` in place of ``linear``'s weight, with its bias; raises MatrixError on another shape."""
+        if matrix.shape != tuple(linear.weight.shape):
+            raise MatrixError(
+                f"a matrix {matrix.shape} cannot stand in for a weight {tuple(linear.weight.shape)}"
+            )
+        return cls(matrix, linear.bias).train(linear.training)
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.matrix.matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,30 @@
+"""The published pruning methods, one small file each, and what they share."""
+
+from gossamer.prune.claim import Claim, Experiment
+from gossamer.prune.method import (
+    ALIASES,
+    METHODS,
+    Combination,
+    Layer,
+    Method,
+    Pruned,
+    ScoreMethod,
+    check_combination,
+    method,
+    round_values,
+)
+
+__all__ = [
+    "ALIASES",
+    "METHODS",
+    "Claim",
+    "Combination",
+    "Experiment",
+    "Layer",
+    "Method",
+    "Pruned",
+    "ScoreMethod",
+    "check_combination",
+    "method",
+    "round_values",
+]

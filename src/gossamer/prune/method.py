@@ -1,0 +1,179 @@
+"""What a pruning method is: scores or a solver, what it needs, what it accepts, what its paper claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from gossamer.calibrate import InputNorm, Statistic
+from gossamer.errors import MethodError, ModelError
+from gossamer.matrices.values import Quantized, ValueType, quantize, value_type
+from gossamer.prune.claim import Claim
+from gossamer.registry import Registry
+from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
+from gossamer.sparse.allocate import NEED_SCORES, allocation
+from gossamer.sparse.masks import resolve_sparsity
+
+S = TypeVar("S", bound=Statistic)
+
+
+@dataclass
+class Layer:
+    """One linear layer as a method sees it: ``weight`` float32 ``(out, in)`` and its statistics."""
+
+    name: str
+    weight: Tensor
+    statistics: dict[type[Statistic], Statistic] = field(default_factory=dict)
+
+    def __getitem__(self, kind: type[S]) -> S:
+        if kind not in self.statistics:
+            raise MethodError(f"{self.name} has no {kind.__name__}: the method must name it in `needs`")
+        found = self.statistics[kind]
+        assert isinstance(found, kind)
+        return found
+
+
+@dataclass
+class Pruned:
+    """What a method makes of a layer: the new ``weight`` (float32, as it will be multiplied), its
+    ``mask`` (None: dense), its integer codes where the values are integers, and what it recorded."""
+
+    weight: Tensor
+    mask: Tensor | None
+    quantized: Quantized | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Method:
+    """Base of all methods: declares what it needs and accepts, so that a bad combination fails at once."""
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[tuple[type[Statistic], ...]] = ()
+    accepts: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, NM, Block, Channel)
+    comparison_group: ClassVar[str] = "row"  # what plain "unstructured" means in the method's paper
+    claim: ClassVar[Claim | None] = None
+
+    def scores(self, layer: Layer) -> Tensor:
+        """How much each weight is worth keeping, float32 ``(out, in)``, higher = keep."""
+        raise NotImplementedError
+
+    def prune(
+        self,
+        layer: Layer,
+        pattern: Pattern,
+        sparsity: float,
+        values: ValueType,
+        group: int,
+    ) -> Pruned:
+        """The layer pruned to ``sparsity`` in ``pattern``, its kept weights in ``values`` (scales per
+        ``group`` inputs where they are integers)."""
+        raise NotImplementedError
+
+
+class ScoreMethod(Method):
+    """A method that is its scores: the mask keeps the highest, the values are rounded to nearest."""
+
+    def prune(
+        self,
+        layer: Layer,
+        pattern: Pattern,
+        sparsity: float,
+        values: ValueType,
+        group: int,
+    ) -> Pruned:
+        mask = None if sparsity == 0 else mask_from_scores(self.scores(layer), pattern, sparsity)
+        importance = layer[InputNorm].norm.square() if InputNorm in layer.statistics else None
+        return round_values(layer.weight, mask, values, group, importance)
+
+
+def round_values(
+    weight: Tensor, mask: Tensor | None, values: ValueType, group: int, importance: Tensor | None = None
+) -> Pruned:
+    """``weight`` under ``mask``, rounded to nearest in ``values``; the scales of integers minimise the
+    squared error weighted by ``importance`` ``(in,)``."""
+    kept = weight if mask is None else weight * mask
+    if values.is_integer:
+        codes = quantize(kept, values, group=group, mask=mask, importance=importance)
+        return Pruned(codes.to_dense(), mask, codes, {"clamped_scales": codes.clamped})
+    return Pruned(kept.to(getattr(torch, values.name)).float(), mask)
+
+
+METHODS: Registry[Method] = Registry(
+    "pruning method",
+    {
+        "random": "gossamer.prune.random",
+        "magnitude": "gossamer.prune.magnitude",
+        "wanda": "gossamer.prune.wanda",
+        "obs": "gossamer.prune.obs",
+    },
+)
+ALIASES = {"sparsegpt": "obs", "gptq": "obs"}
+
+
+def method(name: str, **options: Any) -> Method:
+    """The method called ``name`` with its options; raises MethodError for an unknown name or option."""
+    found = METHODS[ALIASES.get(name, name)]
+    try:
+        return found(**options)
+    except TypeError as error:
+        raise MethodError(f"the method {name} does not take these options: {error}") from None
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A checked combination of method, pattern, sparsity, allocation and values."""
+
+    method: Method
+    pattern: Pattern
+    sparsity: float
+    allocation: str
+    values: ValueType
+    group: int
+
+
+def check_combination(
+    method_name: str,
+    *,
+    pattern: str | Pattern | None = None,
+    sparsity: float | None = None,
+    allocation_name: str = "uniform",
+    values: str = "float32",
+    group: int = 64,
+    options: dict[str, Any] | None = None,
+) -> Combination:
+    """Everything that can be known to be wrong before any work starts.
+
+    ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
+    method's paper. ``sparsity`` None means 0 unless the pattern implies one. Raises PatternError,
+    SparsityError or MethodError with a sentence.
+    """
+    chosen = method(method_name, **(options or {}))
+    if pattern is None or pattern == "unstructured":
+        pattern = Unstructured(chosen.comparison_group)
+    elif isinstance(pattern, str):
+        pattern = parse_pattern(pattern)
+    if sparsity is None and not isinstance(pattern, NM):
+        sparsity = 0.0
+    sparsity = resolve_sparsity(pattern, sparsity)
+    if not isinstance(pattern, chosen.accepts):
+        accepted = ", ".join(kind.__name__ for kind in chosen.accepts)
+        raise MethodError(f"the method {chosen.name} does not accept the pattern {pattern} (only {accepted})")
+    allocation(allocation_name)
+    if allocation_name in NEED_SCORES and isinstance(pattern, NM):
+        raise MethodError(f"{pattern} fixes every layer's sparsity: it cannot be allocated {allocation_name}")
+    if allocation_name == "uniform" and getattr(pattern, "group", "") == "model":
+        raise MethodError("the comparison group 'model' lets layers compete: it needs allocation 'global'")
+    chosen_values = value_type(values)
+    if group not in (32, 64):
+        raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
+    return Combination(chosen, pattern, sparsity, allocation_name, chosen_values, group)
+
+
+def check_finite(layer: Layer) -> None:
+    """Raises ModelError where a weight is NaN or infinite, before it spreads."""
+    if not torch.isfinite(layer.weight).all():
+        raise ModelError(f"the weight of {layer.name} holds NaN or infinite values: the model is damaged")

@@ -1,0 +1,1 @@
+"""Whole jobs as steps: compress, load and run, measure quality and speed, describe, quickstart."""

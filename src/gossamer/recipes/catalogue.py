@@ -1,0 +1,50 @@
+"""The pruning methods as data: what each needs and accepts, its paper, and what that claims."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gossamer.prune import ALIASES, METHODS, Claim
+from gossamer.sparse import NM, Block, Channel, Unstructured
+
+_WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """One method. ``aliases``: its other names; ``needs``: statistics of calibration inputs, none for methods
+    without data; ``patterns``: those it accepts; ``comparison_group``: what plain "unstructured" means."""
+
+    name: str
+    aliases: tuple[str, ...]
+    says: str
+    needs: tuple[str, ...]
+    patterns: tuple[str, ...]
+    comparison_group: str
+    cite: str
+    claim: Claim | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def methods() -> list[MethodFacts]:
+    """All pruning methods, by name."""
+    found = []
+    for name in METHODS:
+        cls = METHODS[name]
+        found.append(
+            MethodFacts(
+                name=name,
+                aliases=tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name)),
+                says=(cls.__doc__ or "").partition("\n")[0],
+                needs=tuple(kind.__name__ for kind in cls.needs),
+                patterns=tuple(_WORDS[kind] for kind in cls.accepts),
+                comparison_group=cls.comparison_group,
+                cite=METHODS.citations[name],
+                claim=cls.claim,
+            )
+        )
+    return found

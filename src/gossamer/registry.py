@@ -1,0 +1,61 @@
+"""Names to classes, imported only when asked for: hundreds of methods cost nothing at start."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Generic, TypeVar
+
+from gossamer.errors import MethodError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A lazy table of named classes.
+
+    ``index`` maps each name to the module that registers it. A module registers its class with
+    ``@registry.register(name, cite=...)`` when it is imported, which happens at the first look-up.
+    """
+
+    def __init__(self, kind: str, index: dict[str, str]) -> None:
+        self.kind = kind
+        self.index = dict(index)
+        self.citations: dict[str, str] = {}
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str, *, cite: str) -> Callable[[type[T]], type[T]]:
+        """Class decorator: adds the class under ``name``; raises MethodError where the name is taken."""
+
+        def add(cls: type[T]) -> type[T]:
+            taken = self._classes.get(name)
+            if taken is not None and (taken.__module__, taken.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
+                raise MethodError(f"the {self.kind} {name!r} is registered twice: {taken} and {cls}")
+            self._classes[name] = cls
+            self.index.setdefault(name, cls.__module__)
+            self.citations[name] = cite
+            cls.name = name  # type: ignore[attr-defined]
+            return cls
+
+        return add
+
+    def __getitem__(self, name: str) -> type[T]:
+        if name not in self._classes:
+            if name not in self.index:
+                near = difflib.get_close_matches(name, self.index, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise MethodError(
+                    f"unknown {self.kind} {name!r}{hint} (there are: {', '.join(sorted(self.index))})"
+                )
+            import_module(self.index[name])
+        return self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.index))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index

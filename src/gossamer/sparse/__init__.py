@@ -1,0 +1,16 @@
+"""Patterns, masks and allocations: data and pure functions on tensors."""
+
+from gossamer.sparse.masks import check_mask, count_pruned, mask_from_scores
+from gossamer.sparse.patterns import NM, Block, Channel, Pattern, Unstructured, parse_pattern
+
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "Pattern",
+    "Unstructured",
+    "check_mask",
+    "count_pruned",
+    "mask_from_scores",
+    "parse_pattern",
+]

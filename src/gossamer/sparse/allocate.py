@@ -1,0 +1,96 @@
+"""Allocations: one budget of sparsity split over layers. All functions have one signature.
+
+``(layers, sparsity) -> {name: sparsity}``, where None leaves a layer dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from gossamer.errors import MethodError, ScoreError
+from gossamer.sparse.masks import check_sparsity, count_pruned
+
+Allocation = Callable[["Sequence[LayerInfo]", float], "dict[str, float | None]"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What an allocation may know of a layer.
+
+    ``scores`` gives the layer's scores, one for each unit that the pattern keeps or prunes whole
+    (weights, blocks or channels), as a flat float32 tensor; it is called as often as needed, so that
+    scores may lie on disk.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scores: Callable[[], Tensor] | None = None
+
+
+def uniform(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+    """Every layer gets the same sparsity."""
+    check_sparsity(sparsity)
+    return {layer.name: sparsity for layer in layers}
+
+
+def global_(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+    """Scores of all layers compete: the lowest go, wherever they lie.
+
+    Exactly ``floor(sparsity * n + 0.5)`` of all n units are pruned (ties: earlier layer, lower index
+    first), save that every layer keeps its best unit. Reads one layer's scores at a time: the k-th
+    smallest is found digit by digit on the bits of the scores, which for numbers >= 0 sort as integers.
+    """
+    missing = [layer.name for layer in layers if layer.scores is None]
+    if missing:
+        raise MethodError(f"the global allocation needs scores, and {missing[0]} has none")
+    sizes = {layer.name: len(_bits(layer)) + 1 for layer in layers}
+    wanted = count_pruned(sum(sizes.values()), sparsity)
+    wanted = min(wanted, sum(sizes.values()) - len(sizes))
+    if wanted == 0:
+        return {layer.name: 0.0 for layer in layers}
+    high, left = _kth_digit(layers, wanted, lambda bits: bits >> 16)
+    low, left = _kth_digit(layers, left, lambda bits: (bits & 0xFFFF)[bits >> 16 == high])
+    threshold = (high << 16) | low
+    pruned = {}
+    for layer in layers:
+        bits = _bits(layer)
+        ties = min(left, int((bits == threshold).sum()))
+        left -= ties
+        pruned[layer.name] = int((bits < threshold).sum()) + ties
+    return {name: pruned[name] / sizes[name] for name in pruned}
+
+
+def _bits(layer: LayerInfo) -> np.ndarray:
+    """The layer's scores as sortable integers, its best one left out."""
+    assert layer.scores is not None
+    scores = layer.scores().detach().float().flatten().numpy()
+    if np.isnan(scores).any() or (scores < 0).any():
+        raise ScoreError(f"the scores of {layer.name} are NaN or negative: they cannot compete globally")
+    return np.delete(np.abs(scores).view(np.uint32), scores.argmax()).astype(np.int64)
+
+
+def _kth_digit(
+    layers: Sequence[LayerInfo], k: int, digit: Callable[[np.ndarray], np.ndarray]
+) -> tuple[int, int]:
+    """The 16-bit digit of the k-th smallest (1-based), and its rank among those that share the digit."""
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for layer in layers:
+        counts += np.bincount(digit(_bits(layer)), minlength=1 << 16)
+    below = np.cumsum(counts)
+    found = int(np.searchsorted(below, k))
+    return found, k - int(below[found] - counts[found])
+
+
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": global_}
+NEED_SCORES = frozenset({"global"})
+
+
+def allocation(name: str) -> Allocation:
+    """The allocation called ``name``; raises MethodError with the list."""
+    if name not in ALLOCATIONS:
+        raise MethodError(f"unknown allocation {name!r} (there are: {', '.join(sorted(ALLOCATIONS))})")
+    return ALLOCATIONS[name]

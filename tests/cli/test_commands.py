@@ -1,0 +1,258 @@
+"""Each command on a tiny model: what it prints, and its one JSON document."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_run import SMALL, run
+
+from gossamer.cli.compress import compress as command
+from gossamer.evaluate.size import size_of_folder
+from gossamer.prune import METHODS
+from gossamer.recipes.compress import CompressSettings
+from gossamer.version import VERSION
+from tiny import tiny_tokens
+
+
+def test_compress_says_what_it_made(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(
+        "compress", model, "-o", out, "--calibration", text, *SMALL, "--pattern", "2:4", "--values", "bf16",
+        "--head-values", "bf16", "--option", "damping=0.05", "--option", "order=natural", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    told = done.document
+    size = size_of_folder(out)
+    assert told["out"] == str(out)
+    assert told["linear_bits"] == pytest.approx(size.linear_bits)
+    assert told["all_bits"] == pytest.approx(size.all_bits)
+    assert told["parameters"] == size.parameters
+    assert told["weight_file_bytes"] == size.weight_file_bytes
+    assert told["file_bytes"] == size.file_bytes
+    assert told["weight_file_bytes_before"] == (model / "model.safetensors").stat().st_size
+    assert told["sparsity"] == pytest.approx(0.5) == told["sparsity_requested"]
+    errors = {layer["name"]: layer["output_error"] for layer in told["made"]["layers"]}
+    assert told["layer_error"]["worst"] == max(errors.values())
+    assert errors[told["layer_error"]["worst_layer"]] == max(errors.values())
+    assert told["layer_error"]["mean"] == pytest.approx(sum(errors.values()) / len(errors))
+    assert told["made"]["settings"]["options"] == {"damping": 0.05, "order": "natural"}
+    assert told["made"]["pattern"] == "2:4"
+    assert told["peak_memory_bytes"] > 50e6
+    assert told["seconds"] > 0
+    assert told["resumed"] is False
+
+
+def test_compress_prints_a_table_and_the_next_command(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("compress", model, "-o", out, *SMALL, "--method", "magnitude", "--sparsity", "0.25")
+    assert done.code == 0, done.err
+    for word in ("bits a weight", "25 % requested, 25 % achieved", "worst", "took", "peak memory", "smaller"):
+        assert word in done.out
+    assert f"next: gossamer eval {out} --against {model}" in done.out
+    assert "smoke test" not in done.out  # magnitude reads no text
+
+
+def test_compress_has_the_defaults_of_the_recipe() -> None:
+    given = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+    expected = CompressSettings().model_dump()
+    assert expected.pop("options") == {}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_eval_against_dense(checkpoint: Path, model: Path, text: Path) -> None:
+    arguments = ("eval", checkpoint, "--against", model, "--text", text, "--windows", "3", "--seqlen", "64")
+    told = run(*arguments, "--json").document
+    assert told["tokens"] == 3 * 63
+    assert told["perplexity"] > 1
+    assert told["kl"] > 0
+    assert 0 < told["agreement"] < 1
+    assert told["smoke_test"] is False
+    assert told["text"] == "prose.txt"
+    assert {"perplexity", "perplexity_ratio", "kl", "agreement"} == set(told["intervals"])
+    low, high = told["intervals"]["kl"]["low"], told["intervals"]["kl"]["high"]
+    assert low <= told["kl"] <= high
+    printed = run(*arguments)
+    assert f"{told['perplexity']:.3f} [" in printed.out
+    assert f"{told['kl']:.4f} [{low:.4f} to {high:.4f}] nats" in printed.out
+    assert "SMOKE" not in printed.out
+
+
+def test_eval_labels_the_built_in_text(model: Path) -> None:
+    done = run("eval", model, "--windows", "2", "--seqlen", "32")
+    assert done.code == 0, done.err
+    assert "SMOKE TEST" in done.out
+    assert run("eval", model, "--windows", "2", "--seqlen", "32", "--json").document["smoke_test"] is True
+
+
+def test_eval_of_all_windows(model: Path, text: Path) -> None:
+    few = run("eval", model, "--text", text, "--seqlen", "256", "--windows", "1", "--json").document
+    assert few["windows"] == 1
+    assert few["intervals"] == {}  # one window has no spread
+    every = run("eval", model, "--text", text, "--seqlen", "256", "--windows", "0", "--json").document
+    assert every["windows"] > 20
+
+
+def test_bench_side_by_side(checkpoint: Path, model: Path) -> None:
+    arguments = (
+        "bench",
+        model,
+        checkpoint,
+        "--prompt",
+        "12",
+        "--decode",
+        "3",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+    )
+    told = run(*arguments, "--json").document
+    assert told["baseline"] == "tiny bfloat16"
+    assert list(told["contenders"]) == ["tiny bfloat16", "sparse"]
+    sparse = told["contenders"]["sparse"]
+    assert told["contenders"]["tiny bfloat16"]["decode_ratio"] == 1.0
+    assert sparse["prompt"] == 12
+    assert sparse["decode"] == 3
+    assert len(sparse["runs"]["decode_seconds"]) == 2
+    assert sparse["decode_tokens_per_second"] > 0
+    assert told["machine"]["threads"] == 1
+    printed = run(*arguments).out
+    for word in (
+        "prompt 12 tok/s",
+        "decode 3 tok/s",
+        "1.00x",
+        "load average",
+        "other processes kept",
+        "last-level cache",
+        "sparse",
+    ):
+        assert word in printed
+
+
+def test_run_streams_what_greedy_decoding_gives(model: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run("run", model, "the assert statement", "--max-new-tokens", "6", "--raw")
+    assert done.code == 0, done.err
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = tokenizer("the assert statement", return_tensors="pt")["input_ids"]
+    expected = plain.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+    assert done.out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    assert "tokens/s" in done.err
+
+
+def test_run_takes_the_prompt_from_stdin(checkpoint: Path) -> None:
+    options = ("--max-new-tokens", "4", "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--json")
+    told = run("run", checkpoint, *options, stdin="hello").document
+    assert told["prompt"] == "hello"
+    assert told == told | {"model": "sparse"}
+    assert told["prompt_tokens"] > len("hello") // 5
+    assert isinstance(told["completion"], str)
+    again = run("run", checkpoint, "hello", *options).document
+    assert again["completion"] == told["completion"]
+
+
+def test_info_of_a_checkpoint(checkpoint: Path) -> None:
+    told = run("info", checkpoint, "--json").document
+    size = size_of_folder(checkpoint)
+    assert told["kind"] == "checkpoint"
+    assert told["linear_parameters"] == size.linear_parameters
+    assert told["linear_bytes"] == size.linear_bytes
+    assert told["sparsity"] == pytest.approx(size.sparsity)
+    assert told["layouts"] == {"dense int8": 1, "32:64 int4": 21}
+    assert told["made"]["method"] == "obs"
+    printed = run("info", checkpoint).out
+    assert "21 x 32:64 int4" in printed
+    assert "prose.txt" in printed
+
+
+def test_info_of_a_plain_model(model: Path) -> None:
+    told = run("info", model, "--json").document
+    assert told["kind"] == "model"
+    # 3 blocks of hidden 64, 4 heads of 16 (2 of keys and values), intermediate 128; vocabulary 384, tied
+    block = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
+    assert told["prunable_parameters"] == 3 * block
+    assert told["prunable_layers"] == 21
+    assert told["embedding_parameters"] == 384 * 64
+    assert told["parameters"] == 3 * (block + 2 * 64) + 384 * 64 + 64
+    assert told["tied"] is True
+    assert told["head_parameters"] == 0
+    assert told["dtypes"] == {"float32": told["parameters"]}
+    assert "tied to the embeddings" in run("info", model).out
+
+
+def test_verify_finds_one_flipped_bit(checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    assert "undamaged" in run("verify", checkpoint).out
+    assert run("verify", checkpoint, "--json").document["ok"] is True
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    data = bytearray((copy / "gossamer.safetensors").read_bytes())
+    data[-100] ^= 4
+    (copy / "gossamer.safetensors").write_bytes(data)
+    done = run("verify", copy)
+    assert done.code == 2
+    assert "gossamer.safetensors" in done.out
+    damaged = run("verify", copy, "--json")
+    assert damaged.code == 2
+    assert damaged.document["ok"] is False
+    assert damaged.document["problems"]
+
+
+def test_export_loads_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from gossamer.models import load_checkpoint
+
+    told = run("export", checkpoint, "-o", tmp_path / "dense", "--dtype", "float32", "--json").document
+    assert told["out"] == str(tmp_path / "dense")
+    assert told["dtype"] == "float32"
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    packed = load_checkpoint(checkpoint)
+    layer = "model.layers.1.mlp.up_proj"
+    assert torch.equal(dense.get_submodule(layer).weight, packed.get_submodule(layer).matrix.to_dense())
+    assert dense(tiny_tokens()).logits.isfinite().all()
+    again = run("export", checkpoint, "-o", tmp_path / "dense")
+    assert again.code == 2
+    assert "exists already" in again.err
+
+
+def test_methods_lists_the_registry() -> None:
+    told = run("methods", "--json").document
+    assert [method["name"] for method in told] == list(METHODS)
+    sweep = next(method for method in told if method["name"] == "obs")
+    assert sweep["aliases"] == ["gptq", "sparsegpt"]
+    assert sweep["needs"] == ["Gram"]
+    assert sweep["comparison_group"] == "columns:128"
+    assert "Frantar" in sweep["cite"]
+    assert sweep["claim"]["says"]
+    printed = run("methods").out
+    assert all(name in printed for name in METHODS)
+    assert "2:4 keeps 2" in printed
+
+
+def test_isa() -> None:
+    from gossamer import kernels
+
+    assert run("isa", "--json").document == {"isa": kernels.isa(), "available": list(kernels.available())}
+    assert run("isa").out.startswith(kernels.isa())
+
+
+def test_version_and_help() -> None:
+    assert run("--version").out == f"gossamer {VERSION}\n"
+    assert run("--help").code == 0
+    assert "keeps N" in run("compress", "--help").out
+
+
+def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    from gossamer.cli.show import document
+
+    value: Any = {"a": float("nan"), "b": [float("inf"), 1.5], 3: ("x",)}
+    document(value)
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "3": ["x"]}

@@ -1,0 +1,55 @@
+"""docs/cli.md lists the keys of every JSON document: they are those that commands print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cli_run import SMALL, run
+
+from gossamer.recipes import quickstart as room
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def documented(line: str) -> set[str]:
+    """The keys in the list item that begins with ``line``."""
+    found = re.search(rf"^- {re.escape(line)}(?:, each of a list)?: (.*)$", PAGE.read_text(), re.MULTILINE)
+    assert found, line
+    return set(re.findall(r"`(\w+)`", found[1])) - {"info"}
+
+
+def test_every_document_has_the_documented_keys(
+    checkpoint: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("SEQLEN", 48),
+        ("MEASURED_WINDOWS", 2),
+        ("PROMPT", 12),
+        ("DECODE", 3),
+        ("ROUNDS", 1),
+    ):
+        monkeypatch.setattr(room, name, value)
+    commands: dict[str, tuple[object, ...]] = {
+        "`compress`": ("compress", model, "-o", tmp_path / "out", "--method", "magnitude", *SMALL),
+        "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
+        "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),
+        "`run`": ("run", checkpoint, "hello", "--max-new-tokens", 2),
+        "`info` of a checkpoint": ("info", checkpoint),
+        "`info` of a model": ("info", model),
+        "`verify`": ("verify", checkpoint),
+        "`export`": ("export", checkpoint, "-o", tmp_path / "dense"),
+        "`methods`": ("methods",),
+        "`isa`": ("isa",),
+        "`quickstart`": (
+            "quickstart", "-o", tmp_path / "start", "--model", model, "--text", text, "--windows", 2,
+            "--threads", 1,
+        ),
+    }  # fmt: skip
+    for line, arguments in commands.items():
+        done = run(*arguments, "--json")
+        assert done.code == 0, (line, done.err)
+        told = done.document
+        for document in told if isinstance(told, list) else [told]:
+            assert set(document) == documented(line), line

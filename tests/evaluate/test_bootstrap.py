@@ -1,0 +1,94 @@
+"""The bootstrap against what is known in closed form about resampled means."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from gossamer.errors import EvaluationError
+from gossamer.evaluate import (
+    bootstrap_mean,
+    paired_difference,
+    perplexity_interval,
+    perplexity_ratio_interval,
+)
+
+
+def test_width_is_that_of_a_normal_mean() -> None:
+    values = np.random.default_rng(1).normal(3.0, 0.5, size=400)
+    found = bootstrap_mean(values.tolist(), resamples=20_000)
+    error = values.std() / math.sqrt(values.size)  # the resampled mean has exactly this deviation
+    assert found.estimate == pytest.approx(values.mean(), rel=1e-12)
+    assert found.low == pytest.approx(values.mean() - 1.959964 * error, abs=0.05 * error)
+    assert found.high == pytest.approx(values.mean() + 1.959964 * error, abs=0.05 * error)
+    narrow = bootstrap_mean(values.tolist(), confidence=0.6827, resamples=20_000)
+    assert narrow.high - narrow.low == pytest.approx(2 * error, rel=0.03)
+
+
+def test_quantiles_equal_those_of_all_possible_resamples() -> None:
+    values = [0.0, 1.0, 10.0, 100.0]
+    every = [float(np.mean(draw)) for draw in itertools.product(values, repeat=4)]
+    found = bootstrap_mean(values, confidence=0.8, resamples=50_000)
+    # the drawn quantile lies within a point of probability of the exact one
+    low, high = np.quantile(every, [0.09, 0.11]), np.quantile(every, [0.89, 0.91])
+    assert low[0] <= found.low <= low[1]
+    assert high[0] <= found.high <= high[1]
+
+
+def test_covers_the_true_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    hits = 0
+    for trial in range(400):
+        found = bootstrap_mean(rng.normal(size=40).tolist(), confidence=0.9, resamples=500, seed=trial)
+        hits += found.low <= 0.0 <= found.high
+    assert 0.85 <= hits / 400 <= 0.94  # 0.9, a little less at 40 windows, and three deviations of chance
+
+
+def test_pairing_removes_what_windows_share() -> None:
+    rng = np.random.default_rng(3)
+    hard = rng.normal(3.0, 1.0, size=50)
+    better = (hard + rng.normal(0.0, 0.01, size=50)).tolist()
+    worse = (hard + 0.1 + rng.normal(0.0, 0.01, size=50)).tolist()
+    found = paired_difference(worse, better)
+    assert 0.09 < found.low < found.estimate < found.high < 0.11
+    alone = bootstrap_mean(worse)
+    assert alone.high - alone.low > 20 * (found.high - found.low)
+    ratio = perplexity_ratio_interval(worse, better)
+    assert ratio.estimate == pytest.approx(math.exp(found.estimate))
+    assert (ratio.low, ratio.high) == (math.exp(found.low), math.exp(found.high))
+
+
+def test_perplexity_interval_is_exp_of_the_mean_interval() -> None:
+    values = [1.0, 2.0, 3.5]
+    mean, ppl = bootstrap_mean(values), perplexity_interval(values)
+    assert (ppl.estimate, ppl.low, ppl.high) == tuple(map(math.exp, (mean.estimate, mean.low, mean.high)))
+
+
+def test_same_seed_same_interval_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(4).normal(size=30).tolist()
+    first = bootstrap_mean(values, resamples=1000)
+    assert first == bootstrap_mean(values, resamples=1000)
+    assert first != bootstrap_mean(values, resamples=1000, seed=1)
+    monkeypatch.setattr("gossamer.evaluate.bootstrap._BLOCK", 100)
+    assert first == bootstrap_mean(values, resamples=1000)
+
+
+def test_equal_values_have_no_spread() -> None:
+    found = bootstrap_mean([2.0] * 10)
+    assert (found.low, found.estimate, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(EvaluationError, match="at least two"):
+        bootstrap_mean([1.0])
+    with pytest.raises(EvaluationError, match="not finite"):
+        bootstrap_mean([1.0, math.nan])
+    with pytest.raises(EvaluationError, match="confidence"):
+        bootstrap_mean([1.0, 2.0], confidence=1.0)
+    with pytest.raises(EvaluationError, match="resamples"):
+        bootstrap_mean([1.0, 2.0], resamples=0)
+    with pytest.raises(EvaluationError, match="same windows"):
+        paired_difference([1.0, 2.0], [1.0])

@@ -1,0 +1,71 @@
+"""Runs every kernel with each buffer against a page that may not be touched: ``guarded.py before|after``.
+
+A stray access kills the process; test_guard_pages.py starts it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from kernel_cases import KINDS, LAYOUTS
+from kernel_packer import random_weight
+from torch import Tensor
+
+from gossamer import kernels
+from gossamer.kernels.native import native, tier
+
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_regions: list[mmap.mmap] = []  # mapped until the process ends
+
+
+def guarded(size: int, side: str) -> int:
+    """Address of ``size`` bytes that end where a forbidden page starts (``after``), or start at its end."""
+    pages = -(-size // PAGE)
+    region = mmap.mmap(-1, (pages + 2) * PAGE)
+    _regions.append(region)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    for page in (0, pages + 1):
+        if _libc.mprotect(ctypes.c_void_p(start + page * PAGE), ctypes.c_size_t(PAGE), 0):  # PROT_NONE
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return start + PAGE + (pages * PAGE - size if side == "after" else 0)
+
+
+def guarded_copy(tensor: Tensor, side: str) -> Tensor:
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor
+    buffer = (ctypes.c_char * size).from_address(guarded(size, side))
+    return torch.frombuffer(buffer, dtype=tensor.dtype).copy_(tensor.reshape(-1)).reshape(tensor.shape)
+
+
+def main(side: str) -> None:
+    for layout in LAYOUTS:
+        for values, group in KINDS:
+            for out, cols, density in [(17, 130, 0.5), (16, 64, 0.5), (48, 192, 0.03), (16, 64, 0.0)]:
+                w = random_weight(layout, values, out, cols, group, density)
+                sections = {name: guarded_copy(t, side) for name, t in w.sections().items()}
+                handle = kernels.make_handle(layout, values, out, cols, group, sections)
+                assert all(handle.sections[n].data_ptr() == t.data_ptr() for n, t in sections.items())
+                for isa in kernels.available():
+                    for rows in (1, 2, 3, 8, 11):
+                        for dtype in (torch.float32, torch.bfloat16):
+                            x = guarded_copy(torch.randn(rows, cols).to(dtype), side)
+                            y = guarded_copy(torch.zeros(rows, out, dtype=dtype), side)
+                            code = 0 if dtype == torch.float32 else 1
+                            native().matmul(
+                                handle.packed, tier(isa), x.data_ptr(), rows, code, y.data_ptr(), 1
+                            )
+                            assert torch.equal(y, kernels.matmul(handle, x, isa))
+    print("untouched")
+
+
+def touch_the_guard() -> None:
+    """What a kernel that reads one byte too far would do."""
+    ctypes.string_at(guarded(64, "after"), 65)
+
+
+if __name__ == "__main__":
+    touch_the_guard() if sys.argv[1] == "touch" else main(sys.argv[1])

@@ -1,0 +1,162 @@
+"""A slow packer for tests, from docs/architecture.md alone: one panel-group at a time, code by code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BITS = {"int8": 8, "int4": 4, "int3": 3}
+
+
+@dataclass
+class Weight:
+    """What is packed, and what the packed bytes mean."""
+
+    layout: str
+    values: str
+    group: int
+    mask: np.ndarray  # bool (out, in)
+    stored: np.ndarray  # (out, in): integer q, or float32 values exact in the value type; 0 where pruned
+    scales: np.ndarray | None  # float16 (out, ceil(in / group))
+
+    def sections(self) -> dict[str, Tensor]:
+        return pack(self)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The product that kernels must give, by kernels/reference.py: float32 ``(rows, out)``."""
+        from gossamer.kernels import reference
+
+        if self.values in BITS:
+            return reference.matmul_int(
+                torch.from_numpy(self.stored), torch.from_numpy(self.scales), x.float(), self.group
+            )
+        dtype = torch.bfloat16 if self.values == "bfloat16" else torch.float32
+        return reference.matmul_float(torch.from_numpy(self.stored).to(dtype), x.float())
+
+
+def random_weight(
+    layout: str, values: str, out: int, cols: int, group: int = 64, density: float = 0.5, seed: int = 0
+) -> Weight:
+    """A weight with random values and a random mask that the layout allows."""
+    rng = np.random.default_rng(seed)
+    if layout == "dense":
+        mask = np.ones((out, cols), bool)
+    elif layout == "bitmap":
+        mask = rng.random((out, cols)) < density
+    else:
+        n = int(layout.split(":")[0])
+        mask = np.zeros((out, cols), bool)
+        for o in range(out):
+            for start in range(0, cols, 64):
+                width = min(64, cols - start)
+                keep = rng.integers(0, min(n, width) + 1) if rng.random() < 0.3 else min(n, width)
+                mask[o, start + rng.permutation(width)[:keep]] = True
+    return with_mask(layout, values, mask, group, rng)
+
+
+def with_mask(layout: str, values: str, mask: np.ndarray, group: int, rng: np.random.Generator) -> Weight:
+    out, cols = mask.shape
+    if values in BITS:
+        half = 2 ** (BITS[values] - 1)
+        stored = np.where(mask, rng.integers(-half, half, (out, cols)), 0)
+        scales = (rng.standard_normal((out, math.ceil(cols / group))) * 0.05).astype(np.float16)
+        return Weight(layout, values, group, mask, stored, scales)
+    stored = rng.standard_normal((out, cols)).astype(np.float32)
+    if values == "bfloat16":
+        stored = torch.from_numpy(stored).to(torch.bfloat16).float().numpy()
+    return Weight(layout, values, group, mask, np.where(mask, stored, np.float32(0)), None)
+
+
+# ---- the format
+
+
+def bit_field(codes: list[int], fields: int) -> bytes:
+    """Blocks of 64 * fields codes; field j of byte i of a block holds its code j * h + i."""
+    width = 8 // fields
+    packed = bytearray()
+    for start in range(0, len(codes), 64 * fields):
+        block = codes[start : start + 64 * fields]
+        h = math.ceil(len(block) / fields)
+        for i in range(h):
+            byte = 0
+            for j in range(fields):
+                if j * h + i < len(block):
+                    byte |= block[j * h + i] << (width * j)
+            packed.append(byte)
+    return bytes(packed)
+
+
+def value_bytes(values: str, kept: list) -> bytes:
+    """The stored values of one panel-group; ``kept`` holds codes or floats in order of e."""
+    if values == "float32":
+        return np.array(kept, "<f4").tobytes()
+    if values == "bfloat16":
+        return torch.tensor(kept, dtype=torch.float32).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    if values == "int8":
+        return bytes(kept)
+    if values == "int4":
+        return bit_field(kept, 2)
+    high = bytearray(math.ceil(len(kept) / 8))
+    for i, code in enumerate(kept):
+        high[i // 8] |= (code >> 2) << (i % 8)
+    return bit_field([code & 3 for code in kept], 4) + bytes(high)
+
+
+def pack(w: Weight) -> dict[str, Tensor]:
+    out, cols = w.mask.shape
+    panels, groups = math.ceil(out / 16), math.ceil(cols / 64)
+    zero = 2 ** (BITS[w.values] - 1) if w.values in BITS else 0
+    padded = np.zeros((panels * 16, groups * 64), w.stored.dtype)
+    padded[:out, :cols] = w.stored
+    kept = np.zeros((panels * 16, groups * 64), bool)
+    kept[:out, :cols] = w.mask
+    parts = 64 // w.group
+    if w.scales is not None:
+        scales = np.zeros((panels * 16, groups * parts), np.float16)
+        scales[: w.scales.shape[0], : w.scales.shape[1]] = w.scales
+
+    values, masks, scale_list, offsets = b"", [], [], []
+    for p in range(panels):
+        offsets.append(len(values))
+        for g in range(groups):
+            tile = padded[16 * p : 16 * p + 16, 64 * g : 64 * g + 64]
+            bits = kept[16 * p : 16 * p + 16, 64 * g : 64 * g + 64]
+            stored = []
+            for s in range(16):
+                word = 0
+                for o in range(16):
+                    for k in range(4):
+                        if bits[o, 4 * s + k]:
+                            word |= 1 << (4 * o + k)
+                        if bits[o, 4 * s + k] or w.layout == "dense":
+                            stored.append(tile[o, 4 * s + k])
+                masks.append(word)
+            if w.values in BITS:
+                stored = [int(q) + zero for q in stored]
+            if w.layout.endswith(":64"):
+                room = 16 * int(w.layout.split(":")[0])
+                stored += [zero] * (room - len(stored))
+            values += value_bytes(w.values, stored)
+            if w.scales is not None:
+                for part in range(parts):
+                    scale_list.extend(scales[16 * p : 16 * p + 16, parts * g + part])
+    offsets.append(len(values))
+
+    sections = {"values": np.frombuffer(values, np.uint8)}
+    if w.layout != "dense":
+        sections["masks"] = np.array(masks, np.uint64).view(np.int64)
+    if w.scales is not None:
+        sections["scales"] = np.array(scale_list, np.float16)
+    if w.layout == "bitmap":
+        sections["offsets"] = np.array(offsets, np.int64)
+    return {name: torch.from_numpy(pad(array)) for name, array in sections.items()}
+
+
+def pad(array: np.ndarray) -> np.ndarray:
+    """Zeros up to the next multiple of 64 bytes."""
+    missing = -array.nbytes % 64 // array.itemsize
+    return np.concatenate([array, np.zeros(missing, array.dtype)])

@@ -1,0 +1,217 @@
+"""Scales and codes against brute force, and what clamping, masks and importances mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gossamer.errors import MatrixError
+from gossamer.matrices.values import (
+    LARGEST_SCALE,
+    SMALLEST_SCALE,
+    VALUES,
+    choose_scales,
+    integer_type,
+    quantize,
+    quantize_codes,
+    value_type,
+)
+
+INTEGERS = ("int8", "int4", "int3")
+
+
+def measured_error(w: Tensor, scale: Tensor, low: int, high: int, weigh: Tensor) -> np.ndarray:
+    """Weighted squared error of each row, by numpy in float64."""
+    s = scale.double().numpy()[:, None]
+    x = w.double().numpy()
+    q = np.clip(np.rint(x / s), low, high)
+    return np.asarray((weigh.double().numpy() * (x - s * q) ** 2).sum(axis=1))
+
+
+def exhaustive_error(w: Tensor, low: int, high: int, weigh: Tensor) -> np.ndarray:
+    """Least error over 800 scales, each also refined once by its closed form."""
+    x, imp = w.double().numpy(), weigh.double().numpy()
+    peak = x[np.arange(len(x)), np.abs(x).argmax(axis=1)]
+    best = np.full(len(x), np.inf)
+    for sign in (1, -1):
+        for fraction in np.linspace(0.25, 1.3, 400):
+            scale = torch.tensor(sign * peak * fraction / high).half()
+            best = np.minimum(best, measured_error(w, scale, low, high, weigh))
+            q = np.clip(np.rint(x / scale.double().numpy()[:, None]), low, high)
+            above, below = (imp * x * q).sum(axis=1), (imp * q * q).sum(axis=1)
+            refined = torch.tensor(np.where(below > 0, above / np.maximum(below, 1e-30), scale)).half()
+            best = np.minimum(best, measured_error(w, refined, low, high, weigh))
+    return best
+
+
+def samples() -> dict[str, tuple[Tensor, Tensor | None]]:
+    generator = torch.Generator().manual_seed(0)
+    gauss = torch.randn(500, 64, generator=generator) * 0.05
+    skew = torch.rand(64, generator=generator).pow(4) * 10 + 0.01  # three decades
+    pruned = gauss * (gauss.abs() >= gauss.abs().median(dim=1, keepdim=True).values)
+    tails = gauss / torch.rand(500, 1, generator=generator).sqrt() * (1 + 3 * (gauss.abs() > 0.12))
+    return {
+        "gauss": (gauss, None),
+        "weighted": (gauss, skew),
+        "pruned": (pruned, None),
+        "tails": (tails, None),
+    }
+
+
+@pytest.mark.parametrize(("name", "bound"), [("int8", 1.2), ("int4", 1.01), ("int3", 1.005)])
+@pytest.mark.parametrize("kind", ["gauss", "weighted", "pruned", "tails"])
+def test_scales_near_the_exhaustive_optimum(name: str, bound: float, kind: str) -> None:
+    values = value_type(name)
+    w, importance = samples()[kind]
+    if name == "int8":
+        w = w[:200]
+    weigh = torch.ones(64) if importance is None else importance
+    scales, clamped = choose_scales(w, values, importance=importance)
+    got = measured_error(w, scales, values.qmin, values.qmax, weigh).mean()
+    best = exhaustive_error(w, values.qmin, values.qmax, weigh).mean()
+    assert clamped == 0
+    assert scales.dtype == torch.float16
+    assert got <= bound * best
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 64), kept=st.floats(0.0, 1.0), power=st.floats(-3, 3))
+def test_never_worse_than_absmax(name: str, seed: int, n: int, kept: float, power: float) -> None:
+    values = value_type(name)
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(16, n, generator=generator) * 10.0**power
+    mask = torch.rand(16, n, generator=generator) < kept
+    importance = torch.rand(16, n, generator=generator)
+    scales, _ = choose_scales(w, values, mask, importance)
+    weigh = importance * mask
+    absmax = (w * mask).abs().amax(dim=1) / values.qmax
+    absmax = absmax.clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
+    got = measured_error(w, scales, values.qmin, values.qmax, weigh)
+    plain = measured_error(w, absmax, values.qmin, values.qmax, weigh)
+    assert (got <= plain * (1 + 1e-4) + 1e-12 * 10.0 ** (2 * power)).all()
+
+
+def test_negative_scale_uses_the_longer_side() -> None:
+    # 8 is reached only below zero: a scale of -1 holds all three exactly, a positive one cannot
+    w = torch.tensor([[8.0, -7.0, 1.0]])
+    scales, _ = choose_scales(w, value_type("int4"))
+    assert scales.tolist() == [-1.0]
+    assert quantize_codes(w, scales, value_type("int4")).tolist() == [[-8, 7, -1]]
+
+
+def test_codes_round_half_to_even_with_the_rounded_scale() -> None:
+    codes = quantize_codes(torch.tensor([[0.5, 1.5, 2.5, -0.5, 99.0, -99.0]]), torch.tensor([1.0]).half(),
+                           value_type("int3"))  # fmt: skip
+    assert codes.tolist() == [[0, 2, 2, 0, 3, -4]]
+    # 0.1 in float16 is 0.0999756: 0.35 / that is 3.5009, though 0.35 / 0.1 rounds to an even 3.5 -> 4
+    third = torch.tensor([0.1]).half()
+    assert float(third) < 0.1
+    assert quantize_codes(torch.tensor([[0.25]]), third, value_type("int4")).tolist() == [[3]]
+
+
+def test_pruned_weights_and_unimportant_ones_do_not_move_the_scale() -> None:
+    values = value_type("int4")
+    w = torch.tensor([[8.0, -2.0, 3.3, 1000.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    scales, _ = choose_scales(w, values, mask)
+    alone, _ = choose_scales(w[:, :3], values)
+    assert torch.equal(scales, alone)
+    weighted, _ = choose_scales(w[:, :3], values, importance=torch.tensor([1.0, 1.0, 0.0]))
+    assert weighted.tolist() == [-1.0]  # exact for 8 and -2, whatever happens to 3.3
+
+
+def test_clamping_is_counted() -> None:
+    values = value_type("int4")
+    w = torch.tensor([[0.0, 0.0], [1e-6, -1e-6], [-1e7, 3.0], [0.5, 0.5], [5.0, 5.0]])
+    mask = torch.ones_like(w, dtype=torch.bool)
+    mask[4] = False
+    scales, clamped = choose_scales(w, values, mask)
+    assert clamped == 2  # the tiny group and the huge one; nothing is lost in zeros or in a pruned group
+    assert scales[0] == scales[4] == SMALLEST_SCALE
+    assert abs(float(scales[1])) == SMALLEST_SCALE
+    assert abs(float(scales[2])) == LARGEST_SCALE
+    whole = quantize(w, values, mask=mask)
+    assert whole.clamped == 2
+    assert torch.isfinite(whole.to_dense()).all()
+    assert whole.q[4].tolist() == [0, 0]
+    assert choose_scales(torch.full((1, 4), 3e38), values)[1] == 1
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_quantize_goes_group_by_group(name: str, group: int) -> None:
+    values = value_type(name)
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(5, 150, generator=generator)
+    mask = torch.rand(5, 150, generator=generator) < 0.6
+    diagonal = torch.rand(150, generator=generator)
+    whole = quantize(w, values, group, mask, diagonal)
+    assert whole.q.shape == (5, 150)
+    assert whole.scales.shape == (5, -(-150 // group))
+    assert not whole.q[~mask].any()
+    for index in range(whole.scales.shape[1]):
+        part = slice(index * group, (index + 1) * group)
+        scales, _ = choose_scales(w[:, part], values, mask[:, part], diagonal[part])
+        assert torch.equal(scales, whole.scales[:, index])
+        codes = quantize_codes(w[:, part], scales, values) * mask[:, part]
+        assert torch.equal(codes, whole.q[:, part])
+        expected = whole.q[:, part].float() * scales.float()[:, None]
+        assert torch.equal(whole.to_dense()[:, part], expected)
+
+
+def test_chunks_do_not_show() -> None:
+    w = torch.randn(1100, 33, generator=torch.Generator().manual_seed(2))
+    importance = torch.rand(1100, 33, generator=torch.Generator().manual_seed(3))
+    together, _ = choose_scales(w, value_type("int4"), importance=importance)
+    apart = [choose_scales(w[i : i + 1], value_type("int4"), importance=importance[i : i + 1])[0] for i in
+             (0, 511, 512, 1024, 1099)]  # fmt: skip
+    assert torch.equal(together[[0, 511, 512, 1024, 1099]], torch.cat(apart))
+
+
+def test_importance_scale_does_not_matter() -> None:
+    w = torch.randn(20, 64, generator=torch.Generator().manual_seed(4))
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(5))
+    small, _ = choose_scales(w, value_type("int4"), importance=importance * 2.0**-100)
+    large, _ = choose_scales(w, value_type("int4"), importance=importance * 2.0**100)
+    assert torch.equal(small, large)
+    none, _ = choose_scales(w, value_type("int4"), importance=torch.zeros(64))
+    assert torch.equal(none, choose_scales(w, value_type("int4"))[0])
+
+
+def test_bad_input() -> None:
+    values = value_type("int4")
+    w = torch.ones(2, 4)
+    for bad in (float("nan"), float("inf")):
+        broken = w.clone()
+        broken[1, 2] = bad
+        with pytest.raises(MatrixError, match="NaN or infinity"):
+            choose_scales(broken, values)
+        with pytest.raises(MatrixError, match="NaN or infinity"):
+            quantize(broken, values)
+    with pytest.raises(MatrixError, match="at least 0"):
+        choose_scales(w, values, importance=torch.tensor([1.0, -1.0, 1.0, 1.0]))
+    with pytest.raises(MatrixError, match="importances are"):
+        choose_scales(w, values, importance=torch.ones(3))
+    with pytest.raises(MatrixError, match="mask"):
+        choose_scales(w, values, mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(MatrixError, match="int8, int4 or int3"):
+        choose_scales(w, value_type("float32"))
+    with pytest.raises(MatrixError, match="64 or 32"):
+        quantize(w, values, group=48)
+    with pytest.raises(MatrixError, match="float32, bfloat16, int8, int4, int3"):
+        value_type("int5")
+
+
+def test_formats() -> None:
+    assert {name: value.bits for name, value in VALUES.items()} == {
+        "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int3": 3,
+    }  # fmt: skip
+    assert (integer_type(3).qmin, integer_type(3).qmax, integer_type(3).zero_code) == (-4, 3, 4)
+    assert value_type("bf16").dtype == torch.bfloat16
+    with pytest.raises(MatrixError):
+        _ = value_type("float32").qmin

@@ -1,0 +1,181 @@
+"""Texts are read from every source, cut into the windows of the protocol, and refused with a sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.errors import TextError
+from gossamer.models.text import (
+    Text,
+    calibration_windows,
+    default_text,
+    evaluation_windows,
+    read_text,
+    tokenize,
+)
+from tiny import tiny_tokenizer
+
+PROSE = "The quick brown fox — jumps over 12 dogs.\n\n = Title = \n" * 30
+
+
+def test_a_plain_file_is_one_document_with_newlines(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b" = Title = \r\n a\rb\n\n")
+    text = read_text(path)
+    assert text == Text((" = Title = \n a\nb\n\n",), "book.txt")
+    assert text.joined == " = Title = \n a\nb\n\n"
+    assert not text.smoke
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_text(str(tmp_path / "book.txt.gz")).documents == text.documents
+
+
+def test_jsonl_gives_one_document_a_line(tmp_path: Path) -> None:
+    lines = [
+        {"id": "x", "text": "one"},
+        {"query": "two", "other": "no"},
+        {"n": 3, "title": "three", "body": "no"},
+        "four \u2028 still four",
+        {"text": "  "},
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8"
+    )
+    text = read_text(path)
+    assert text.documents == ("one", "two", "three", "four \u2028 still four")
+    assert text.joined == "one\n\ntwo\n\nthree\n\nfour \u2028 still four"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 5}', "line 2 of d.jsonl holds no text"),
+        ("[1]", "line 2 of d.jsonl holds no text"),
+        ('{"text": ', "line 2 of d.jsonl is no JSON"),
+        ("[" * 100_000, "line 2 of d.jsonl is no JSON"),
+    ],
+)
+def test_jsonl_lines_without_text_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(TextError, match=message):
+        read_text(tmp_path / "d.jsonl")
+
+
+def test_a_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c.txt").write_text("third")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / "b" / "z.jsonl").write_text('{"text": "second"}')
+    (tmp_path / "b" / "image.png").write_bytes(b"\x89PNG\x00")
+    assert read_text(tmp_path) == Text(("first", "second", "third"), tmp_path.name)
+
+
+def test_strings_are_documents() -> None:
+    assert read_text(["a", "", "b"]) == Text(("a", "b"), "given strings")
+    with pytest.raises(TextError, match="document 1 of the given text is int"):
+        read_text(["a", 5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("e.txt", b" \n", "the text e.txt is empty"),
+        ("l.txt", b"caf\xe9", "no UTF-8 text: byte 3 is 0xe9"),
+        ("n.txt", b"a\0b", "NUL"),
+        ("g.txt.gz", b"not gzip", "cannot read the text g.txt.gz"),
+        ("h.txt.gz", gzip.compress(b"abc" * 1000)[:-20], "cannot read the text h.txt.gz"),
+        ("f.jsonl", b"\n\n", "the text f.jsonl is empty"),
+    ],
+)
+def test_unreadable_texts_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(TextError, match=message):
+        read_text(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", [[], ["", " "]])
+def test_no_document_is_refused(source: list[str]) -> None:
+    with pytest.raises(TextError, match="empty"):
+        read_text(source)
+
+
+def test_places_without_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="holds no text"):
+        read_text(tmp_path)
+    with pytest.raises(TextError, match="there is no text file or folder"):
+        read_text(tmp_path / "missing.txt")
+
+
+def test_the_built_in_prose_is_split_and_labelled() -> None:
+    from pydoc_data.topics import topics
+
+    calibrate, measure = read_text(None), default_text("measure")
+    assert calibrate.smoke
+    assert measure.smoke
+    assert (*calibrate.documents, *measure.documents) == tuple(topics[key] for key in sorted(topics))
+    sizes = [sum(map(len, text.documents)) for text in (calibrate, measure)]
+    whole = sum(sizes)
+    assert sizes[0] <= 0.7 * whole < sizes[0] + len(measure.documents[0])
+    assert sizes[1] > 100_000
+    with pytest.raises(TextError, match="calibrate and measure"):
+        default_text("test")
+
+
+def test_calibration_windows_follow_the_protocol() -> None:
+    text, tokenizer = Text((PROSE,), "prose"), tiny_tokenizer()
+    ids = tokenizer(PROSE, add_special_tokens=False).input_ids
+    draw = random.Random(7)
+    starts = [draw.randint(0, len(ids) - 40 - 1) for _ in range(5)]
+    windows = calibration_windows(text, tokenizer, seqlen=40, windows=5, seed=7)
+    assert windows.dtype == torch.int64
+    assert windows.tolist() == [ids[start : start + 40] for start in starts]
+    assert not torch.equal(windows, calibration_windows(text, tokenizer, seqlen=40, windows=5, seed=8))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seqlen=st.integers(1, 400), limit=st.none() | st.integers(1, 9))
+def test_evaluation_windows_cut_the_text_without_overlap(seqlen: int, limit: int | None) -> None:
+    text, tokenizer = Text((PROSE, "more"), "prose"), tiny_tokenizer()
+    ids = tokenize(text, tokenizer).tolist()
+    assert ids == tokenizer(PROSE + "\n\nmore", add_special_tokens=False).input_ids
+    windows = evaluation_windows(text, tokenizer, seqlen, limit)
+    assert windows.shape == (min(len(ids) // seqlen, limit or 10**9), seqlen)
+    assert windows.flatten().tolist() == ids[: windows.numel()]
+
+
+def test_texts_shorter_than_a_window_say_what_is_needed() -> None:
+    text, tokenizer = Text(("abc",), "t"), tiny_tokenizer()
+    count = len(tokenize(text, tokenizer))
+    with pytest.raises(TextError, match=rf"the text t has {count} tokens, but one window needs 2,048"):
+        evaluation_windows(text, tokenizer, 2048)
+    with pytest.raises(TextError, match=rf"has {count} tokens, but one window needs {count + 1}"):
+        calibration_windows(text, tokenizer, count, 1)
+    assert evaluation_windows(text, tokenizer, count).shape == (1, count)
+    assert calibration_windows(text, tokenizer, count - 1, 3).shape == (3, count - 1)
+
+
+@pytest.mark.parametrize("numbers", [{"seqlen": 0, "windows": 1}, {"seqlen": 4, "windows": 0}])
+def test_numbers_below_one_are_refused(numbers: dict[str, Any]) -> None:
+    with pytest.raises(TextError, match="at least 1"):
+        calibration_windows(Text((PROSE,), "t"), tiny_tokenizer(), **numbers)
+    with pytest.raises(TextError, match="limit must be at least 1"):
+        evaluation_windows(Text((PROSE,), "t"), tiny_tokenizer(), 8, 0)
+
+
+def test_the_shared_protocol_has_its_tokens(smollm2: Path, shared_data: Path) -> None:
+    """20 windows of 2,048 predict the 40,940 tokens that other tools were measured on."""
+    from gossamer.models.tokenizer import load_tokenizer
+
+    text = read_text(shared_data / "text" / "wikitext2_raw_test.txt")
+    windows = evaluation_windows(text, load_tokenizer(smollm2), 2048, limit=20)
+    assert windows[:, 1:].numel() == 40_940
+    assert "\r" not in text.joined

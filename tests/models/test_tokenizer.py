@@ -1,0 +1,116 @@
+"""Tokens become text character by character, and prompts take the form that a model was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.errors import ModelError
+from gossamer.models.tokenizer import StreamDecoder, encode_prompt, format_chat, load_tokenizer
+from tiny import tiny_folder, tiny_tokenizer
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_streamed_text_is_the_text(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = StreamDecoder(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = [decoder.push(token) for token in ids]
+    assert "".join([*pieces, decoder.finish()]) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 383), max_size=40))
+def test_any_tokens_stream_to_what_they_decode_to(ids: list[int]) -> None:
+    """Bytes that are no UTF-8 included."""
+    tokenizer = tiny_tokenizer()
+    decoder = StreamDecoder(tokenizer)
+    streamed = "".join([*(decoder.push(token) for token in ids), decoder.finish()])
+    assert streamed == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_a_character_appears_with_its_last_byte() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = [token for char in "a日b" for token in tokenizer(char, add_special_tokens=False).input_ids]
+    assert len(ids) == 5  # 日 is three bytes, and three tokens here
+    decoder = StreamDecoder(tokenizer)
+    assert [decoder.push(token) for token in ids] == ["a", "", "", "日", "b"]
+    assert decoder.finish() == ""
+
+
+def test_what_is_held_back_comes_at_the_end_and_the_decoder_starts_anew() -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = StreamDecoder(tokenizer)
+    first = tokenizer("日", add_special_tokens=False).input_ids[0]
+    assert decoder.push(first) == ""
+    assert decoder.finish() == "\ufffd"
+    assert decoder.push(tokenizer("x", add_special_tokens=False).input_ids[0]) == "x"
+
+
+def test_special_tokens_are_left_out() -> None:
+    tokenizer = tiny_tokenizer()
+    decoder = StreamDecoder(tokenizer)
+    x = tokenizer("x", add_special_tokens=False).input_ids[0]
+    assert "".join(decoder.push(token) for token in (1, x, 2, x, 2)) == "xx"
+
+
+def test_leading_spaces_of_sentencepiece_words_survive() -> None:
+    """Such tokenizers drop the space of a text's first word, so words decoded alone would run together."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "▁Hello": 1, "▁world": 2, "!": 3}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
+    assert [decoder.push(token) for token in (1, 2, 3)] == ["Hello", " world", "!"]
+
+
+def test_chat_form() -> None:
+    tokenizer = tiny_tokenizer()
+    assert format_chat(tokenizer, "Hi") == "<s>user: Hi</s><s>assistant: "
+    assert format_chat(tokenizer, "Hi", system="Be kind.").startswith("<s>system: Be kind.</s><s>user: Hi")
+    ids = encode_prompt(tokenizer, "Hi")
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 2  # the template's own, and no third
+    assert tokenizer.decode(ids) == "<s>user: Hi</s><s>assistant: "
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi", chat=False)) == "Hi"
+
+
+def test_without_a_template_a_prompt_is_plain_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_folder(tmp_path / "m"))
+    tokenizer.chat_template = None
+    assert format_chat(tokenizer, "Hi") == "Hi"
+    assert tokenizer.decode(encode_prompt(tokenizer, "Hi")) == "Hi"
+
+
+def test_a_failing_template_is_an_error(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_folder(tmp_path / "m"))
+    tokenizer.chat_template = "{{ raise_exception('only users may speak') }}"
+    with pytest.raises(ModelError, match="only users may speak"):
+        format_chat(tokenizer, "Hi", system="x")
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_folders_without_a_tokenizer_are_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(tmp_path)
+
+
+def test_smollm2_chats(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    text = format_chat(tokenizer, "Hi")
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    ids = encode_prompt(tokenizer, "Hi")
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token == "<|im_end|>"

@@ -1,0 +1,119 @@
+"""Scores by hand, what combinations are refused, and what every method must declare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gossamer.calibrate import Gram, InputNorm
+from gossamer.errors import GossamerError, MatrixError, MethodError, PatternError, SparsityError
+from gossamer.matrices.values import quantize, value_type
+from gossamer.prune import METHODS, Layer, check_combination, method
+from gossamer.sparse import NM, Unstructured
+
+
+def layer_with_norms(weight: list[list[float]], norms: list[float]) -> Layer:
+    statistic = InputNorm(len(norms))
+    statistic.update(torch.diag(torch.tensor(norms)))
+    statistic.finish()
+    return Layer("layer", torch.tensor(weight), {InputNorm: statistic})
+
+
+def test_wanda_by_hand() -> None:
+    """The example of the paper's figure 1: weights and norms, compared within each row."""
+    layer = layer_with_norms([[4, 0, 1, -1], [3, -2, -1, -3], [-3, 1, 0, 2]], [1, 2, 8, 3])
+    scores = method("wanda").scores(layer)
+    assert scores.tolist() == [[4, 0, 8, 3], [3, 4, 8, 9], [3, 2, 0, 6]]
+    c = check_combination("wanda", sparsity=0.5)
+    pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
+    assert pruned.weight.tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
+
+
+def test_magnitude_by_hand() -> None:
+    layer = Layer("layer", torch.tensor([[1.0, -5.0], [0.5, 3.0]]))
+    c = check_combination("magnitude", sparsity=0.5)
+    assert c.method.prune(layer, c.pattern, c.sparsity, c.values, 64).weight.tolist() == [[0, -5], [0, 3]]
+
+
+def test_random_is_the_same_again_and_differs_by_layer_and_seed() -> None:
+    def mask(name: str, seed: int) -> Any:
+        return method("random", seed=seed).scores(Layer(name, torch.zeros(50, 50)))
+
+    assert torch.equal(mask("a", 0), mask("a", 0))
+    assert not torch.equal(mask("a", 0), mask("b", 0))
+    assert not torch.equal(mask("a", 0), mask("a", 1))
+
+
+def test_rounding_weighs_errors_by_the_inputs() -> None:
+    torch.manual_seed(0)
+    norms = torch.rand(64) * 3
+    layer = layer_with_norms(torch.randn(8, 64).tolist(), norms.tolist())
+    c = check_combination("wanda", sparsity=0.5, values="int4")
+    pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, c.group)
+    assert pruned.mask is not None
+    assert pruned.quantized is not None
+    plain = quantize(layer.weight * pruned.mask, value_type("int4"), 64, pruned.mask).to_dense()
+
+    def weighted(weight: torch.Tensor) -> float:
+        return float(((weight - layer.weight * pruned.mask) * norms).square().sum())
+
+    assert weighted(pruned.weight) < weighted(plain)
+    assert torch.equal(pruned.quantized.to_dense(), pruned.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "error"),
+    [
+        ("wandaa", {}, MethodError),
+        ("wanda", {"sparsity": 1.0}, SparsityError),
+        ("wanda", {"sparsity": -0.5}, SparsityError),
+        ("wanda", {"pattern": "2:4", "sparsity": 0.7}, SparsityError),
+        ("wanda", {"pattern": "two-four", "sparsity": 0.5}, PatternError),
+        ("wanda", {"sparsity": 0.5, "values": "int5"}, MatrixError),
+        ("wanda", {"sparsity": 0.5, "group": 48}, MethodError),
+        ("wanda", {"sparsity": 0.5, "allocation_name": "fair"}, MethodError),
+        ("wanda", {"pattern": "2:4", "allocation_name": "global"}, MethodError),
+        ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5}, MethodError),
+        ("wanda", {"sparsity": 0.5, "options": {"strength": 1}}, MethodError),
+    ],
+)
+def test_bad_combinations_are_refused_before_any_work(
+    name: str, settings: dict[str, Any], error: type[GossamerError]
+) -> None:
+    with pytest.raises(error):
+        check_combination(name, **settings)
+
+
+def test_an_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(MethodError, match="did you mean 'wanda'"):
+        method("wnda")
+
+
+def test_plain_unstructured_takes_the_papers_comparison_group() -> None:
+    assert check_combination("wanda", sparsity=0.5).pattern == Unstructured("row")
+    assert check_combination("magnitude", sparsity=0.5).pattern == Unstructured("tensor")
+    assert check_combination("sparsegpt", sparsity=0.5).pattern == Unstructured("columns:128")
+    assert check_combination("sparsegpt", pattern="unstructured:row", sparsity=0.5).pattern == Unstructured(
+        "row"
+    )
+    assert check_combination("gptq", pattern="32:64").pattern == NM(32, 64)
+
+
+def test_a_missing_statistic_is_named() -> None:
+    with pytest.raises(MethodError, match="InputNorm"):
+        method("wanda").scores(Layer("layer", torch.ones(2, 2), {Gram: Gram(2)}))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_declares_itself(name: str) -> None:
+    cls = METHODS[name]
+    assert cls.name == name
+    assert METHODS.citations[name]
+    assert cls.__doc__
+    assert cls.claim is not None
+    assert cls.claim.says
+    assert cls.claim.than in (*cls.claim.experiment.against, "dense")
+    assert cls.claim.factor < 10
+    assert cls.claim.bound in ("at_most", "at_least")

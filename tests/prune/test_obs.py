@@ -1,0 +1,188 @@
+"""The OBS sweep against the textbook: each step solved exactly in float64, with no Cholesky or blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.calibrate import Gram
+from gossamer.errors import CalibrationError, MethodError
+from gossamer.matrices.values import value_type
+from gossamer.prune import Layer, Pruned, check_combination
+from gossamer.prune.obs import OBS, block_width
+from gossamer.sparse import check_mask, count_pruned, mask_from_scores, parse_pattern
+
+FLOAT = value_type("float32")
+
+
+def make_layer(out: int = 24, cols: int = 200, tokens: int = 600, seed: int = 0) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(cols, cols, generator=generator) * 0.2 + torch.eye(cols)
+    inputs = torch.randn(tokens, cols, generator=generator) @ mixing
+    inputs *= torch.rand(cols, generator=generator) * 2 + 0.1
+    gram = Gram(cols)
+    gram.update(inputs)
+    gram.finish()
+    return Layer("layer", torch.randn(out, cols, generator=generator), {Gram: gram})
+
+
+def error_of(layer: Layer, weight: torch.Tensor) -> float:
+    delta = (layer.weight - weight).double()
+    gram = layer[Gram].matrix.double()
+    energy = (layer.weight.double() @ gram * layer.weight.double()).sum()
+    return float((delta @ gram * delta).sum() / energy)
+
+
+def prune(
+    layer: Layer, pattern: str, sparsity: float | None, values: str = "float32", **options: Any
+) -> Pruned:
+    c = check_combination("obs", pattern=pattern, sparsity=sparsity, values=values, options=options)
+    return c.method.prune(layer, c.pattern, c.sparsity, c.values, c.group)
+
+
+def textbook_sweep(layer: Layer, mask: torch.Tensor, damping: float) -> torch.Tensor:
+    """Fix column after column; each time move all later ones to their optimum, by solving for it."""
+    H = layer[Gram].matrix.double()
+    H = H + damping * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    W = layer.weight.double().clone()
+    for j in range(W.shape[1]):
+        fixed = torch.where(mask[:, j], W[:, j], 0.0)
+        error = W[:, j] - fixed
+        W[:, j] = fixed
+        if j + 1 < W.shape[1]:
+            # minimise (e, d)ᵀ H (e, d) over d: d = -H_FF⁻¹ H_Fj e, and e = -error is what column j moved by
+            step = torch.linalg.solve(H[j + 1 :, j + 1 :], H[j + 1 :, j])
+            W[:, j + 1 :] += error[:, None] * step
+    return W
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:row", "unstructured:columns:128", "2:4", "32:64", "4x8"])
+def test_updates_are_those_of_exact_elimination(pattern: str) -> None:
+    layer = make_layer()
+    pruned = prune(layer, pattern, None if ":" in pattern and pattern[0].isdigit() else 0.5)
+    assert pruned.mask is not None
+    expected = textbook_sweep(layer, pruned.mask, pruned.record["damping"])
+    torch.testing.assert_close(pruned.weight.double(), expected, atol=2e-3, rtol=2e-3)
+    check_mask(pruned.mask, parse_pattern(pattern))
+    assert (pruned.weight[~pruned.mask] == 0).all()
+
+
+def test_masks_follow_the_updated_weights() -> None:
+    """The mask of the first group is that of the plain saliency; later ones are not, since weights moved."""
+    layer = make_layer()
+    pruned = prune(layer, "unstructured:columns:128", 0.5)
+    H = layer[Gram].matrix.double()
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
+    frozen = torch.stack([torch.linalg.inv(H[j:, j:])[0, 0] for j in range(len(H))])
+    saliency = (layer.weight.double().square() / frozen).float()
+    plain = mask_from_scores(saliency, parse_pattern("unstructured:columns:128"), 0.5)
+    assert pruned.mask is not None
+    assert (plain[:, :128] == pruned.mask[:, :128]).float().mean() > 0.999
+    assert (plain[:, 128:] == pruned.mask[:, 128:]).float().mean() < 0.98
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(["unstructured:row", "unstructured:tensor", "unstructured:columns:48", "2:4", "3:7",
+                     "32:64", "4x4", "channel:in", "channel:out"]),
+    st.sampled_from(["float32", "bfloat16", "int8", "int4", "int3"]),
+    st.sampled_from(["natural", "activation"]),
+    st.integers(1, 12),
+    st.sampled_from([4, 31, 64, 130]),
+)  # fmt: skip
+def test_every_combination_keeps_its_promises(
+    pattern: str, values: str, order: str, out: int, cols: int
+) -> None:
+    if pattern == "4x4" and out < 4:
+        return
+    layer = make_layer(out, cols, tokens=80, seed=out)
+    parsed = parse_pattern(pattern)
+    sparsity = getattr(parsed, "sparsity", 0.4)
+    pruned = OBS(order=order).prune(layer, parsed, sparsity, value_type(values), 64)
+    assert pruned.mask is not None
+    check_mask(pruned.mask, parsed)
+    assert (pruned.weight[~pruned.mask] == 0).all()
+    assert torch.isfinite(pruned.weight).all()
+    if pattern == "unstructured:tensor":
+        assert int((~pruned.mask).sum()) == count_pruned(out * cols, 0.4)
+    if values == "bfloat16":
+        assert torch.equal(pruned.weight.bfloat16().float(), pruned.weight)
+    if value_type(values).is_integer:
+        codes = pruned.quantized
+        assert codes is not None
+        assert torch.equal(codes.to_dense(), pruned.weight)
+        assert (codes.q[~pruned.mask] == 0).all()
+        assert int(codes.q.min()) >= value_type(values).qmin
+        assert int(codes.q.max()) <= value_type(values).qmax
+
+
+def test_sweeping_beats_rounding_and_masking() -> None:
+    layer = make_layer(64, 256, 2000)
+    for pattern, sparsity, values in [
+        ("unstructured", 0.5, "float32"),
+        ("unstructured", 0.0, "int4"),
+        ("2:4", None, "int4"),
+    ]:
+        swept = prune(layer, pattern, sparsity, values)
+        plain = check_combination("magnitude", pattern=pattern, sparsity=sparsity, values=values)
+        rounded = plain.method.prune(layer, plain.pattern, plain.sparsity, plain.values, 64)
+        assert error_of(layer, swept.weight) < 0.8 * error_of(layer, rounded.weight)
+
+
+def test_sparsity_zero_in_floats_changes_nothing() -> None:
+    layer = make_layer()
+    pruned = prune(layer, "unstructured", 0.0)
+    assert pruned.mask is None
+    assert torch.equal(pruned.weight, layer.weight)
+
+
+def test_dead_inputs_are_pruned_and_recorded() -> None:
+    layer = make_layer()
+    gram = layer[Gram]
+    gram.matrix[7] = 0
+    gram.matrix[:, 7] = 0
+    pruned = prune(layer, "unstructured", 0.5)
+    assert pruned.record["dead_inputs"] == 1
+    assert (pruned.weight[:, 7] == 0).all()
+
+
+def test_damping_is_raised_and_recorded_never_skipped() -> None:
+    layer = make_layer(cols=64)
+    gram = layer[Gram]
+    eigen, basis = torch.linalg.eigh(gram.matrix)
+    eigen[0] = -0.05 * float(gram.matrix.diagonal().mean())  # an indefinite matrix, as rounding may leave it
+    gram.matrix = (basis * eigen) @ basis.T
+    gram.matrix = (gram.matrix + gram.matrix.T) / 2
+    pruned = prune(layer, "unstructured", 0.5)
+    assert pruned.record["damping"] == pytest.approx(0.1)
+    expected = textbook_sweep(layer, pruned.mask, pruned.record["damping"])  # type: ignore[arg-type]
+    torch.testing.assert_close(pruned.weight.double(), expected, atol=5e-3, rtol=5e-3)
+
+
+def test_a_hopeless_gram_matrix_is_an_error() -> None:
+    layer = make_layer(cols=16)
+    layer[Gram].matrix = -layer[Gram].matrix
+    layer[Gram].matrix.diagonal().abs_()
+    layer[Gram].matrix *= torch.where(torch.eye(16) > 0, 1.0, 1e6)
+    with pytest.raises(CalibrationError, match="positive definite"):
+        prune(layer, "unstructured", 0.5)
+
+
+@pytest.mark.parametrize("options", [{"order": "random"}, {"damping": 0.0}, {"speed": 3}])
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(MethodError):
+        check_combination("obs", options=options)
+
+
+@pytest.mark.parametrize(
+    ("mask", "scale"), [(1, 1), (4, 64), (64, 64), (128, 64), (48, 64), (63, 64), (7, 1), (1000, 64)]
+)
+def test_blocks_hold_whole_groups_where_they_can(mask: int, scale: int) -> None:
+    width = block_width(mask, scale)
+    assert width <= 512
+    assert width % mask == 0 or mask > 512
+    assert width % scale == 0 or mask in (63, 1000)

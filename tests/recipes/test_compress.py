@@ -1,0 +1,337 @@
+"""The main job on tiny random models: what it makes and refuses, and that nothing interrupts it for good."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.errors import (
+    CalibrationError,
+    GossamerError,
+    MethodError,
+    ModelError,
+    OutputError,
+    PatternError,
+    ResumeError,
+    SparsityError,
+    TextError,
+)
+from gossamer.matrices import Packed
+from gossamer.models import find_parts, load_checkpoint, load_model, prunable, weight_of
+from gossamer.nn import StructuredLinear
+from gossamer.recipes.compress import compress
+from gossamer.sparse import check_mask, count_pruned, parse_pattern
+from tiny import tiny_folder, tiny_model, tiny_tokenizer, tiny_tokens
+
+TEXT = "".join(topics.values())[:20_000]
+SMALL: dict[str, Any] = {"windows": 4, "seqlen": 48, "calibration": [TEXT]}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tiny_tokens()).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("obs", {}),
+        ("obs", {"sparsity": 0.0, "values": "int4", "group": 32}),
+        ("obs", {"sparsity": 0.6, "values": "float32", "head_values": "bfloat16"}),
+        ("obs", {"pattern": "2:4", "values": "int3", "options": {"damping": 0.05}}),
+        ("obs", {"pattern": "unstructured:row", "sparsity": 0.5, "values": "bfloat16"}),
+        ("wanda", {"pattern": "4:8", "values": "int8", "head_values": "int4"}),
+        ("wanda", {"sparsity": 0.5, "allocation": "global", "values": "bfloat16"}),
+        ("magnitude", {"pattern": "16x4", "sparsity": 0.3, "values": "int4"}),
+        ("magnitude", {"sparsity": 0.5, "allocation": "global", "values": "float32"}),
+        ("random", {"pattern": "channel:in", "sparsity": 0.25, "values": "bfloat16"}),
+    ],
+)
+def test_makes_what_was_asked_for(
+    method: str, settings: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    done = compress(source, tmp_path / "out", method=method, **SMALL, **settings)
+    model = load_checkpoint(done.path)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, StructuredLinear)}
+    records = {record["name"]: record for record in done.made["layers"]}
+    assert set(records) == set(layers) - {"lm_head"}
+    pattern = parse_pattern(settings["pattern"]) if "pattern" in settings else None
+    for name, record in records.items():
+        matrix = layers[name].matrix
+        assert isinstance(matrix, Packed)
+        assert matrix.value_type.name == settings.get("values", "int4")
+        assert record["bits_per_weight"] == matrix.bits_per_weight
+        if pattern is not None and matrix.layout != "dense":
+            check_mask(matrix.mask(), pattern)
+        if matrix.layout != "dense":
+            assert record["sparsity"] == pytest.approx(1 - float(matrix.mask().float().mean()))
+    assert model.get_submodule("lm_head").matrix.value_type.name == settings.get("head_values", "int8")
+    if settings.get("allocation") == "global":
+        asked = {r["sparsity_requested"] for r in records.values()}
+        assert len(asked) > 1
+        assert done.made["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+    plain, _ = load_model(source, torch.float32)
+    for name, layer in layers.items():
+        plain.get_submodule(name).weight.data = layer.matrix.to_dense().float()
+    reference, packed = logits(plain), logits(model)
+    # int8 activations and bfloat16 products lie between the two
+    assert (reference - packed).norm() / reference.norm() < 0.05
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "opt", "qwen2", "mistral", "gemma2", "phi", "gpt_neox", "qwen3"])
+def test_walks_architectures_without_drivers(arch: str, tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / arch, arch)
+    done = compress(
+        source, tmp_path / "out", pattern="2:4", values="bfloat16", head_values="bfloat16", **SMALL
+    )
+    model, (plain, _) = load_checkpoint(done.path), load_model(source, torch.float32)
+    found = [n for b in find_parts(plain).blocks for n in (f"{b.name}.{i}" for i in prunable(b))]
+    assert [record["name"] for record in done.made["layers"]] == found
+    for name in found:
+        dense = model.get_submodule(name).matrix.to_dense().float()
+        check_mask(dense != 0, parse_pattern("2:4"))
+        weight_of(plain.get_submodule(name)).copy_(dense)
+    reference = logits(plain)
+    assert (reference - logits(model)).norm() / reference.norm() < 0.05
+
+
+def test_the_sweep_beats_magnitude_on_its_own_statistics(source: Path, tmp_path: Path) -> None:
+    def mean_error(method: str) -> float:
+        made = compress(
+            source, tmp_path / method, method=method, sparsity=0.5, values="float32", **SMALL
+        ).made
+        dense, sparse = load_model(source, torch.float32)[0], load_checkpoint(tmp_path / method)
+        reference = logits(dense)
+        assert made["sparsity"] == pytest.approx(0.5, abs=0.01)
+        return float((reference - logits(sparse)).norm() / reference.norm())
+
+    assert mean_error("obs") < 0.9 * mean_error("random")
+
+
+def test_counts_are_exact_in_every_layer(source: Path, tmp_path: Path) -> None:
+    done = compress(source, tmp_path / "out", method="wanda", sparsity=0.37, values="float32", **SMALL)
+    for record in done.made["layers"]:
+        rows, cols = record["shape"]
+        assert round(record["sparsity"] * rows * cols) == rows * count_pruned(cols, 0.37)
+
+
+def test_a_model_in_memory_takes_the_same_road(source: Path, tmp_path: Path) -> None:
+    from_disk = compress(source, tmp_path / "a", **SMALL)
+    in_memory = compress(tiny_model("llama"), tmp_path / "b", tokenizer=tiny_tokenizer(), **SMALL)
+    assert torch.equal(logits(load_checkpoint(from_disk.path)), logits(load_checkpoint(in_memory.path)))
+    assert not list(tmp_path.glob("*.source-*"))
+
+
+def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "a", **SMALL)
+    compress(source, tmp_path / "b", **SMALL)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    text = (tmp_path / "a" / "gossamer.json").read_text()
+    assert str(tmp_path) not in text
+    assert not (tmp_path / "a.work").exists()
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "wanda", "sparsity": 0.5, "allocation": "global"}])
+def test_resumes_from_every_stage_to_the_same_bytes(
+    settings: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, int]] = []
+    compress(source, tmp_path / "whole", progress=lambda s, d, t: seen.append((s, d)), **SMALL, **settings)
+    assert len(seen) > 5
+    for index, stop in enumerate(dict.fromkeys(seen)):
+        out = tmp_path / f"out{index}"
+
+        def interrupt(stage: str, done: int, total: int, stop: tuple[str, int] = stop) -> None:
+            if (stage, done) == stop:
+                raise StopError
+
+        with pytest.raises(StopError):
+            compress(source, out, progress=interrupt, **SMALL, **settings)
+        if out.exists():  # stopped after the last step
+            assert digests(out) == digests(tmp_path / "whole")
+            continue
+        again = compress(source, out, **SMALL, **settings)
+        assert digests(out) == digests(tmp_path / "whole"), stop
+        assert again.resumed
+
+
+def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        compress(source, tmp_path / "out", progress=interrupt, **SMALL)
+    before = digests(tmp_path / "out.work")
+    with pytest.raises(ResumeError, match="settings"):
+        compress(source, tmp_path / "out", sparsity=0.7, **SMALL)
+    with pytest.raises(ResumeError, match="calibration tokens"):
+        compress(source, tmp_path / "out", **{**SMALL, "calibration": ["some other text " * 300]})
+    assert digests(tmp_path / "out.work") == before
+    (tmp_path / "out.work" / "inputs-002.bin").write_bytes(b"short")
+    with pytest.raises(ResumeError, match="damaged"):
+        compress(source, tmp_path / "out", **SMALL)
+    (tmp_path / "out.work" / "state.json").write_text("{")
+    with pytest.raises(ResumeError, match="damaged"):
+        compress(source, tmp_path / "out", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"sparsity": 1.0}, SparsityError, "fraction"),
+        ({"sparsity": -0.1}, SparsityError, "fraction"),
+        ({"pattern": "3:2"}, PatternError, "N:M"),
+        ({"pattern": "128x1", "sparsity": 0.5}, PatternError, "do not fit"),
+        ({"pattern": "2:4", "allocation": "global"}, MethodError, "cannot be allocated"),
+        ({"method": "sorcery"}, MethodError, "there are"),
+        ({"values": "int5"}, GossamerError, "int5"),
+        ({"head_values": "int5"}, GossamerError, "int5"),
+        ({"windows": 0}, GossamerError, "windows"),
+        ({"speed": 11}, GossamerError, "speed"),
+        ({"calibration": []}, TextError, "text"),
+        ({"calibration": [""]}, TextError, "text"),
+        ({"calibration": ["too short"]}, TextError, "token"),
+        ({"calibration": "no/such/file.txt"}, TextError, "no"),
+    ],
+)
+def test_bad_settings_end_before_any_work(
+    settings: dict[str, Any], error: type[Exception], says: str, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=says):
+        compress(source, tmp_path / "out", **{**SMALL, **settings})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_output_is_never_overwritten(source: Path, tmp_path: Path) -> None:
+    compress(source, tmp_path / "out", **SMALL)
+    before = digests(tmp_path / "out")
+    with pytest.raises(OutputError, match="exist"):
+        compress(source, tmp_path / "out", **SMALL)
+    assert digests(tmp_path / "out") == before
+
+
+def test_damaged_and_foreign_models(tmp_path: Path) -> None:
+    broken = tiny_model("llama")
+    broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    with pytest.raises((ModelError, CalibrationError), match=r"layers\.1.*(NaN|finite)"):
+        compress(tmp_path / "nan", tmp_path / "a", **SMALL)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+        compress(tmp_path / "nan", tmp_path / "b", method="magnitude", sparsity=0.5)  # needs no text
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ModelError):
+        compress(tmp_path / "nothing", tmp_path / "c", **SMALL)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    (tmp_path / "odd" / "model.safetensors").write_bytes(
+        (tmp_path / "nan" / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(ModelError, match=r"abacus|odd"):
+        compress(tmp_path / "odd", tmp_path / "d", **SMALL)
+
+
+def test_a_block_without_linears_is_named() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
+    with pytest.raises(ModelError, match="no linear layer"):
+        prunable(Plain())
+
+
+def test_a_full_disk_keeps_finished_blocks(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing fails from the second block on; once there is room, the same call ends with the same bytes."""
+    compress(source, tmp_path / "whole", **SMALL)
+    real, calls = os.replace, 0
+
+    def full(src: Any, dst: Any) -> None:
+        nonlocal calls
+        calls += "block-001" in str(dst) or calls > 0
+        if calls:
+            raise OSError(28, "No space left on device")
+        real(src, dst)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="No space left"):
+        compress(source, tmp_path / "out", **SMALL)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert compress(source, tmp_path / "out", **SMALL).resumed
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+KILLED = """
+import sys
+from gossamer.recipes.compress import compress
+text = open(sys.argv[3]).read()
+compress(sys.argv[1], sys.argv[2], windows=16, seqlen=96, calibration=[text])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL twenty times; whatever is left must resume, and no half-written checkpoint may ever load."""
+    source = tiny_folder(tmp_path / "model", hidden_size=128, intermediate_size=384, num_hidden_layers=8)
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-c", KILLED, str(source), str(out), str(tmp_path / "text.txt")]
+
+    started = time.monotonic()
+    subprocess.run(command(tmp_path / "whole"), check=True, timeout=300)
+    whole_time = time.monotonic() - started
+    expected = digests(tmp_path / "whole")
+    moments = random.Random(0)
+    kills = 0
+    out = tmp_path / "out"
+    while kills < 20:
+        process = subprocess.Popen(command(out))
+        try:
+            # the first seconds are imports: aim at the work
+            process.wait(timeout=whole_time * moments.uniform(0.5, 1.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        if out.exists():
+            assert digests(out) == expected
+            load_checkpoint(out)
+            out = tmp_path / f"out{kills}"
+        elif process.returncode != -signal.SIGKILL:
+            pytest.fail(f"a resumed run failed with {process.returncode}")
+    if not out.exists():
+        subprocess.run(command(out), check=True, timeout=300)
+    assert digests(out) == expected
