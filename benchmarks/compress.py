@@ -103,8 +103,7 @@ def main() -> None:
     ratio = None
     if len(runs) == 2:
         ratio = round(runs["llm-compressor"]["seconds"] / runs["gossamer"]["seconds"], 3)
-        rows.append(["llm-compressor / gossamer", f"{ratio}x"])
-    protocol.print_table(["tool", *next(iter(runs.values()))], rows)
+        rows.append(["llm-compressor / gossamer", f"{ratio}x", "", "", ""])
     name = f"{args.method}_{args.pattern or args.sparsity}_w{args.windows}_t{args.threads}"
     settings = {
         "rival_dtype": args.rival_dtype,
@@ -119,6 +118,7 @@ def main() -> None:
             "machine": protocol.machine(),
         },
     )
+    protocol.print_table(["tool", *next(iter(runs.values()))], rows)
 
 
 if __name__ == "__main__":
