@@ -50,14 +50,14 @@ void matmul(const Packed& w, const Tier& tier, const void* x, int64_t rows, int 
     chunk = std::min(chunk, rows);
     const int64_t padded = padded_rows(chunk);
     const int64_t weights = w.panels * w.groups * kWeights;
-    const int64_t bytes = w.data_end - w.data + (w.masks ? weights / 8 : 0);
+    const int64_t bytes = w.data_end - w.data + mask_bytes(w);
     if (bytes + rows * weights / 16 <= kAloneBytes)
         threads = 1;  // sixteen multiplications take as long as a byte
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, w.panels)));
 
     const int64_t codes = padded * row_bytes;
     const int64_t scales = aligned(padded * w.groups * 4),
-                  negatives = aligned(padded * w.groups * w.parts * 4);
+                  negatives = aligned(padded * w.groups * negatives_of(w) * 4);
     const int64_t scratch = padded > 4 ? scratch_bytes(w, padded) : 0;
     uint8_t* memory = workspace.get(codes + scales + negatives + threads * scratch);
     uint8_t* scratches = memory + codes + scales + negatives;

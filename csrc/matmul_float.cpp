@@ -52,6 +52,13 @@ struct FloatKernel {
     static constexpr int kSums = kPieces<V> / kSteps;
     static constexpr int kRowBlock = kRegisters / 2 / kSums;
 
+    // One piece of a step, its activations at `codes`, for R rows.
+    template <int R, class T>
+    static GOSSAMER_INLINE void meet(Bytes weights, const T* codes, int i, Floats (&sums)[R][kSums]) {
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < R; r++) sums[r][i] = dot(sums[r][i], weights, codes + kGroup * r);
+    }
+
     template <int R, class Reader>
     static GOSSAMER_INLINE void add(Reader& reader, const Packed& w, const Activations& x, int64_t,
                                     int64_t row, int64_t begin, int64_t end, Floats (&sums)[R][kSums]) {
@@ -60,14 +67,18 @@ struct FloatKernel {
         const T* codes = (const T*)x.codes + kGroup * (place.first + begin * place.step);
         for (int64_t g = begin; g < end; g++) {
             reader.next();
-            GOSSAMER_UNROLL(16)
-            for (int s = 0; s < kSteps; s++) {
-                GOSSAMER_UNROLL(4)
-                for (int i = 0; i < kSums; i++) {
-                    Bytes weights = reader.piece(kSums * s + i);
-                    GOSSAMER_UNROLL(8)
-                    for (int r = 0; r < R; r++)
-                        sums[r][i] = dot(sums[r][i], weights, codes + kGroup * r + 4 * s);
+            if constexpr (Reader::kBySteps) {
+                for (uint32_t kept = reader.steps(); kept; kept &= kept - 1) {
+                    GOSSAMER_UNROLL(4)
+                    for (int i = 0; i < kSums; i++)
+                        meet<R>(reader.take(), codes + 4 * __builtin_ctz(kept), i, sums);
+                }
+            } else {
+                GOSSAMER_UNROLL(16)
+                for (int s = 0; s < kSteps; s++) {
+                    GOSSAMER_UNROLL(4)
+                    for (int i = 0; i < kSums; i++)
+                        meet<R>(reader.piece(kSums * s + i), codes + 4 * s, i, sums);
                 }
             }
             codes += kGroup * place.step;

@@ -28,7 +28,12 @@ void quantize_row(const Packed& w, const T* x, int64_t row, const Activations& t
         GOSSAMER_UNROLL(4)
         for (int j = 0; j < 4; j++) rounded[j] = store_codes(codes + 16 * j, mul(v[j], floats(inverse)));
         to.scales[at] = top * float(1.0 / 127.0);
-        int32_t* negative = to.negatives + (at - row_of_block) * w.parts + row_of_block;
+        int32_t* negative = to.negatives + (at - row_of_block) * negatives_of(w) + row_of_block;
+        if (w.layout == kBySteps) {
+            for (int s = 0; s < kSteps; s++, codes += 4, negative += place.step)
+                negative[0] = -zero_code * (codes[0] + codes[1] + codes[2] + codes[3]);
+            continue;
+        }
         Ints low = add(rounded[0], rounded[1]), high = add(rounded[2], rounded[3]);
         if (w.parts == 1) {
             negative[0] = -zero_code * total(add(low, high));
@@ -54,6 +59,21 @@ struct IntKernel {
     static constexpr int kRowBlock = kRegisters == 32 ? 8 : 4;
     static constexpr int kSums = 1;
 
+    static constexpr int kHalf = kSteps / 2;  // a scale of 32 inputs
+
+    // Sums of one part of a panel-group times their scales, added to y.
+    template <int R, int C>
+    static GOSSAMER_INLINE void scale(Ints (&sum)[R][C], const uint16_t* scales, const float* scales_x,
+                                      Floats (&y)[R][1]) {
+        Floats scale = load_halves(scales);
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < R; r++) {
+            GOSSAMER_UNROLL(4)
+            for (int c = 1; c < C; c++) sum[r][0] = gossamer::add(sum[r][0], sum[r][c]);
+            y[r][0] = mul_add(mul(scale, floats(scales_x[r])), to_floats(sum[r][0]), y[r][0]);
+        }
+    }
+
     template <int R, class Reader>
     static GOSSAMER_INLINE void add(Reader& reader, const Packed& w, const Activations& x, int64_t panel,
                                     int64_t row, int64_t begin, int64_t end, Floats (&y)[R][1]) {
@@ -63,44 +83,77 @@ struct IntKernel {
         const uint16_t* scales = w.scales + (panel * w.groups + begin) * w.parts * kPanel;
         const int8_t* codes = (const int8_t*)x.codes + kGroup * at;
         const float* scales_x = x.scales + at;
-        const int32_t* negatives = x.negatives + (at - row_of_block) * w.parts + row_of_block;
+        const int32_t* negatives = x.negatives + (at - row_of_block) * negatives_of(w) + row_of_block;
         for (int64_t g = begin; g < end; g++) {
             reader.next();
             Ints sum[R][kChains];
-            GOSSAMER_UNROLL(2)
-            for (int half = 0; half < 2; half++) {
-                if (half == 0 || w.parts == 2) {
-                    GOSSAMER_UNROLL(8)
-                    for (int r = 0; r < R; r++) {
-                        sum[r][0] = ints(negatives[r]);
-                        GOSSAMER_UNROLL(4)
-                        for (int c = 1; c < kChains; c++) sum[r][c] = ints(0);
+            if constexpr (Reader::kBySteps) {
+                for (int part = 0; part < w.parts; part++, scales += kPanel) {
+                    uint32_t kept = reader.steps();
+                    if (w.parts == 2) kept &= part ? 0xff00 : 0x00ff;
+                    if (!kept) continue;
+                    add_steps<R>(reader, kept, codes, negatives, place.step, sum);
+                    scale(sum, scales, scales_x, y);
+                }
+                negatives += kSteps * place.step;
+            } else {
+                GOSSAMER_UNROLL(2)
+                for (int half = 0; half < 2; half++) {
+                    if (half == 0 || w.parts == 2) {
+                        GOSSAMER_UNROLL(8)
+                        for (int r = 0; r < R; r++) {
+                            sum[r][0] = ints(negatives[r]);
+                            GOSSAMER_UNROLL(4)
+                            for (int c = 1; c < kChains; c++) sum[r][c] = ints(0);
+                        }
+                        negatives += place.step;
                     }
-                    negatives += place.step;
-                }
-                GOSSAMER_UNROLL(8)
-                for (int i = 0; i < 8; i++) {
-                    int s = 8 * half + i;
-                    Bytes weights = reader.piece(s);
                     GOSSAMER_UNROLL(8)
-                    for (int r = 0; r < R; r++)
-                        sum[r][s % kChains] =
-                            dot8<V == kInt8>(sum[r][s % kChains], weights, codes + kGroup * r + 4 * s);
-                }
-                if (half == 1 || w.parts == 2) {
-                    Floats scale = load_halves(scales);
-                    scales += kPanel;
-                    GOSSAMER_UNROLL(8)
-                    for (int r = 0; r < R; r++) {
-                        GOSSAMER_UNROLL(4)
-                        for (int c = 1; c < kChains; c++) sum[r][0] = gossamer::add(sum[r][0], sum[r][c]);
-                        y[r][0] = mul_add(mul(scale, floats(scales_x[r])), to_floats(sum[r][0]), y[r][0]);
+                    for (int i = 0; i < kHalf; i++) {
+                        int s = kHalf * half + i;
+                        Bytes weights = reader.piece(s);
+                        GOSSAMER_UNROLL(8)
+                        for (int r = 0; r < R; r++)
+                            sum[r][s % kChains] =
+                                dot8<V == kInt8>(sum[r][s % kChains], weights, codes + kGroup * r + 4 * s);
+                    }
+                    if (half == 1 || w.parts == 2) {
+                        scale(sum, scales, scales_x, y);
+                        scales += kPanel;
                     }
                 }
             }
             codes += kGroup * place.step;
             scales_x += place.step;
         }
+    }
+
+    // The steps `kept` of a panel-group; `negatives` has kSteps entries of `stride` rows.
+    template <int R, int C, class Reader>
+    static GOSSAMER_INLINE void add_steps(Reader& reader, uint32_t kept, const int8_t* codes,
+                                          const int32_t* negatives, int64_t stride, Ints (&sum)[R][C]) {
+        int32_t negative[R] = {};
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < R; r++) {
+            GOSSAMER_UNROLL(4)
+            for (int c = 0; c < C; c++) sum[r][c] = ints(0);
+        }
+        while (kept) {
+            GOSSAMER_UNROLL(4)
+            for (int c = 0; c < C; c++) {
+                if (c > 0 && !kept) break;
+                const int s = __builtin_ctz(kept);
+                kept &= kept - 1;
+                Bytes weights = reader.take();
+                GOSSAMER_UNROLL(8)
+                for (int r = 0; r < R; r++) {
+                    sum[r][c] = dot8<V == kInt8>(sum[r][c], weights, codes + kGroup * r + 4 * s);
+                    negative[r] += negatives[s * stride + r];
+                }
+            }
+        }
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < R; r++) sum[r][0] = gossamer::add(sum[r][0], ints(negative[r]));
     }
 
     static GOSSAMER_INLINE Floats result(const Floats (&y)[1]) { return y[0]; }

@@ -74,25 +74,25 @@ struct Span {
     float* carry;
 };
 
-template <class Kernel, int R>
+template <class Kernel, int R, class Swept>
 __attribute__((noinline)) void block(const Packed& w, const Activations& x, const Output& out,
                                      const Span& span, int64_t row) {
-    Expanded<Kernel::kValues> reader(span.weights);
+    Swept reader(span.weights, w, span.panel, span.begin);
     panel_rows<Kernel, R, false>(reader, w, x, out, span.panel, row, span.begin, span.end, span.carry);
 }
 
-template <class Kernel>
+template <class Kernel, class Swept>
 void sweep(const Packed& w, const Activations& x, const Output& out, const Span& span) {
     constexpr int kBlock = Kernel::kRowBlock;
     int64_t row = 0;
-    for (; row + kBlock <= x.padded; row += kBlock) block<Kernel, kBlock>(w, x, out, span, row);
+    for (; row + kBlock <= x.padded; row += kBlock) block<Kernel, kBlock, Swept>(w, x, out, span, row);
     int64_t rest = x.padded - row;  // 0, 1, 2 or 4: padded_rows
     if (rest == 4)
-        block<Kernel, 4>(w, x, out, span, row);
+        block<Kernel, 4, Swept>(w, x, out, span, row);
     else if (rest == 2)
-        block<Kernel, 2>(w, x, out, span, row);
+        block<Kernel, 2, Swept>(w, x, out, span, row);
     else if (rest == 1)
-        block<Kernel, 1>(w, x, out, span, row);
+        block<Kernel, 1, Swept>(w, x, out, span, row);
 }
 
 // `scratch`: the expanded groups, then the carry. In place: dense weights that are stored as they are
@@ -115,11 +115,16 @@ __attribute__((noinline)) void expand_and_sweep(const Packed& w, const Activatio
                 uint8_t* piece = scratch;
                 for (int64_t g = from; g < to; g++) {
                     reader.next();
-                    GOSSAMER_UNROLL(64)
-                    for (int i = 0; i < kBytes / 64; i++, piece += 64) store(piece, reader.piece(i));
+                    if constexpr (Reader::kBySteps) {
+                        const int pieces = kBytes / 64 / kSteps * __builtin_popcount(reader.steps());
+                        for (int i = 0; i < pieces; i++, piece += 64) store(piece, reader.take());
+                    } else {
+                        GOSSAMER_UNROLL(64)
+                        for (int i = 0; i < kBytes / 64; i++, piece += 64) store(piece, reader.piece(i));
+                    }
                 }
             }
-            sweep<Kernel>(w, x, out, Span{panel, from, to, weights, carry});
+            sweep<Kernel, typename Reader::Swept>(w, x, out, Span{panel, from, to, weights, carry});
         }
     }
 }
@@ -147,8 +152,10 @@ void multiply_values(const Packed& w, const Activations& x, const Output& out, i
         multiply_layout<Kernel, Dense<V>, V != kInt4 && V != kInt3>(w, x, out, begin, end, scratch);
     else if (w.layout == kBitmap)
         multiply_layout<Kernel, Sparse<V, true>, false>(w, x, out, begin, end, scratch);
-    else
+    else if (w.layout == kBalanced)
         multiply_layout<Kernel, Sparse<V, false>, false>(w, x, out, begin, end, scratch);
+    else
+        multiply_layout<Kernel, Steps<V>, false>(w, x, out, begin, end, scratch);
 }
 
 template <class... Kernels>

@@ -4,8 +4,9 @@
 //
 //   values   | panel 0: group 0 | group 1 | ... | panel 1: group 0 | ...            | 0 to 64 bytes |
 //   masks    | 16 words         | 16 words| ...   word s, bit 4o + k: is e = 64s + 4o + k kept?
+//            | 16 bits          | 16 bits | ...   (16x4) bit s: is step s kept?
 //   scales   | 64/group x 16 f16| ...             one float16 an output and part of a group
-//   offsets  | byte where panel 0 starts in values | panel 1 | ... | end |          (bitmap only)
+//   offsets  | byte where panel 0 starts in values | panel 1 | ... | end |          (bitmap, 16x4)
 //
 //   inside a panel-group, weight (output o, input 4s + k) has index e = 64s + 4o + k:
 //
@@ -29,7 +30,7 @@ constexpr int kMaxRowBlock = 8;     // most rows that one pass over a panel serv
 // gains 7-9 % (dense and 32:64), int3 nothing, and dense bfloat16 loses about 10 %.
 constexpr int kPrefetch = 4096;
 
-enum Layout : int { kDense = 0, kBitmap = 1, kBalanced = 2 };
+enum Layout : int { kDense = 0, kBitmap = 1, kBalanced = 2, kBySteps = 3 };
 enum Values : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3, kInt3 = 4 };
 enum Dtype : int { kF32 = 0, kBF16 = 1 };
 
@@ -49,7 +50,7 @@ struct Packed {
 //
 //     codes      [block][group][row of block][64]     int8, bfloat16 or float32; zeros past the inputs
 //     scales     [block][group][row of block]         (integer values)
-//     negatives  [block][group][part][row of block]   minus zero_code * sum(codes)
+//     negatives  [block][group][part][row of block]   minus zero_code * sum(codes); 16x4: a step, not a part
 struct Activations {
     int64_t rows, padded;  // padded: rows that the blocks have room for
     void* codes;
@@ -86,6 +87,14 @@ static inline int64_t stored_bytes(int values, int64_t count) {
             return count / 256 * 64 + (count % 256 + 3) / 4 + (count + 7) / 8;
     }
 }
+
+// Bytes of the masks of a whole weight, without padding.
+static inline int64_t mask_bytes(const Packed& w) {
+    return w.layout == kDense ? 0 : w.panels * w.groups * (w.layout == kBySteps ? kSteps : kWeights) / 8;
+}
+
+// Entries of `negatives` for a row and group.
+static inline int64_t negatives_of(const Packed& w) { return w.layout == kBySteps ? kSteps : w.parts; }
 
 // Groups of a panel that are expanded and swept by all rows at a time: 32 KiB, so that they stay in L1.
 static inline int64_t span_groups(const Packed& w) {

@@ -6,6 +6,10 @@
 //     reader.next();                       // the next panel-group; then, each once and in order:
 //     Bytes piece = reader.piece(0 .. kPieces - 1);
 // A piece is 64 codes (integers: 16 outputs x 4 inputs), 32 bfloat16 (8 x 4) or 16 float32 (4 x 4).
+// Readers of whole steps (kBySteps) give the pieces of kept steps only:
+//     uint32_t kept = reader.steps();      // bit s: step s is kept
+//     Bytes piece = reader.take();         // kPieces / 16 times for each of them, in order
+// Reader::Swept reads what expand() wrote of a panel-group.
 #pragma once
 #include "packed.h"
 #include "simd.h"
@@ -47,10 +51,13 @@ GOSSAMER_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 // Weights as they are multiplied, without decoding: an expanded panel, or dense int8 and float values.
 template <int V>
 struct Expanded {
+    static constexpr bool kBySteps = false;
+
     const uint8_t* ahead;
     const uint8_t* at = nullptr;
 
-    GOSSAMER_INLINE explicit Expanded(const uint8_t* panel) : ahead(panel) {}
+    // From group `begin` of a panel on.
+    GOSSAMER_INLINE Expanded(const uint8_t* weights, const Packed&, int64_t, int64_t) : ahead(weights) {}
     GOSSAMER_INLINE void next() {
         at = ahead;
         ahead += 64 * kPieces<V>;
@@ -62,6 +69,9 @@ struct Expanded {
 //  int3: 4 x 64 bytes of two bits, field j = codes 64j.. of 256; then 16 words of high bits
 template <int V>
 struct Dense {
+    static constexpr bool kBySteps = false;
+    using Swept = Expanded<V>;
+
     const uint8_t* ahead;
     const uint8_t* at = nullptr;
     int64_t bytes;
@@ -127,39 +137,74 @@ GOSSAMER_INLINE void unpack(const uint8_t* p, int count, uint8_t* to) {
     }
 }
 
-// bitmap and n:64: masks say where the stored values go. Small codes are unpacked one panel-group ahead, so
-// that loads do not wait for the stores just made.
-template <int V, bool kOffsets>
-struct Sparse {
+// The values section of a sparse layout, made ready by panel-groups. Small codes are unpacked one panel-group
+// ahead, so that loads do not wait for the stores just made.
+template <int V>
+struct Stored {
     static constexpr bool kUnpacks = V == kInt4 || V == kInt3;
 
     Storage& storage;
     const uint8_t* ahead;  // values of the next panel-group to be fetched
     const uint8_t* end;
+    int turn = 0;
+
+    GOSSAMER_INLINE Stored(const Packed& w, int64_t begin_panel, Storage& memory)
+        : storage(memory), end(w.data_end) {
+        ahead = w.data +
+                (w.offsets ? w.offsets[begin_panel] : begin_panel * w.groups * stored_bytes(V, 16 * w.keep));
+    }
+
+    // The next `count` values, ready to be read; `of_32`: there are 512, the common case, unrolled.
+    GOSSAMER_INLINE const uint8_t* fetch(int count, bool of_32) {
+        int64_t bytes = stored_bytes(V, count);
+        prefetch(ahead, bytes);
+        const uint8_t* from = ahead;
+        if (end - ahead < bytes + kSlack) {  // registers would read past the section: copy what exists
+            __builtin_memcpy(storage.tail, ahead, size_t(bytes));
+            from = storage.tail;
+        }
+        ahead += bytes;
+        if (!kUnpacks) return from;
+        uint8_t* codes = storage.codes[turn];
+        turn ^= 1;
+        if (of_32)
+            unpack<V>(from, 512, codes);
+        else
+            unpack<V>(from, count, codes);
+        return codes;
+    }
+};
+
+// bitmap and n:64: masks say where the stored values go.
+template <int V, bool kOffsets>
+struct Sparse {
+    static constexpr bool kBySteps = false;
+    using Swept = Expanded<V>;
+
+    Stored<V> stored;
     const uint8_t* cursor = nullptr;
+    const uint8_t* cursor_ahead = nullptr;
     const uint64_t* words = nullptr;
     const uint64_t* words_ahead;
     const uint64_t* words_end;
     int keep;
-    int turn = 0;
 
     GOSSAMER_INLINE Sparse(const Packed& w, int64_t begin_panel, int64_t end_panel, Storage& memory)
-        : storage(memory), end(w.data_end), keep(w.keep) {
+        : stored(w, begin_panel, memory), keep(w.keep) {
         words_ahead = w.masks + begin_panel * w.groups * kSteps;
         words_end = w.masks + end_panel * w.groups * kSteps;
-        ahead = w.data +
-                (kOffsets ? w.offsets[begin_panel] : begin_panel * w.groups * stored_bytes(V, 16 * keep));
-        if (kUnpacks) fetch();
+        if (stored.kUnpacks) fetch();
     }
 
     GOSSAMER_INLINE void next() {
-        if (kUnpacks) {
+        if (stored.kUnpacks) {
             words = words_ahead - kSteps;
-            cursor = storage.codes[turn ^ 1];
+            cursor = cursor_ahead;
             if (words_ahead < words_end) fetch();
         } else {
             words = words_ahead;
             fetch();
+            cursor = cursor_ahead;
         }
     }
 
@@ -183,7 +228,6 @@ struct Sparse {
     }
 
   private:
-    // Makes the values at `ahead` ready, unpacked or in place, and moves on by one panel-group.
     GOSSAMER_INLINE void fetch() {
         int count = 16 * keep;
         if (kOffsets) {
@@ -191,23 +235,66 @@ struct Sparse {
             GOSSAMER_UNROLL(16)
             for (int s = 0; s < kSteps; s++) count += __builtin_popcountll(words_ahead[s]);
         }
-        int64_t bytes = stored_bytes(V, count);
-        prefetch(ahead, bytes);
         prefetch((const uint8_t*)words_ahead, 8 * kSteps);
-        const uint8_t* from = ahead;
-        if (end - ahead < bytes + kSlack) {  // registers would read past the section: copy what exists
-            __builtin_memcpy(storage.tail, ahead, size_t(bytes));
-            from = storage.tail;
-        }
-        if (!kUnpacks)
-            cursor = from;
-        else if (!kOffsets && keep == 32)
-            unpack<V>(from, 512, storage.codes[turn]);  // the common case, unrolled
-        else
-            unpack<V>(from, count, storage.codes[turn]);
-        turn ^= 1;
-        ahead += bytes;
+        cursor_ahead = stored.fetch(count, !kOffsets && keep == 32);
         words_ahead += kSteps;
+    }
+};
+
+// Kept steps of a panel-group, expanded one after the other.
+template <int V>
+struct ExpandedSteps {
+    static constexpr bool kBySteps = true;
+
+    const uint8_t* at;
+    const uint16_t* words;
+    uint32_t kept = 0;
+
+    GOSSAMER_INLINE ExpandedSteps(const uint8_t* weights, const Packed& w, int64_t panel, int64_t begin)
+        : at(weights), words((const uint16_t*)w.masks + panel * w.groups + begin) {}
+    GOSSAMER_INLINE void next() { kept = *words++; }
+    GOSSAMER_INLINE uint32_t steps() const { return kept; }
+    GOSSAMER_INLINE Bytes take() {
+        at += 64;
+        return load(at - 64);
+    }
+};
+
+// 16x4: a panel-group's mask has one bit a step, and whole steps are stored.
+template <int V>
+struct Steps {
+    static constexpr bool kBySteps = true;
+    using Swept = ExpandedSteps<V>;
+
+    Stored<V> stored;
+    const uint8_t* cursor = nullptr;
+    const uint8_t* cursor_ahead = nullptr;
+    const uint16_t* words_ahead;
+    const uint16_t* words_end;
+    uint32_t kept = 0, kept_ahead = 0;
+
+    GOSSAMER_INLINE Steps(const Packed& w, int64_t begin_panel, int64_t end_panel, Storage& memory)
+        : stored(w, begin_panel, memory) {
+        words_ahead = (const uint16_t*)w.masks + begin_panel * w.groups;
+        words_end = (const uint16_t*)w.masks + end_panel * w.groups;
+        fetch();
+    }
+
+    GOSSAMER_INLINE void next() {
+        kept = kept_ahead;
+        cursor = cursor_ahead;
+        if (words_ahead < words_end) fetch();
+    }
+    GOSSAMER_INLINE uint32_t steps() const { return kept; }
+    GOSSAMER_INLINE Bytes take() {
+        cursor += 64;
+        return load(cursor - 64);
+    }
+
+  private:
+    GOSSAMER_INLINE void fetch() {
+        kept_ahead = *words_ahead++;
+        cursor_ahead = stored.fetch(kGroup * __builtin_popcount(kept_ahead), false);
     }
 };
 

@@ -72,48 +72,79 @@ GOSSAMER_INLINE uint64_t eight(const uint8_t* p) {
     return word;
 }
 
-// Eight bytes at a time: one deposit makes a mask of whole bytes, another spreads the codes over it.
-GOSSAMER_INLINE uint64_t deposit8(const uint8_t*& p, uint32_t mask, uint64_t zeros) {
-    uint64_t lanes = _pdep_u64(mask, 0x0101010101010101) * 255;
-    uint64_t codes = _pdep_u64(eight(p), lanes) | (zeros & ~lanes);
-    p += __builtin_popcount(mask);
-    return codes;
+// For each mask of eight elements, which stored one each takes: its rank among the set bits, or nothing
+// (a high bit gives zero). Byte shuffles take `bytes`, for the lower or upper eight of a register, or
+// `pairs`.
+struct Ranks {
+    uint64_t bytes[2][256];
+    uint64_t pairs[256][2];
+    constexpr Ranks() : bytes(), pairs() {
+        for (int mask = 0; mask < 256; mask++) {
+            int rank = 0;
+            for (int i = 0; i < 8; i++) {
+                bool kept = mask >> i & 1;
+                uint64_t byte = kept ? rank : 0x80, pair = kept ? 0x0100 + 0x0202 * rank : 0x8080;
+                bytes[0][mask] |= byte << 8 * i;
+                bytes[1][mask] |= (byte + (kept ? 8 : 0)) << 8 * i;
+                pairs[mask][i / 4] |= pair << 16 * (i % 4);
+                rank += kept;
+            }
+        }
+    }
+};
+constexpr Ranks kRanks{};
+
+GOSSAMER_INLINE __m128i halves(const void* low, const void* high) {
+    __m128d first = _mm_castsi128_pd(_mm_loadl_epi64((const __m128i*)low));
+    return _mm_castpd_si128(_mm_loadh_pd(first, (const double*)high));
 }
 
+// The stored bytes at p, xor `flip`, over 16 places; p moves past those taken. Reads 8 bytes at a time.
+GOSSAMER_INLINE __m128i spread16(const uint8_t*& p, uint32_t low, uint32_t high, __m128i flip) {
+    const uint8_t* q = p + __builtin_popcount(low);
+    __m128i from = halves(p, q), rank = halves(&kRanks.bytes[0][low], &kRanks.bytes[1][high]);
+    p = q + __builtin_popcount(high);
+    return _mm_shuffle_epi8(_mm_xor_si128(from, flip), rank);
+}
+
+// A shuffle leaves zero where nothing is kept: codes are flipped by the zero code before and after it.
 GOSSAMER_INLINE Bytes expand8(const uint8_t* p, uint64_t mask, uint8_t zero) {
-    const uint64_t zeros = zero * 0x0101010101010101;
-    uint64_t part[8];
-    GOSSAMER_UNROLL(8)
-    for (int i = 0; i < 8; i++) part[i] = deposit8(p, uint32_t(mask >> 8 * i & 255), zeros);
-    return {_mm256_set_epi64x(int64_t(part[3]), int64_t(part[2]), int64_t(part[1]), int64_t(part[0])),
-            _mm256_set_epi64x(int64_t(part[7]), int64_t(part[6]), int64_t(part[5]), int64_t(part[4]))};
+    const __m256i flip = _mm256_set1_epi8(char(zero));
+    __m128i part[4];
+    GOSSAMER_UNROLL(4)
+    for (int i = 0; i < 4; i++)
+        part[i] = spread16(p, uint32_t(mask >> 16 * i & 255), uint32_t(mask >> (16 * i + 8) & 255),
+                           _mm256_castsi256_si128(flip));
+    return {_mm256_xor_si256(_mm256_set_m128i(part[1], part[0]), flip),
+            _mm256_xor_si256(_mm256_set_m128i(part[3], part[2]), flip)};
+}
+
+GOSSAMER_INLINE __m128i spread_pairs(const uint8_t* p, uint32_t mask) {
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p),
+                            _mm_loadu_si128((const __m128i*)kRanks.pairs[mask]));
 }
 
 GOSSAMER_INLINE Bytes expand16(const uint8_t* p, uint32_t mask) {
-    uint64_t part[8];
-    GOSSAMER_UNROLL(8)
-    for (int i = 0; i < 8; i++) {
-        uint32_t kept = mask >> 4 * i & 15;
-        part[i] = _pdep_u64(eight(p), _pdep_u64(kept, 0x0001000100010001) * 65535);
+    __m128i part[4];
+    GOSSAMER_UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        uint32_t kept = mask >> 8 * i & 255;
+        part[i] = spread_pairs(p, kept);
         p += 2 * __builtin_popcount(kept);
     }
-    return {_mm256_set_epi64x(int64_t(part[3]), int64_t(part[2]), int64_t(part[1]), int64_t(part[0])),
-            _mm256_set_epi64x(int64_t(part[7]), int64_t(part[6]), int64_t(part[5]), int64_t(part[4]))};
+    return {_mm256_set_m128i(part[1], part[0]), _mm256_set_m128i(part[3], part[2])};
 }
 
-// Eight lanes: each takes the element of its rank among the set bits.
-GOSSAMER_INLINE __m256i expand_lanes(const uint8_t* p, uint32_t mask) {
-    uint64_t lanes = _pdep_u64(mask, 0x0101010101010101) * 255;
-    uint64_t ranks = _pdep_u64(0x0706050403020100, lanes);
-    __m256i rank = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(ranks)));
-    __m256i kept = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(int64_t(lanes)));
-    __m256i from = _mm256_loadu_si256((const __m256i*)p);
-    return _mm256_and_si256(_mm256_permutevar8x32_epi32(from, rank), kept);
+// Eight lanes: each takes the element of its rank; a negative rank takes nothing.
+GOSSAMER_INLINE __m256i spread_lanes(const uint8_t* p, uint32_t mask) {
+    __m256i rank = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&kRanks.bytes[0][mask]));
+    __m256i taken = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)p), rank);
+    return _mm256_andnot_si256(_mm256_srai_epi32(rank, 31), taken);
 }
 
 GOSSAMER_INLINE Bytes expand32(const uint8_t* p, uint32_t mask) {
     uint32_t low = mask & 255;
-    return {expand_lanes(p, low), expand_lanes(p + 4 * __builtin_popcount(low), mask >> 8)};
+    return {spread_lanes(p, low), spread_lanes(p + 4 * __builtin_popcount(low), mask >> 8 & 255)};
 }
 
 // ---- dot products

@@ -18,7 +18,27 @@ uint64_t count_fields(uint64_t word) {
     return (word & 0x3333333333333333) + (word >> 2 & 0x3333333333333333);
 }
 
+std::string check_panel_bytes(const Packed& w, int64_t panel, int64_t bytes) {
+    const int64_t given = w.offsets[panel + 1] - w.offsets[panel];
+    if (given == bytes) return {};
+    return "the masks of panel " + std::to_string(panel) + " call for " + std::to_string(bytes) +
+           " bytes of values, its offsets give " + std::to_string(given);
+}
+
+// 16x4: one bit a step.
+std::string check_steps(const Packed& w, int64_t panel) {
+    const uint16_t* words = reinterpret_cast<const uint16_t*>(w.masks) + panel * w.groups;
+    const int64_t last = (w.in - kGroup * (w.groups - 1) + 3) / 4;  // real steps of the last group
+    if (words[w.groups - 1] >> last)
+        return "the masks keep steps of the padding" + place(panel, w.groups - 1);
+    int64_t bytes = 0;
+    for (int64_t g = 0; g < w.groups; g++)
+        bytes += stored_bytes(w.values, kGroup * __builtin_popcount(words[g]));
+    return check_panel_bytes(w, panel, bytes);
+}
+
 std::string check_masks(const Packed& w, int64_t panel) {
+    if (w.layout == kBySteps) return check_steps(w, panel);
     int64_t outputs = w.out - kPanel * panel, bytes = 0;
     uint64_t real_outputs = outputs >= kPanel ? ~uint64_t(0) : (uint64_t(1) << 4 * outputs) - 1;
     for (int64_t g = 0; g < w.groups; g++) {
@@ -45,11 +65,7 @@ std::string check_masks(const Packed& w, int64_t panel) {
                        place(panel, g);
         }
     }
-    if (w.layout == kBitmap && w.offsets[panel + 1] - w.offsets[panel] != bytes)
-        return "the masks of panel " + std::to_string(panel) + " call for " + std::to_string(bytes) +
-               " bytes of values, its offsets give " +
-               std::to_string(w.offsets[panel + 1] - w.offsets[panel]);
-    return {};
+    return w.offsets ? check_panel_bytes(w, panel, bytes) : std::string();
 }
 
 std::string check_scales(const Packed& w, int64_t panel) {
@@ -77,7 +93,7 @@ std::string check_offsets(const Packed& w) {
 }  // namespace
 
 std::string check(const Packed& w, int threads) {
-    if (w.layout == kBitmap) {
+    if (w.offsets) {
         std::string fault = check_offsets(w);
         if (!fault.empty()) return fault;
     }

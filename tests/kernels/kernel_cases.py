@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer import kernels
 from gossamer.kernels import Handle, reference
 
-LAYOUTS = ("dense", "bitmap", "32:64", "7:64")
+LAYOUTS = ("dense", "bitmap", "16x4", "32:64", "7:64")
 VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
 KINDS = [(v, g) for v in VALUES for g in ((64, 32) if v in BITS else (64,))]
 

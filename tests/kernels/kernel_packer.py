@@ -47,6 +47,9 @@ def random_weight(
         mask = np.ones((out, cols), bool)
     elif layout == "bitmap":
         mask = rng.random((out, cols)) < density
+    elif layout == "16x4":
+        steps = rng.random((math.ceil(out / 16), math.ceil(cols / 4))) < density
+        mask = steps.repeat(16, 0).repeat(4, 1)[:out, :cols]
     else:
         n = int(layout.split(":")[0])
         mask = np.zeros((out, cols), bool)
@@ -126,6 +129,10 @@ def pack(w: Weight) -> dict[str, Tensor]:
             tile = padded[16 * p : 16 * p + 16, 64 * g : 64 * g + 64]
             bits = kept[16 * p : 16 * p + 16, 64 * g : 64 * g + 64]
             stored = []
+            if w.layout == "16x4":
+                whole = [bool(bits[:, 4 * s : 4 * s + 4].any()) for s in range(16)]
+                masks.append(sum(kept_step << s for s, kept_step in enumerate(whole)))
+                bits = bits | np.repeat(whole, 4)[None, :]  # padding inside a kept step is stored
             for s in range(16):
                 word = 0
                 for o in range(16):
@@ -134,7 +141,8 @@ def pack(w: Weight) -> dict[str, Tensor]:
                             word |= 1 << (4 * o + k)
                         if bits[o, 4 * s + k] or w.layout == "dense":
                             stored.append(tile[o, 4 * s + k])
-                masks.append(word)
+                if w.layout != "16x4":
+                    masks.append(word)
             if w.values in BITS:
                 stored = [int(q) + zero for q in stored]
             if w.layout.endswith(":64"):
@@ -148,10 +156,11 @@ def pack(w: Weight) -> dict[str, Tensor]:
 
     sections = {"values": np.frombuffer(values, np.uint8)}
     if w.layout != "dense":
-        sections["masks"] = np.array(masks, np.uint64).view(np.int64)
+        words = np.array(masks, np.uint16 if w.layout == "16x4" else np.uint64)
+        sections["masks"] = pad(words).view(np.int64)
     if w.scales is not None:
         sections["scales"] = np.array(scale_list, np.float16)
-    if w.layout == "bitmap":
+    if w.layout in ("bitmap", "16x4"):
         sections["offsets"] = np.array(offsets, np.int64)
     return {name: torch.from_numpy(pad(array)) for name, array in sections.items()}
 

@@ -18,7 +18,7 @@ from gossamer.matrices.validation import check_sections
 from gossamer.matrices.values import VALUES, ValueType, value_type
 
 ALL = tuple(VALUES)
-LAYOUTS = ("dense", "bitmap", "32:64", "7:64")
+LAYOUTS = ("dense", "bitmap", "16x4", "32:64", "7:64")
 
 
 # --- the oracle: one weight at a time ---------------------------------------------------------------------
@@ -69,9 +69,12 @@ def scalar_pack(
     body, masks, scale_bytes, offsets = bytearray(), bytearray(), bytearray(), [0]
     for p in range(math.ceil(out / 16)):
         for g in range(math.ceil(width / 64)):
-            stored = []
+            stored, whole = [], 0
             for s in range(16):
                 word = 0
+                step = [row[64 * g + 4 * s : 64 * g + 4 * s + 4] for row in kept_at[16 * p : 16 * p + 16]]
+                stored_anyway = layout == "dense" or (layout == "16x4" and any(map(any, step)))
+                whole |= stored_anyway << s
                 for o in range(16):
                     for k in range(4):
                         row, col = 16 * p + o, 64 * g + 4 * s + k
@@ -80,11 +83,12 @@ def scalar_pack(
                         if inside and kept_at[row][col]:
                             word |= 1 << (4 * o + k)
                             value = plain[row][col] + zero if values.is_integer else plain[row][col]
-                            if layout != "dense":
+                            if not stored_anyway:
                                 stored.append(value)
-                        if layout == "dense":
+                        if stored_anyway:
                             stored.append(value)
-                masks += struct.pack("<Q", word)
+                masks += b"" if layout == "16x4" else struct.pack("<Q", word)
+            masks += struct.pack("<H", whole) if layout == "16x4" else b""
             if ":" in layout:
                 stored += [zero] * (16 * int(layout.split(":")[0]) - len(stored))
             body += scalar_values(stored, values.name)
@@ -100,7 +104,7 @@ def scalar_pack(
         sections["masks"] = pad64(bytes(masks))
     if scale_rows is not None:
         sections["scales"] = pad64(bytes(scale_bytes))
-    if layout == "bitmap":
+    if layout in ("bitmap", "16x4"):
         sections["offsets"] = pad64(struct.pack(f"<{len(offsets)}q", *offsets))
     return sections
 
@@ -109,7 +113,9 @@ def scalar_pack(
 
 
 def limit(mask: Tensor, layout: str) -> Tensor:
-    """``mask`` with what an n:64 layout has no room for taken away."""
+    """``mask`` with what an n:64 layout has no room for taken away; of 16x4, whole steps by their corner."""
+    if layout == "16x4":
+        return mask[::16, ::4].repeat_interleave(16, 0).repeat_interleave(4, 1)[: len(mask), : mask.shape[1]]
     if ":" not in layout:
         return mask
     parts = [part & (part.cumsum(dim=1) <= int(layout.split(":")[0])) for part in mask.split(64, dim=1)]
@@ -297,6 +303,14 @@ def test_choose_layout() -> None:
     assert choose_layout(ragged, int4) == "32:64"
     ragged = torch.cat([two_of_four[:, :64], torch.ones(32, 36, dtype=torch.bool)], dim=1)
     assert choose_layout(ragged, int4) == "bitmap"
+    steps = two_of_four[:16].any(0).reshape(32, 4).any(1)  # all of them, so far
+    steps[::2] = False
+    blocks = steps.repeat_interleave(4)[None, :].expand(32, -1)
+    assert choose_layout(blocks, int4) == "16x4"
+    assert choose_layout(blocks[:27, :101], int4) == "16x4"
+    broken = blocks.clone()
+    broken[3, 4] = False  # a corner of a kept step
+    assert choose_layout(broken, int4) == "bitmap"
     # 10 % pruned saves 0.4 bits of int4 and costs one for the mask; of float32 it saves 3.2
     few = torch.rand(32, 128, generator=generator) < 0.9
     assert choose_layout(few, int4) == "dense"

@@ -85,10 +85,12 @@ def _layout(layout: str) -> tuple[int, int]:
         return 0, 0
     if layout == "bitmap":
         return 1, 0
+    if layout == "16x4":
+        return 3, 0
     match = re.fullmatch(r"([1-9]\d?):64", layout)
     if match and int(match[1]) <= GROUP:
         return 2, int(match[1])
-    raise MatrixError(f"unknown layout {layout!r}; there are 'dense', 'bitmap' and 'n:64' such as '32:64'")
+    raise MatrixError(f"unknown layout {layout!r}; there are 'dense', 'bitmap', '16x4' and 'n:64' such as '32:64'")
 
 
 def _stored_bytes(values: str, count: int) -> int:
@@ -105,7 +107,7 @@ def section_bytes(
 ) -> dict[str, int | None]:
     """Bytes of each section that a packed weight of this shape has, padding included.
 
-    ``values`` of the bitmap layout is None: it depends on the masks. ``group``: inputs that share a scale,
+    ``values`` of the layouts bitmap and 16x4 is None: it depends on the masks. ``group``: inputs that share a scale,
     64 or 32 (integer values only). Raises MatrixError for an unknown layout, value type or group, and for
     an empty shape.
     """
@@ -119,13 +121,15 @@ def section_bytes(
     panels, groups = -(-out_features // PANEL), -(-in_features // GROUP)
     stored = PANEL * GROUP if code == 0 else PANEL * keep
     sizes: dict[str, int | None] = {
-        "values": None if code == 1 else _padded(panels * groups * _stored_bytes(values, stored))
+        "values": None if code in (1, 3) else _padded(panels * groups * _stored_bytes(values, stored))
     }
-    if code != 0:
+    if code == 3:  # 16 bits a panel-group
+        sizes["masks"] = _padded(panels * groups * 2)
+    elif code != 0:
         sizes["masks"] = panels * groups * GROUP // 4 * 8
     if values.startswith("int"):
         sizes["scales"] = _padded(panels * groups * (GROUP // group) * PANEL * 2)
-    if code == 1:
+    if code in (1, 3):
         sizes["offsets"] = _padded((panels + 1) * 8)
     return sizes
 
@@ -155,7 +159,7 @@ def make_handle(
 ) -> Handle:
     """Checks the sections of a packed weight and gives the handle that kernels take.
 
-    ``layout``: ``dense``, ``bitmap`` or ``n:64`` such as ``32:64``; ``values``: ``float32``, ``bfloat16``,
+    ``layout``: ``dense``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``: ``float32``, ``bfloat16``,
     ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32; ``sections``: flat tensors
     ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64, those that the layout has
     (docs/architecture.md). They are kept and used in place, memory maps too (one that does not start at a

@@ -21,6 +21,7 @@ from gossamer.matrices.values import ValueType
 PANEL = 16  # outputs a panel
 GROUP = 64  # inputs a panel-group
 ENTRIES = PANEL * GROUP
+STEP = PANEL * 4  # entries of one step
 ALIGNMENT = 64  # every section is padded to a multiple of so many bytes
 SECTION_DTYPES = {
     "values": torch.uint8,
@@ -34,7 +35,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """A storage layout: ``dense``, ``bitmap``, or ``n:64`` with its ``n``."""
+    """A storage layout: ``dense``, ``bitmap``, ``16x4``, or ``n:64`` with its ``n``."""
 
     name: str
     n: int = GROUP
@@ -46,16 +47,23 @@ class Layout:
     @property
     def room(self) -> int | None:
         """Stored values a panel-group, or None where each has its own count."""
-        return None if self.name == "bitmap" else PANEL * self.n
+        return None if self.name in ("bitmap", "16x4") else PANEL * self.n
+
+    @property
+    def unit(self) -> int:
+        """Consecutive entries of a stream that one bit of the masks stands for: 1, or a step of 16 outputs x
+        4 inputs."""
+        return STEP if self.name == "16x4" else 1
 
 
 def parse_layout(name: str) -> Layout:
-    """``dense``, ``bitmap`` or ``n:64`` with 1 <= n <= 63; raises MatrixError with the accepted forms."""
-    if name in ("dense", "bitmap"):
+    """``dense``, ``bitmap``, ``16x4`` or ``n:64`` with 1 <= n <= 63; raises MatrixError with the accepted
+    forms."""
+    if name in ("dense", "bitmap", "16x4"):
         return Layout(name)
     if (match := re.fullmatch(r"([1-9]\d?):64", name)) and int(match[1]) < GROUP:
         return Layout(name, int(match[1]))
-    raise MatrixError(f"unknown layout {name!r}: use dense, bitmap or n:64 with n from 1 to 63 (32:64)")
+    raise MatrixError(f"unknown layout {name!r}: use dense, bitmap, 16x4 or n:64 with n from 1 to 63 (32:64)")
 
 
 def grid(shape: tuple[int, int]) -> tuple[int, int]:
@@ -116,9 +124,11 @@ def from_stream(stream: Tensor, shape: tuple[int, int]) -> Tensor:
     return plain.reshape(panels * PANEL, groups * GROUP)[: shape[0], : shape[1]].contiguous()
 
 
-def mask_bytes(masks: Tensor, count: int) -> Array:
-    """The section ``masks`` of ``count`` panel-groups as bytes ``(count, 128)``."""
-    return masks.numpy()[: count * GROUP // 4].view(np.uint8).reshape(count, ENTRIES // 8)
+def mask_bytes(masks: Tensor, layout: Layout, count: int) -> Array:
+    """The section ``masks`` of ``count`` panel-groups as bytes ``(count, 128)``, or ``(count, 2)`` where a bit
+    stands for a step."""
+    width = ENTRIES // layout.unit // 8
+    return masks.numpy().view(np.uint8)[: count * width].reshape(count, width)
 
 
 def output_counts(packed: Array) -> Array:

@@ -16,7 +16,9 @@ from gossamer.matrices.geometry import (
     GROUP,
     PANEL,
     SECTION_DTYPES,
+    STEP,
     Array,
+    Layout,
     check_room,
     from_stream,
     grid,
@@ -73,21 +75,19 @@ def pack_sections(
         sections["values"] = _section(_pack_values(stream, None, values))
     else:
         kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
-        bits = to_stream(kept, shape, 0).numpy()
-        masks = pack_bits(bits)
-        kept_by_output = output_counts(masks)
-        counts = kept_by_output.sum(axis=1, dtype=np.int64)
+        bits, masks = _mask_bits(kept, kind)
+        counts = bits.sum(axis=1, dtype=np.int64)
         if kind.room is None:
             packed = _pack_values(stream[bits], counts, values)
             sizes = value_bytes(counts, values).reshape(grid(shape)).sum(axis=1)
             sections["offsets"] = _section(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
         else:
-            check_room(kept_by_output, kind, shape)
+            check_room(output_counts(masks), kind, shape)
             room = np.full((len(stream), kind.room), _zero(values), dtype=stream.dtype)
             room[np.arange(kind.room) < counts[:, None]] = stream[bits]
             packed = _pack_values(room, None, values)
         sections["values"] = _section(packed)
-        sections["masks"] = _section(masks.reshape(-1).view(np.int64))
+        sections["masks"] = _section(masks.reshape(-1)).view(torch.int64)
     if values.is_integer:
         sections["scales"] = _pack_scales(scales, shape, group)
     elif scales is not None:
@@ -110,11 +110,10 @@ def unpack_sections(
         size = int(value_bytes(np.array([kind.room]), values)[0])
         dense = _unpack_values(stored[: count * size].reshape(count, size), kind.room, values)
     if kind.sparse:
-        masks = mask_bytes(sections["masks"], count)
-        bits = unpack_bits(masks)
+        bits = unpack_bits(mask_bytes(sections["masks"], kind, count)).repeat(kind.unit, axis=1)
         mask = from_stream(torch.from_numpy(bits), shape)
         stream = np.full((count, ENTRIES), _zero(values), dtype=_stored_dtype(values))
-        counts = output_counts(masks).sum(axis=1, dtype=np.int64)
+        counts = bits.sum(axis=1, dtype=np.int64)
         if kind.room is None:
             stream[bits] = _unpack_values(stored, counts, values)
         else:
@@ -129,9 +128,10 @@ def unpack_sections(
 def choose_layout(mask: Tensor | None, values: ValueType) -> str:
     """The layout that holds ``mask`` bool ``(out, in)`` (None: all kept) in the fewest bytes.
 
-    ``n:64`` where every output keeps exactly n of each full group of 64 inputs, and at most n of a ragged
-    last one (a 2:4 mask is a valid 32:64); else ``bitmap``; and ``dense`` where nothing is pruned or where
-    the sparse layout would take no fewer bytes.
+    ``16x4`` where it prunes whole steps of 16 outputs x 4 inputs; else ``n:64`` where every output keeps
+    exactly n of each full group of 64 inputs, and at most n of a ragged last one (a 2:4 mask is a valid
+    32:64); else ``bitmap``; and ``dense`` where nothing is pruned or where the sparse layout would take no
+    fewer bytes.
     """
     if mask is None or bool(mask.all()):
         return "dense"
@@ -139,7 +139,9 @@ def choose_layout(mask: Tensor | None, values: ValueType) -> str:
     full = shape[1] - shape[1] % GROUP
     kept = mask[:, :full].reshape(shape[0], -1, GROUP).sum(dim=2)
     choice = "bitmap"
-    if full and 0 < int(kept.min()) == int(kept.max()) < GROUP:
+    if keeps_whole_steps(mask):
+        choice = "16x4"
+    elif full and 0 < int(kept.min()) == int(kept.max()) < GROUP:
         n = int(kept[0, 0])
         if int(mask[:, full:].sum(dim=1).max()) <= n:
             choice = f"{n}:64"
@@ -152,18 +154,39 @@ def packed_bytes(mask: Tensor, values: ValueType, layout: str, group: int = GROU
     shape = shape_of(mask)
     panels, groups = grid(shape)
     if kind.room is None:
-        bits = to_stream(mask, shape, 0)
-        counts = np.asarray(bits.sum(dim=1).numpy())
+        counts = _mask_bits(mask, kind)[0].sum(axis=1)
     else:
         counts = np.full(panels * groups, kind.room)
     sizes = [int(value_bytes(counts, values).sum())]
     if kind.sparse:
-        sizes.append(panels * groups * ENTRIES // 8)
+        sizes.append(panels * groups * ENTRIES // kind.unit // 8)
     if values.is_integer:
         sizes.append(panels * groups * (GROUP // group) * PANEL * 2)
     if kind.room is None:
         sizes.append(8 * (panels + 1))
     return sum(padded_size(size) for size in sizes)
+
+
+def keeps_whole_steps(mask: Tensor) -> bool:
+    """Whether bool ``(out, in)`` keeps or prunes each step of 16 outputs x 4 inputs as a whole."""
+    steps, real = _steps(mask), _steps(torch.ones_like(mask))
+    return bool(((steps == 0) | (steps == real)).all())
+
+
+def _steps(mask: Tensor) -> Tensor:
+    """How many weights of each step are kept: ``(panel_groups, 16)``."""
+    return to_stream(mask, shape_of(mask), 0).reshape(-1, ENTRIES // STEP, STEP).sum(dim=2)
+
+
+def _mask_bits(mask: Tensor, kind: Layout) -> tuple[Array, Array]:
+    """Which entries of each panel-group are stored, bool ``(panel_groups, 1024)``, and the mask bytes."""
+    if kind.unit == 1:
+        bits = to_stream(mask, shape_of(mask), 0).numpy()
+        return bits, pack_bits(bits)
+    if not keeps_whole_steps(mask):
+        raise MatrixError("the layout 16x4 keeps or prunes whole steps of 16 outputs x 4 inputs")
+    steps = (_steps(mask) > 0).numpy()
+    return steps.repeat(kind.unit, axis=1), pack_bits(steps)
 
 
 def _zero(values: ValueType) -> int:

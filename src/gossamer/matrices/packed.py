@@ -83,7 +83,7 @@ class Packed(Matrix, kind="packed"):
         """A Dense or Sparse leaf, a tensor ``(out, in)`` or codes with their scales, as a packed leaf.
 
         ``values``: float32, bfloat16, int8, int4 or int3 (default: int4, or the codes' own); ``layout``:
-        dense, bitmap, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64 (default)
+        dense, bitmap, 16x4, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64 (default)
         or 32; ``mask``: bool, True = kept (default: the leaf's own, or all).
         Floats become integers by rounding to nearest under scales of least squared error, weighted by
         ``importance`` (``(in,)``, the Gram diagonal). The dense layout keeps pruned weights as zeros and
@@ -178,8 +178,11 @@ class Packed(Matrix, kind="packed"):
         out, width = self._shape
         if self.masks is None:
             return out * width
+        kind = parse_layout(self.layout)
+        if kind.unit > 1:  # a step's bit stands for the padding in it too
+            return int(self.mask().sum())
         panels, groups = grid(self._shape)
-        return int(output_counts(mask_bytes(self.masks, panels * groups)).sum())
+        return int(output_counts(mask_bytes(self.masks, kind, panels * groups)).sum())
 
     def to_dense(self) -> Tensor:
         """float32 ``(out, in)``."""

@@ -51,7 +51,7 @@ def check_sections(
             raise MatrixError("the scales hold NaN or infinity: the weight is damaged")
     counts = np.empty(0)
     if kind.sparse:
-        _check_size("masks", sections["masks"], count * ENTRIES // 8)
+        _check_size("masks", sections["masks"], count * ENTRIES // kind.unit // 8)
         counts = _check_masks(sections["masks"], kind, shape)
     if kind.room is None:
         ends = np.cumsum(value_bytes(counts, values).reshape(panels, groups).sum(axis=1))
@@ -75,7 +75,13 @@ def _check_size(name: str, section: Tensor, used: int) -> None:
 def _check_masks(masks: Tensor, layout: Layout, shape: tuple[int, int]) -> Array:
     """The popcounts of all panel-groups; raises MatrixError on kept padding or too many kept."""
     panels, groups = grid(shape)
-    packed = mask_bytes(masks, panels * groups)
+    packed = mask_bytes(masks, layout, panels * groups)
+    if layout.unit > 1:
+        steps = unpack_bits(packed)
+        real = -(-(shape[1] - GROUP * (groups - 1)) // 4)
+        if steps.reshape(panels, groups, -1)[:, -1, real:].any():
+            raise MatrixError("the masks keep steps outside the shape: the weight is damaged")
+        return np.asarray(layout.unit * steps.sum(axis=1, dtype=np.int64))
     kept = output_counts(packed)
     if layout.room is not None:
         check_room(kept, layout, shape)
