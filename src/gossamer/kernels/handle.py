@@ -90,7 +90,9 @@ def _layout(layout: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d?):64", layout)
     if match and int(match[1]) <= GROUP:
         return 2, int(match[1])
-    raise MatrixError(f"unknown layout {layout!r}; there are 'dense', 'bitmap', '16x4' and 'n:64' such as '32:64'")
+    raise MatrixError(
+        f"unknown layout {layout!r}; there are 'dense', 'bitmap', '16x4' and 'n:64' such as '32:64'"
+    )
 
 
 def _stored_bytes(values: str, count: int) -> int:
@@ -107,9 +109,9 @@ def section_bytes(
 ) -> dict[str, int | None]:
     """Bytes of each section that a packed weight of this shape has, padding included.
 
-    ``values`` of the layouts bitmap and 16x4 is None: it depends on the masks. ``group``: inputs that share a scale,
-    64 or 32 (integer values only). Raises MatrixError for an unknown layout, value type or group, and for
-    an empty shape.
+    ``values`` of the layouts bitmap and 16x4 is None: it depends on the masks. ``group``: inputs that share
+    a scale, 64 or 32 (integer values only). Raises MatrixError for an unknown layout, value type or group,
+    and for an empty shape.
     """
     code, keep = _layout(layout)
     if values not in _VALUES:
@@ -159,9 +161,9 @@ def make_handle(
 ) -> Handle:
     """Checks the sections of a packed weight and gives the handle that kernels take.
 
-    ``layout``: ``dense``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``: ``float32``, ``bfloat16``,
-    ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32; ``sections``: flat tensors
-    ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64, those that the layout has
+    ``layout``: ``dense``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``: ``float32``,
+    ``bfloat16``, ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32;
+    ``sections``: flat tensors ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64, those that the layout has
     (docs/architecture.md). They are kept and used in place, memory maps too (one that does not start at a
     multiple of 64 bytes is copied once), and must not be changed afterwards.
 

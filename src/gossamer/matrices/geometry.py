@@ -125,8 +125,8 @@ def from_stream(stream: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def mask_bytes(masks: Tensor, layout: Layout, count: int) -> Array:
-    """The section ``masks`` of ``count`` panel-groups as bytes ``(count, 128)``, or ``(count, 2)`` where a bit
-    stands for a step."""
+    """The section ``masks`` of ``count`` panel-groups as bytes ``(count, 128)``, or ``(count, 2)`` where a
+    bit stands for a step."""
     width = ENTRIES // layout.unit // 8
     return masks.numpy().view(np.uint8)[: count * width].reshape(count, width)
 

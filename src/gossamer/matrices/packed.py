@@ -83,8 +83,8 @@ class Packed(Matrix, kind="packed"):
         """A Dense or Sparse leaf, a tensor ``(out, in)`` or codes with their scales, as a packed leaf.
 
         ``values``: float32, bfloat16, int8, int4 or int3 (default: int4, or the codes' own); ``layout``:
-        dense, bitmap, 16x4, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64 (default)
-        or 32; ``mask``: bool, True = kept (default: the leaf's own, or all).
+        dense, bitmap, 16x4, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64
+        (default) or 32; ``mask``: bool, True = kept (default: the leaf's own, or all).
         Floats become integers by rounding to nearest under scales of least squared error, weighted by
         ``importance`` (``(in,)``, the Gram diagonal). The dense layout keeps pruned weights as zeros and
         forgets the mask. Raises MatrixError, on NaN weights too.
