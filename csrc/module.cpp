@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "clock.h"
 #include "driver.h"
 #include "threads.h"
 #include "validate.h"
@@ -59,6 +60,8 @@ NB_MODULE(_native, m) {
     m.def("available", [] { return tier_names(false); }, "Those of them that this processor runs.");
     m.def("tier", &tier_index, "Index of an available instruction set, or -1.");
     m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
+    m.def("cycles_per_second", &gossamer::cycles_per_second, nb::call_guard<nb::gil_scoped_release>(),
+          "Cycles a second of the calling core, measured now.");
     m.def("stored_bytes", &gossamer::stored_bytes, "Bytes of `count` values of a panel-group.");
     m.def(
         "matmul",

@@ -1,0 +1,185 @@
+"""What the kernel benchmark multiplies, and how the processes that measure it report: layers, formats, lines of JSON.
+
+Needs nothing but Python, so that rivals' own environments can use it. Every contender is a process of its own,
+`python -m benchmarks.NAME` with the options below, that prints one JSON object a line: a `product` for each
+measurement, and `note`, `machine`, `read`, `call` or `cycles` where it has such.
+
+What is timed is a *block*: the linear layers of one decoder block, one after the other, each with an input of
+`rows` rows. A contender holds as many different blocks as it takes to fill `own_bytes` with its own weights, and
+walks them in turn, so that a layer is read again only after all others were: from memory, not from a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Layer = tuple[int, int]  # outputs, inputs
+
+LAYOUTS = {"dense": None, "bitmap": "32:64", "32:64": "32:64"}
+"""Every packed layout, and the pattern of the random masks that it is measured with, at half of the weights."""
+SPARSITY = 0.5
+VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
+PROMPT_PRODUCTS = {("dense", "bfloat16"), ("32:64", "bfloat16"), ("dense", "int4"), ("32:64", "int4")}
+"""Layouts and values that are measured on many rows too; the others on decoding alone."""
+GROUP = 64  # inputs that share a scale, ours and rivals'
+
+
+def decoder(hidden: int, inner: int, keys: int) -> tuple[Layer, ...]:
+    """The linear layers of one Llama block: queries, keys, values, output, gate, up, down."""
+    attention = ((hidden, hidden), (keys, hidden), (keys, hidden), (hidden, hidden))
+    return (*attention, (inner, hidden), (inner, hidden), (hidden, inner))
+
+
+MODELS: dict[str, tuple[Layer, ...]] = {
+    "SmolLM2-135M": decoder(576, 1536, 192),
+    "Llama-3.2-1B": decoder(2048, 8192, 512),
+    "Llama-3-8B": decoder(4096, 14336, 1024),
+}
+
+OWN_BYTES = 2 << 30
+PAST_CACHE = 4  # so many times the last-level cache is read from memory
+DECODE_ROWS = 16  # up to here a product is bound by reading the weights
+
+# How each instruction set of ours is asked of the rivals: PyTorch's own kernels, oneDNN (PyTorch's and
+# OpenVINO's), MKL, FBGEMM and OpenVINO read these when they start.
+HELD_TO = {
+    "avx2": {
+        "GOSSAMER_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+        "OV_CPU_MAX_ISA": "AVX2",
+    }
+}
+
+
+@dataclass
+class Product:
+    """Blocks multiplied by one contender.
+
+    ``values``: the format that it is held against ours by; ``layout``: of ours, None for rivals; ``bits`` a
+    weight and ``block_bytes`` count everything that is stored; ``own_bytes``: of all blocks walked in turn;
+    ``seconds``: of one block, the median of ``rounds``, and ``quartiles`` around it; ``to_dense``: how many times
+    as fast as our own dense bfloat16 beside it in the same rounds; ``layers``: median seconds by shape, where
+    they can be told apart; ``prepacked``: a dense rival whose weights were put into its own order beforehand.
+    """
+
+    contender: str
+    values: str
+    model: str
+    rows: int
+    bits: float
+    block_bytes: int
+    own_bytes: int
+    seconds: float
+    quartiles: tuple[float, float]
+    rounds: int
+    layout: str | None = None
+    setting: str = ""
+    prepacked: bool = False
+    to_dense: float | None = None
+    layers: dict[str, float] = field(default_factory=dict)
+
+
+def weights_of(layers: tuple[Layer, ...]) -> int:
+    return sum(out * cols for out, cols in layers)
+
+
+def product(times: list[float], layers: tuple[Layer, ...], block_bytes: int, **facts: Any) -> Product:
+    """A `Product` from the seconds a block of each round."""
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return Product(
+        bits=round(8 * block_bytes / weights_of(layers), 4),
+        block_bytes=block_bytes,
+        seconds=middle,
+        quartiles=(low, high),
+        rounds=len(times),
+        **facts,
+    )
+
+
+def emit(kind: str, content: Any) -> None:
+    """One line for the runner."""
+    print(json.dumps({kind: asdict(content) if isinstance(content, Product) else content}), flush=True)
+
+
+def parse_line(line: str) -> tuple[str, Any]:
+    """The inverse of `emit`; other output of a library is a note."""
+    try:
+        ((kind, content),) = json.loads(line).items()
+    except (ValueError, AttributeError):
+        return "note", line.rstrip()
+    return kind, Product(**content) if kind == "product" else content
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the runner and every contender take; the runner hands them on."""
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=[], metavar="OUTxIN", help="these layers alone instead")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="default 1 512")
+    parser.add_argument("--threads", type=int, default=2, help="of every contender (default 2)")
+    parser.add_argument("--own-mib", type=int, help="own bytes of each contender, MiB")
+    parser.add_argument("--rounds", type=int, default=24, help="of decoding (default 24; five of prompts)")
+    parser.add_argument("--quick", action="store_true", help="two models, less memory, bfloat16 and int4 alone")
+
+
+@dataclass
+class Task:
+    """The arguments, read."""
+
+    models: dict[str, tuple[Layer, ...]]
+    rows: list[int]
+    threads: int
+    own_bytes: int
+    decode_rounds: int
+    quick: bool
+
+    def rounds(self, rows: int) -> int:
+        return self.decode_rounds if rows <= DECODE_ROWS else min(5, self.decode_rounds)
+
+    def values(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(v for v in wanted if not self.quick or v in ("bfloat16", "int4"))
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    models = {name: MODELS[name] for name in args.models}
+    if args.quick and len(models) == len(MODELS):
+        models = {name: MODELS[name] for name in ("SmolLM2-135M", "Llama-3.2-1B")}
+    if args.shapes:
+        models = {text: (_shape(text),) for text in args.shapes}
+    own = args.own_mib << 20 if args.own_mib else PAST_CACHE * last_level_cache() + 1
+    if not args.own_mib and not args.quick:
+        own = max(own, OWN_BYTES)
+    return Task(models, args.rows, args.threads, own, args.rounds, args.quick)
+
+
+def _shape(text: str) -> Layer:
+    out, _, cols = text.partition("x")
+    if not (out.isdigit() and cols.isdigit() and int(out) % 16 == int(cols) % 64 == 0):
+        raise SystemExit(f"a shape is OUTxIN, multiples of 16 and 64 such as 4096x4096, not {text!r}")
+    return int(out), int(cols)
+
+
+def last_level_cache() -> int:
+    """Bytes of this machine's last-level cache, or 32 MiB where the system does not say."""
+    for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
+        size = os.sysconf(name) if name in os.sysconf_names else 0
+        if size > 0:
+            return size
+    return 32 << 20
+
+
+def blocks_for(own_bytes: int, block_bytes: int) -> int:
+    return max(2, -(-own_bytes // block_bytes))
+
+
+def distinct(layers: tuple[Layer, ...]) -> Iterator[int]:
+    """The numbers of inputs that the layers take, each once."""
+    yield from sorted({cols for _, cols in layers})
