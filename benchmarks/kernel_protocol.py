@@ -1,12 +1,13 @@
-"""What the kernel benchmark multiplies, and how the processes that measure it report: layers, formats, lines of JSON.
+"""What the kernel benchmark multiplies, and how the processes that measure it report.
 
-Needs nothing but Python, so that rivals' own environments can use it. Every contender is a process of its own,
+Needs nothing but Python, so that rivals' own environments can use it. Every one of them is a process,
 `python -m benchmarks.NAME` with the options below, that prints one JSON object a line: a `product` for each
-measurement, and `note`, `machine`, `read`, `call` or `cycles` where it has such.
+measurement, and `version`, `note`, `machine`, `read`, `call` or `cycles` where it has such.
 
 What is timed is a *block*: the linear layers of one decoder block, one after the other, each with an input of
-`rows` rows. A contender holds as many different blocks as it takes to fill `own_bytes` with its own weights, and
-walks them in turn, so that a layer is read again only after all others were: from memory, not from a cache.
+`rows` rows. A contender holds as many different blocks as it takes to fill `own_bytes` with its own weights,
+and walks them in turn, so that a layer is read again only after all others were: from memory, not from a
+cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 Layer = tuple[int, int]  # outputs, inputs
 
 LAYOUTS = {"dense": None, "bitmap": "32:64", "32:64": "32:64"}
-"""Every packed layout, and the pattern of the random masks that it is measured with, at half of the weights."""
+"""Every packed layout, and the pattern of its random masks, which keep half of the weights."""
 SPARSITY = 0.5
 VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
 PROMPT_PRODUCTS = {("dense", "bfloat16"), ("32:64", "bfloat16"), ("dense", "int4"), ("32:64", "int4")}
@@ -66,9 +67,9 @@ class Product:
 
     ``values``: the format that it is held against ours by; ``layout``: of ours, None for rivals; ``bits`` a
     weight and ``block_bytes`` count everything that is stored; ``own_bytes``: of all blocks walked in turn;
-    ``seconds``: of one block, the median of ``rounds``, and ``quartiles`` around it; ``to_dense``: how many times
-    as fast as our own dense bfloat16 beside it in the same rounds; ``layers``: median seconds by shape, where
-    they can be told apart; ``prepacked``: a dense rival whose weights were put into its own order beforehand.
+    ``seconds``: of one block, the median of ``rounds``, and ``quartiles`` around it; ``to_dense``: how many
+    times as fast as our own dense bfloat16 in the same rounds; ``layers``: median seconds by shape, where
+    they can be told apart; ``prepacked``: a dense rival whose weights were put into its own order before.
     """
 
     contender: str
@@ -92,11 +93,11 @@ def weights_of(layers: tuple[Layer, ...]) -> int:
     return sum(out * cols for out, cols in layers)
 
 
-def product(times: list[float], layers: tuple[Layer, ...], block_bytes: int, **facts: Any) -> Product:
+def product(times: list[float], block: tuple[Layer, ...], block_bytes: int, **facts: Any) -> Product:
     """A `Product` from the seconds a block of each round."""
     low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Product(
-        bits=round(8 * block_bytes / weights_of(layers), 4),
+        bits=round(8 * block_bytes / weights_of(block), 4),
         block_bytes=block_bytes,
         seconds=middle,
         quartiles=(low, high),
@@ -122,12 +123,16 @@ def parse_line(line: str) -> tuple[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the runner and every contender take; the runner hands them on."""
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
-    parser.add_argument("--shapes", nargs="+", default=[], metavar="OUTxIN", help="these layers alone instead")
+    parser.add_argument(
+        "--shapes", nargs="+", default=[], metavar="OUTxIN", help="these layers alone instead"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="default 1 512")
     parser.add_argument("--threads", type=int, default=2, help="of every contender (default 2)")
     parser.add_argument("--own-mib", type=int, help="own bytes of each contender, MiB")
     parser.add_argument("--rounds", type=int, default=24, help="of decoding (default 24; five of prompts)")
-    parser.add_argument("--quick", action="store_true", help="two models, less memory, bfloat16 and int4 alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="two models, less memory, bfloat16 and int4 alone"
+    )
 
 
 @dataclass

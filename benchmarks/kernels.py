@@ -1,180 +1,360 @@
-"""Times every layout and value type beside PyTorch's bfloat16 and float32 linear layers, in the same run.
+"""Products with packed weights beside PyTorch's, OpenVINO's and llama.cpp's: time, bits, GB/s.
 
-``python -m benchmarks.kernels [--quick]``: median time of one product, GB/s of packed bytes (what a product
-of one row is bound by), and the ratio to torch's bfloat16 linear. Weights are random; several copies of each
-are walked in turn, so that one row's products read memory and not a cache (``--cached``: one copy).
+Decoding (one row) in every layout, and prompts (512 rows), over the linear layers of three models, with 2 GiB
+of weights for each contender (`kernel_protocol`). Model by model there runs one process after the other: ours
+and PyTorch's together (`kernel_contenders`), then what the environments of `--rival-python` have.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import cycle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from benchmarks import protocol
+from benchmarks.kernel_protocol import (
+    DECODE_ROWS,
+    HELD_TO,
+    LAYOUTS,
+    PAST_CACHE,
+    VALUES,
+    Product,
+    Task,
+    add_arguments,
+    last_level_cache,
+    parse_line,
+    task_of,
+    weights_of,
+)
 
-from gossamer import kernels
-
-LAYOUTS = ("dense", "bitmap", "32:64")
-VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
-SHAPES = ((1536, 576), (576, 1536), (4096, 4096), (14336, 4096))
-
-
-def random_sections(
-    layout: str, values: str, out: int, cols: int, group: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """A valid packed weight at 50 %: random values, and masks of one panel-group repeated in random order."""
-    panel_groups = -(-out // 16) * -(-cols // 64)
-    sizes = kernels.section_bytes(layout, values, out, cols, group)
-    sections = {}
-    if layout != "dense":
-        kinds = torch.stack([_mask_words(generator) for _ in range(64)])
-        sections["masks"] = kinds[torch.randint(64, (panel_groups,), generator=generator)].reshape(-1)
-    total = sizes["values"]
-    if layout == "bitmap":  # every panel-group keeps 512, so offsets are even
-        per_panel = (
-            -(-cols // 64)
-            * {"float32": 2048, "bfloat16": 1024, "int8": 512, "int4": 256, "int3": 192}[values]
-        )
-        panels = -(-out // 16)
-        total = -(-panels * per_panel // 64) * 64
-        offsets = torch.zeros((sizes["offsets"] or 0) // 8, dtype=torch.int64)
-        offsets[: panels + 1] = torch.arange(panels + 1) * per_panel
-        sections["offsets"] = offsets
-    assert total is not None
-    count = total // {"float32": 4, "bfloat16": 2}.get(values, 1)
-    if values == "float32":
-        sections["values"] = torch.randn(count, generator=generator).view(torch.uint8)
-    elif values == "bfloat16":
-        sections["values"] = torch.randn(count, generator=generator).bfloat16().view(torch.uint8)
-    else:
-        sections["values"] = torch.randint(256, (count,), dtype=torch.uint8, generator=generator)
-    if "scales" in sizes:
-        sections["scales"] = torch.full(((sizes["scales"] or 0) // 2,), 0.01, dtype=torch.float16)
-    return sections
+RIVALS = {"openvino": "benchmarks.rival_openvino", "llama_cpp": "benchmarks.rival_llamacpp_kernels"}
+PROBE = "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if u.find_spec(n)))"
 
 
-def _mask_words(generator: torch.Generator) -> Tensor:
-    """16 mask words of a panel-group in which every output keeps 32 of 64 inputs."""
-    kept = torch.rand(16, 64, generator=generator).argsort(1) < 32
-    bits = kept.reshape(16, 16, 4).permute(1, 0, 2).reshape(16, 64).to(torch.int64)
-    return (bits << torch.arange(64)).sum(1)
+@dataclass
+class Findings:
+    """What the processes said about one model. ``read``: bytes a second of plain reading, in quartiles."""
+
+    products: list[Product] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    read: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    load: float = 0.0
 
 
-def median_seconds(calls: Iterator[Callable[[], object]], budget: float) -> float:
-    """Median time of one call; each round takes the next of ``calls``."""
-    next(calls)()
-    times: list[float] = []
-    stop = time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 2000):
-        call = next(calls)
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+@dataclass
+class Facts:
+    """What they said about the machine. ``cycles``: of one core for 64 weights, by layout and values."""
+
+    machine: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, float] = field(default_factory=dict)
+    cycles: dict[str, float] = field(default_factory=dict)
+    clock_ghz: float = 0.0
 
 
-def cache_bytes() -> int:
-    """Size of the last-level cache, or 32 MiB where the system does not say."""
-    for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
-        size = os.sysconf(name) if name in os.sysconf_names else 0
-        if size > 0:
-            return size
-    return 32 << 20
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--values", nargs="+", default=list(VALUES), choices=VALUES)
+    parser.add_argument(
+        "--rival-python",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="python of an environment with openvino or llama-cpp-python (may be given several times)",
+    )
+    parser.add_argument(
+        "--isa",
+        default=os.environ.get("GOSSAMER_ISA") or None,
+        help="hold ours, and rivals where they can be, to an instruction set (default: $GOSSAMER_ISA)",
+    )
+    parser.add_argument(
+        "--huge-pages", action="store_true", help="ask for huge pages in every process (glibc.malloc.hugetlb)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="results (default: benchmarks/results/kernels.json, but nothing for --quick and --own-mib)",
+    )
+    return parser.parse_args()
 
 
-def copies_of(size: int, past: int) -> int:
-    return max(1, min(256, -(-past // size)))
+# ---- processes
 
 
-def bench_shape(out: int, cols: int, rows: int, args: argparse.Namespace) -> None:
-    past = 0 if args.cached or rows > 16 else (2 if args.quick else 4) * cache_bytes()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, cols, generator=generator)
-    macs = out * cols * rows
-    rival = 0.0
-    for dtype in (torch.bfloat16, torch.float32):
-        size = out * cols * dtype.itemsize
-        weights = [torch.randn(out, cols).to(dtype) for _ in range(copies_of(size, past))]
-        y = x.to(dtype)
-        calls = cycle([partial(torch.nn.functional.linear, y, w) for w in weights])
-        seconds = median_seconds(calls, args.seconds)
-        rival = rival or seconds
-        report(f"torch {str(dtype).removeprefix('torch.')}", out, cols, rows, size, seconds, macs, rival)
-        del weights, calls
-    for layout in args.layouts:
-        for values in args.values:
-            handles = []
-            sections = random_sections(layout, values, out, cols, args.group, generator)
-            size = sum(t.numel() * t.element_size() for t in sections.values())
-            for _ in range(copies_of(size, past)):
-                copy = {name: t.clone() for name, t in sections.items()}
-                handles.append(kernels.make_handle(layout, values, out, cols, args.group, copy))
-            calls = cycle([partial(kernels.matmul, h, x, args.isa) for h in handles])
-            seconds = median_seconds(calls, args.seconds)
-            report(f"{layout} {values}", out, cols, rows, size, seconds, macs, rival)
-            del handles, calls
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """Equal threads, instruction set and pages for every process."""
+    found = {**os.environ, **protocol_threads(args.threads)}
+    if args.isa:
+        found |= HELD_TO.get(args.isa, {"GOSSAMER_ISA": args.isa})
+    if args.huge_pages:
+        found["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    return found
 
 
-def report(
-    name: str, out: int, cols: int, rows: int, size: int, seconds: float, macs: int, rival: float
-) -> None:
+def protocol_threads(threads: int) -> dict[str, str]:
+    return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+def rivals_in(pythons: list[str]) -> list[tuple[str, str]]:
+    """(python, module) of each rival that the environments have; refuses one that has none."""
+    found = []
+    for python in pythons:
+        done = subprocess.run([python, "-c", PROBE, *RIVALS], capture_output=True, text=True, check=False)
+        names = done.stdout.split()
+        if not names:
+            raise SystemExit(f"{python} has neither of: {', '.join(RIVALS)} {done.stderr.strip()}")
+        found += [(python, RIVALS[name]) for name in names]
+    return found
+
+
+def lines_of(python: str, module: str, options: list[str], env: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """What one process prints, as it comes."""
+    root = Path(__file__).parent.parent
+    command = [python, "-m", module, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=env) as child:
+        assert child.stdout
+        for line in child.stdout:
+            yield parse_line(line)
+    if child.returncode:
+        yield "note", f"{module} ended with {child.returncode}: its figures are not complete"
+
+
+def shared_options(args: argparse.Namespace) -> list[str]:
+    options = ["--threads", str(args.threads), "--rounds", str(args.rounds)]
+    options += ["--rows", *map(str, args.rows)]
+    if args.own_mib:
+        options += ["--own-mib", str(args.own_mib)]
+    return options + (["--quick"] if args.quick else [])
+
+
+def measure(
+    args: argparse.Namespace, task: Task, model: str, rivals: list[tuple[str, str]], facts: Facts
+) -> Findings:
+    """Ours and PyTorch's, then each rival, on one model."""
+    options = [*shared_options(args), *(["--shapes", model] if args.shapes else ["--models", model])]
+    ours = ["--layouts", *args.layouts, "--values", *args.values, *([] if facts.cycles else ["--cycles"])]
+    jobs = [(sys.executable, "benchmarks.kernel_contenders", ours), *((*rival, []) for rival in rivals)]
+    found = Findings(load=os.getloadavg()[0])
+    env = environment(args)
+    for python, module, more in jobs:
+        for kind, content in lines_of(python, module, options + more, env):
+            if kind == "product":
+                found.products.append(content)
+                progress(f"{model}, {content.rows} rows: {content.contender} {1e6 * content.seconds:.0f} us")
+            elif kind == "cycles":
+                facts.cycles[content["contender"]] = content["cycles_per_64"]
+                facts.clock_ghz = content["clock_ghz"]
+            elif kind == "read":
+                found.read = tuple(content["bytes_per_second"])
+            elif kind == "version":
+                found.versions |= content
+            elif kind == "note":
+                found.notes.append(content)
+                progress(content)
+            else:
+                setattr(facts, kind, content)
+    if not any(p.layout for p in found.products):
+        raise SystemExit("our own products could not be measured: see above")
+    return found
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- tables
+
+
+def header(args: argparse.Namespace, task: Task, facts: Facts) -> None:
+    machine = facts.machine
+    pages = "asked for" if args.huge_pages else machine["huge_pages"]
     print(
-        f"{name:18} {out:6} x {cols:<6} {rows:4}  {size / 2**20:8.2f} MiB {seconds * 1e6:11.1f} us "
-        f"{size / seconds / 1e9:7.1f} GB/s {macs / seconds / 1e9:8.1f} GMAC/s {rival / seconds:6.2f}x",
-        flush=True,
+        f"{machine['cpu']}, {machine['isa']} (torch {machine['torch_isa']}), {args.threads} threads, clock "
+        f"{facts.clock_ghz:.2f} GHz, last-level cache {last_level_cache() >> 20} MiB, huge pages {pages}\n"
+        f"each contender has at least {task.own_bytes >> 20} MiB of weights of its own (* = may be in cache)\n"
+        f"ours and PyTorch's are one call from Python a layer (an empty one takes {facts.call['gossamer']} and "
+        f"{facts.call['torch']} us); OpenVINO and llama.cpp run all layers as one graph"
     )
 
 
-def overhead(args: argparse.Namespace) -> None:
-    """Time of a call whose work is next to nothing: 16 outputs of 64 inputs."""
-    generator = torch.Generator().manual_seed(0)
-    handle = kernels.make_handle(
-        "dense", "int4", 16, 64, 64, random_sections("dense", "int4", 16, 64, 64, generator)
+def tables(found: Findings, task: Task, model: str, facts: Facts) -> None:
+    read = found.read[1]
+    weights = weights_of(task.models[model])
+    print(
+        f"\n{model}: a block's linear layers, {weights / 1e6:.1f} M weights; plain reading "
+        f"{read / 1e9:.1f} GB/s (quartiles {found.read[0] / 1e9:.1f}-{found.read[2] / 1e9:.1f}); "
+        f"load before {found.load:.2f}"
     )
-    x = torch.randn(1, 64)
-    direct = median_seconds(cycle([lambda: kernels.matmul(handle, x, args.isa)]), args.seconds)
-    op = median_seconds(cycle([lambda: torch.ops.gossamer.packed_matmul(x, handle.id, 16)]), args.seconds)
-    weight = torch.randn(16, 64)
-    linear = median_seconds(cycle([lambda: torch.nn.functional.linear(x, weight)]), args.seconds)
-    print(f"one call: {direct * 1e6:.1f} us; as an op {op * 1e6:.1f} us; torch linear {linear * 1e6:.1f} us")
+    for rows in task.rows:
+        here = [p for p in found.products if p.rows == rows]
+        if rows <= DECODE_ROWS:
+            own_table(here, facts, task, read)
+            rival_table(here, read)
+        else:
+            prompt_table(here, weights)
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def named(p: Product) -> str:
+    """A contender's name; a star where its weights may lie in the cache."""
+    return p.contender + ("" if p.own_bytes > PAST_CACHE * last_level_cache() else " *")
+
+
+def of_ours(products: list[Product]) -> list[Product]:
+    """In the order of the layouts and values."""
+    order = [(layout, values) for layout in LAYOUTS for values in VALUES]
+    return sorted((p for p in products if p.layout), key=lambda p: order.index((str(p.layout), p.values)))
+
+
+def rate(p: Product) -> float:
+    return p.block_bytes / p.seconds
+
+
+def own_table(products: list[Product], facts: Facts, task: Task, read: float) -> None:
+    """Every layout of ours: share of plain reading, cycles, speed beside bytes against our dense bfloat16."""
+    ours = of_ours(products)
+    dense = next((p for p in ours if (p.layout, p.values) == ("dense", "bfloat16")), None)
+    rows = []
+    for p in ours:
+        cycles = facts.cycles.get(p.contender)
+        binds = ""
+        if cycles and read:
+            arithmetic = cycles / (facts.clock_ghz * 1e9 * task.threads)
+            binds = "bytes" if p.bits * 8 / read > arithmetic else "arithmetic"
+        rows.append(
+            [
+                named(p),
+                f"{p.bits:.2f}",
+                f"{1e6 * p.seconds:.1f}",
+                f"{rate(p) / 1e9:.1f}",
+                f"{100 * rate(p) / read:.0f} %" if read else None,
+                cycles and f"{cycles:.2f}",
+                binds,
+                dense and f"{dense.bits / p.bits:.2f}x",
+                "1.00x" if p is dense else p.to_dense and f"{p.to_dense:.2f}x",
+            ]
+        )
+    head = [
+        "ours",
+        "bits",
+        "us",
+        "GB/s",
+        "of reading",
+        "cycles/64",
+        "binds",
+        "fewer bytes",
+        "faster than dense bf16",
+    ]
+    print()
+    protocol.print_table(head, rows)
+
+
+def rival_table(products: list[Product], read: float) -> None:
+    """Each rival beside each layout of ours with the same values; ratio: how many times as fast ours is."""
+
+    def columns(p: Product) -> list[str]:
+        share = f"{100 * rate(p) / read:.0f} %" if read else ""
+        return [named(p), f"{p.bits:.2f}", f"{1e6 * p.seconds:.1f}", f"{rate(p) / 1e9:.1f}", share]
+
+    rows = []
+    for rival in products:
+        if rival.layout is None:
+            held = [p for p in of_ours(products) if p.values == rival.values]
+            rows += [[*columns(rival), *columns(p), f"{rival.seconds / p.seconds:.2f}x"] for p in held]
+    side = ["bits", "us", "GB/s", "of reading"]
+    print()
+    if rows:
+        protocol.print_table(["rival", *side, "ours", *side, "ratio"], rows)
+
+
+def prompt_table(products: list[Product], weights: int) -> None:
+    """All contenders beside the fastest dense rival whose weights were prepacked."""
+    best = min((p for p in products if p.prepacked), key=lambda p: p.seconds, default=None)
+    rows = [
+        [
+            named(p),
+            f"{p.bits:.2f}",
+            f"{1e3 * p.seconds:.2f}",
+            f"{p.rows * weights / p.seconds / 1e9:.0f}",
+            f"{rate(p) / 1e9:.2f}",
+            best and f"{best.seconds / p.seconds:.2f}x",
+        ]
+        for p in sorted(products, key=lambda p: p.seconds)
+    ]
+    print()
+    if rows:
+        what = f"beside {best.contender}" if best else "beside"
+        protocol.print_table([f"{products[0].rows} rows", "bits", "ms", "GMAC/s", "GB/s", what], rows)
+
+
+# ---- results
+
+
+def rounded(value: Any) -> Any:
+    """Four digits of every float, nothing that says nothing."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items() if item not in (None, "", {})}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def save(args: argparse.Namespace, out: Path, task: Task, model: str, found: Findings, facts: Facts) -> None:
+    settings = {"isa": facts.machine.get("isa"), "threads": args.threads, "load_average_before": found.load}
+    name = f"{model}_{settings['isa']}_t{args.threads}" + ("_huge" if args.huge_pages else "")
+    run = {
+        **settings,
+        "huge_pages": "asked for" if args.huge_pages else facts.machine.get("huge_pages"),
+        "own_bytes": task.own_bytes,
+        "last_level_cache": last_level_cache(),
+        "block_weights": weights_of(task.models[model]),
+        "read_bytes_per_second_quartiles": found.read,
+        "clock_ghz": facts.clock_ghz,
+        "cycles_per_64_weights": facts.cycles,
+        "call_microseconds": facts.call,
+        "versions": found.versions,
+        "notes": found.notes,
+        "products": [asdict(p) for p in found.products],
+    }
+    protocol.update_json(
+        out,
+        {
+            "runs": {name: rounded(run)},
+            "command": "python -m benchmarks.kernels --rival-python PATH --rival-python PATH --threads N",
+            "machine": protocol.machine(),
+        },
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, short timings")
-    parser.add_argument(
-        "--cached", action="store_true", help="one copy of each weight, which may stay in cache"
-    )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512])
-    parser.add_argument("--shapes", nargs="+", help="such as 4096x4096")
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
-    parser.add_argument("--values", nargs="+", default=list(VALUES))
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", default=None)
-    parser.add_argument("--seconds", type=float, default=None, help="per measurement")
-    args = parser.parse_args()
-    args.seconds = args.seconds or (0.2 if args.quick else 1.0)
-    torch.set_num_threads(args.threads)
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes] if args.shapes else SHAPES
-    if args.quick and not args.shapes:
-        shapes = SHAPES[:1] + SHAPES[2:3]
-    print(
-        f"isa {args.isa or kernels.isa()}, {args.threads} threads, load {os.getloadavg()[0]:.2f}, "
-        f"last-level cache {cache_bytes() / 2**20:.0f} MiB, torch {torch.__version__}; "
-        "ratio: to torch bfloat16"
-    )
-    with torch.inference_mode():
-        overhead(args)
-        for rows in args.rows:
-            for out, cols in shapes:
-                bench_shape(out, cols, rows, args)
+    args = parse()
+    task = task_of(args)
+    out = args.out or (None if args.quick or args.own_mib else protocol.RESULTS / "kernels.json")
+    rivals = rivals_in(args.rival_python)
+    if args.isa and args.isa not in HELD_TO:
+        progress(f"rivals cannot be held to {args.isa}: they run as fast as they can")
+    facts = Facts()
+    for model in task.models:
+        found = measure(args, task, model, rivals, facts)
+        if model == next(iter(task.models)):
+            header(args, task, facts)
+        tables(found, task, model, facts)
+        if out:
+            save(args, out, task, model, found, facts)
 
 
 if __name__ == "__main__":

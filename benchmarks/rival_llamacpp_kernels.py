@@ -1,8 +1,8 @@
-"""Times llama.cpp's own products (`ggml_mul_mat`) on the layers of the kernel benchmark, all layers in one graph.
+"""Times llama.cpp's own products (`ggml_mul_mat`) on the layers of the kernel benchmark, all in one graph.
 
 Run it in an environment of its own: `pip install llama-cpp-python numpy` (build flags: benchmarks/README.md).
-Random Q4_0 and Q8_0 weights, both as a file holds them and repacked, as llama.cpp repacks them when it loads a
-model on such a processor; the faster of the two is reported. Each layer rounds its own input to Q8_0.
+Random Q4_0 and Q8_0 weights, both as a file holds them and repacked, as llama.cpp repacks them when it loads
+a model where the processor has a use for it; the faster one is reported. Each layer rounds its input to Q8_0.
 """
 
 from __future__ import annotations
@@ -126,12 +126,16 @@ def random_weight(kind: str, layer: Layer, rng: np.random.Generator) -> np.ndarr
 class Walk:
     """All blocks of one model in one graph, with the weights in one buffer type."""
 
-    def __init__(self, ggml: Ggml, kind: str, where: Any, layers: tuple[Layer, ...], blocks: int, rows: int) -> None:
+    def __init__(
+        self, ggml: Ggml, kind: str, where: Any, layers: tuple[Layer, ...], blocks: int, rows: int
+    ) -> None:
         self.ggml, self.buffers, self.contexts = ggml, [], []
         count = blocks * len(layers)
         number = TYPES[kind][0]
         weights = self._context(count)
-        self.weights = [ggml.new_tensor_2d(weights, number, cols, out) for _ in range(blocks) for out, cols in layers]
+        self.weights = [
+            ggml.new_tensor_2d(weights, number, cols, out) for _ in range(blocks) for out, cols in layers
+        ]
         self.works = self._allocate(weights, where)
         if not self.works:
             return
@@ -201,7 +205,9 @@ def best(ggml: Ggml, backend: Any, task: Task, model: str, kind: str) -> Product
             first = walk.output(0)
             plain = first if plain is None else plain
             if not np.allclose(first, plain, rtol=1e-3, atol=1e-3 * float(np.abs(plain).max())):
-                raise SystemExit(f"llama.cpp's {kind} in {name} differs from the plain one: this harness is wrong")
+                raise SystemExit(
+                    f"llama.cpp's {kind} in {name} differs from the plain one: this harness is wrong"
+                )
             times = [walk.run(backend) / blocks for _ in range(max(5, task.rounds(1) // 2))]
             found.append(
                 product(

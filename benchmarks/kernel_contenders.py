@@ -1,0 +1,464 @@
+"""Times our packed weights and PyTorch's linear layers in one process, in interleaved rounds.
+
+As many contenders as fit into memory are held at a time, our own dense bfloat16 and a plain reader of memory
+always among them: each round takes one slice of every contender's walk, so that a slow minute of the machine
+falls on all, and ratios are those of one round. See `kernel_protocol` for what a walk is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import os
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from benchmarks.kernel_protocol import (
+    DECODE_ROWS,
+    GROUP,
+    LAYOUTS,
+    PAST_CACHE,
+    PROMPT_PRODUCTS,
+    SPARSITY,
+    VALUES,
+    Layer,
+    Product,
+    Task,
+    add_arguments,
+    distinct,
+    emit,
+    last_level_cache,
+    product,
+    task_of,
+)
+from gossamer import kernels
+from gossamer.bench import machine_facts
+from gossamer.kernels.native import native
+from gossamer.matrices.layouts import pack_sections
+from gossamer.matrices.values import value_type
+from gossamer.sparse import mask_from_scores, parse_pattern
+
+Call = Callable[[Tensor], object]
+
+KINDS = 64  # different panel-groups that random weights are put together from
+SLICES = 8  # of a walk, in decoding
+SLICE_MACS = 2e9  # of a prompt's slice at least
+ROOM = 0.7  # of the free memory that contenders may take
+
+
+# ---- what a layer of each contender is made of: (call, bytes stored)
+
+
+class Packed:
+    """Our layers of one layout and value type, put together from random panel-groups."""
+
+    def __init__(self, layout: str, values: str, group: int = GROUP) -> None:
+        self.layout, self.values, self.group = layout, values, group
+        self.pieces = random_pieces(layout, values, group)
+
+    def __call__(self, layer: Layer) -> tuple[Call, int]:
+        sections = put_together(self.pieces, layer)
+        size = sum(t.nbytes for t in sections.values())
+        handle = kernels.make_handle(self.layout, self.values, *layer, self.group, sections)
+        return partial(kernels.matmul, handle), size
+
+
+def random_pieces(layout: str, values: str, group: int) -> dict[str, Tensor]:
+    """Sections of `KINDS` random panel-groups of a layout, each section (KINDS, elements), one panel each.
+
+    All panel-groups keep equally many weights, so that every section has pieces of one size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kind, shape = value_type(values), (16, 64)
+    pattern = LAYOUTS[layout]
+    masks = None
+    if pattern:
+        scores = [torch.rand(shape, generator=generator) for _ in range(KINDS)]
+        masks = torch.cat([mask_from_scores(s, parse_pattern(pattern), SPARSITY) for s in scores])
+    if kind.is_integer:
+        weight = torch.randint(kind.qmin, kind.qmax + 1, (KINDS * 16, 64), generator=generator)
+        weight = weight.to(torch.int8)
+        scales = torch.full((KINDS * 16, 64 // group), 0.01, dtype=torch.float16)
+    else:
+        weight, scales = torch.randn(KINDS * 16, 64, generator=generator), None
+    sections = pack_sections(weight, kind, layout, mask=masks, scales=scales, group=group)
+    pieces = {name: t.reshape(KINDS, -1) for name, t in sections.items() if name != "offsets"}
+    if "offsets" in sections:
+        sizes = sections["offsets"][: KINDS + 1].diff()
+        assert int(sizes.min()) == int(sizes.max()) == pieces["values"].nbytes // KINDS
+        pieces["offsets"] = sizes
+    return pieces
+
+
+def put_together(pieces: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+    """The sections of one layer (multiples of 16 and 64) from random panel-groups."""
+    panels, groups = layer[0] // 16, layer[1] // 64
+    order = torch.randint(KINDS, (panels * groups,))
+    sections = {}
+    for name, piece in pieces.items():
+        if name == "offsets":
+            flat = torch.arange(panels + 1) * int(piece[0]) * groups
+        else:
+            flat = piece[order].reshape(-1)
+        room = -flat.nbytes % 64 // flat.element_size()
+        sections[name] = torch.cat([flat, flat.new_zeros(room)]) if room else flat
+    return sections
+
+
+def random_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """(out, in) of random values, copied from a pool: making each anew would take longer than the timing."""
+    count = layer[0] * layer[1]
+    pool = _pool(dtype)
+    weight = torch.empty(count, dtype=dtype)
+    for start in range(0, count, pool.numel()):
+        part = weight[start : start + pool.numel()]
+        part.copy_(pool[: part.numel()])
+    return weight.view(layer)
+
+
+@cache
+def _pool(dtype: torch.dtype) -> Tensor:
+    count = 1 << 20
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (count,), dtype=dtype)
+    return torch.randn(count).to(dtype)
+
+
+def torch_plain(dtype: torch.dtype, layer: Layer) -> tuple[Call, int]:
+    weight = random_weight(layer, dtype)
+    return lambda x: linear(x, weight), weight.nbytes
+
+
+def torch_prepacked(dtype: torch.dtype, rows: int, layer: Layer) -> tuple[Call, int]:
+    """oneDNN's own order for this many rows, as `torch.compile` with freezing makes it."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(random_weight(layer, dtype), rows)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x, weight, None, "none", [], None), layer[0] * layer[1] * dtype.itemsize
+
+
+def torch_int8(layer: Layer) -> tuple[Call, int]:
+    weight = random_weight(layer, torch.int8)
+    scales = torch.full((layer[0],), 0.01, dtype=torch.bfloat16)
+    return lambda x: torch._weight_int8pack_mm(x, weight, scales), weight.nbytes + scales.nbytes
+
+
+def torch_qlinear(engine: str, layer: Layer) -> tuple[Call, int]:
+    torch.backends.quantized.engine = engine
+    scales, zeros = torch.full((layer[0],), 0.01), torch.zeros(layer[0], dtype=torch.int64)
+    weight = torch._make_per_channel_quantized_tensor(random_weight(layer, torch.int8), scales, zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    multiply = torch.ops.quantized.linear_dynamic
+    return lambda x: multiply(x, packed, False), layer[0] * layer[1] + 4 * layer[0]
+
+
+def torch_int4(layer: Layer) -> tuple[Call, int]:
+    out, cols = layer
+    # the packed order is a permutation of nibbles: random bytes are a packed random weight
+    weight = random_weight((out, cols // 2), torch.int8).view(torch.uint8)
+    scales = torch.full((cols // GROUP, out, 2), 0.01, dtype=torch.bfloat16)
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    return lambda x: multiply(x, weight, GROUP, scales), weight.nbytes + scales.nbytes
+
+
+# ---- contenders and their walks
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``make``: one layer's call and bytes; ``dtype``: of its inputs; ``rows``: at which it is measured."""
+
+    name: str
+    values: str
+    make: Callable[[Layer], tuple[Call, int]]
+    rows: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    layout: str | None = None
+    setting: str = ""
+    prepacked: bool = False
+
+
+def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[Contender]:
+    """All of them, our own dense bfloat16 first, then those that are measured at most row counts."""
+    decode = tuple(rows for rows in task.rows if rows <= DECODE_ROWS)
+    prompt = tuple(rows for rows in task.rows if rows > DECODE_ROWS)
+    found = []
+    for layout, value in itertools.product(layouts, values):
+        rows = decode + prompt if (layout, value) in PROMPT_PRODUCTS else decode
+        found.append(Contender(f"{layout} {value}", value, Packed(layout, value), rows, layout=layout))
+    for name in ("bfloat16", "float32"):
+        if name not in values:
+            continue
+        dtype = getattr(torch, name)
+        found.append(Contender(f"torch {name}", name, partial(torch_plain, dtype), (*decode, *prompt), dtype))
+        for rows in (*decode, *prompt):
+            make = partial(torch_prepacked, dtype, rows)
+            found.append(Contender(f"torch {name} prepacked", name, make, (rows,), dtype, prepacked=True))
+    if "int8" in values:
+        found.append(Contender("torch int8", "int8", torch_int8, decode, setting="_weight_int8pack_mm"))
+        for engine in ("onednn", "fbgemm"):
+            make, setting = partial(torch_qlinear, engine), f"linear_dynamic, {engine}"
+            name = f"torch int8 dynamic {engine}"
+            found.append(Contender(name, "int8", make, decode, torch.float32, setting=setting))
+    if "int4" in values:
+        found.append(
+            Contender("torch int4", "int4", torch_int4, decode, setting="_weight_int4pack_mm_for_cpu")
+        )
+    baseline = ("dense", "bfloat16")
+    found = [c for c in found if c.rows]
+    return sorted(found, key=lambda c: ((c.layout, c.values) != baseline, -max(c.rows), -len(c.rows)))
+
+
+class Walk:
+    """All blocks of one contender, and where it stands in them."""
+
+    def __init__(self, contender: Contender, layers: tuple[Layer, ...], own_bytes: int) -> None:
+        self.contender, self.layers = contender, layers
+        self.blocks: list[list[Call]] = []
+        self.own_bytes = 0
+        while self.own_bytes < own_bytes or len(self.blocks) < 2:
+            calls = []
+            for layer in layers:
+                call, size = contender.make(layer)
+                calls.append(call)
+                self.own_bytes += size
+            self.blocks.append(calls)
+        self.block_bytes = self.own_bytes // len(self.blocks)
+        self.endless = itertools.cycle(self.blocks)
+        self.times: dict[int, list[float]] = defaultdict(list)
+        self.ratios: dict[int, list[float]] = defaultdict(list)
+        self.by_layer: dict[int, list[list[float]]] = {}
+
+    def step(
+        self, rows: int, inputs: dict[tuple[int, int, torch.dtype], Tensor], record: bool = True
+    ) -> float:
+        """Seconds a block, over one slice."""
+        clock = time.perf_counter
+        xs = [inputs[rows, cols, self.contender.dtype] for _, cols in self.layers]
+        by_layer = self.by_layer.setdefault(rows, [[] for _ in self.layers])
+        seconds = 0.0
+        count = self.slice_of(rows)
+        for calls in itertools.islice(self.endless, count):
+            start = clock()
+            for i, (call, x) in enumerate(zip(calls, xs, strict=True)):
+                call(x)
+                end = clock()
+                seconds += end - start
+                if record:
+                    by_layer[i].append(end - start)
+                start = end
+        if record:
+            self.times[rows].append(seconds / count)
+        return seconds / count
+
+    def slice_of(self, rows: int) -> int:
+        """Blocks of one slice."""
+        most = -(-len(self.blocks) // SLICES)
+        if rows <= DECODE_ROWS:
+            return most
+        macs = rows * sum(out * cols for out, cols in self.layers)
+        return max(1, min(most, round(SLICE_MACS / macs)))
+
+    def product(self, model: str, rows: int) -> Product:
+        shapes: dict[str, list[float]] = defaultdict(list)
+        for (out, cols), times in zip(self.layers, self.by_layer[rows], strict=True):
+            shapes[f"{out}x{cols}"] += times
+        ratios = self.ratios[rows]
+        c = self.contender
+        return product(
+            self.times[rows],
+            self.layers,
+            self.block_bytes,
+            contender=c.name,
+            values=c.values,
+            model=model,
+            rows=rows,
+            own_bytes=self.own_bytes,
+            layout=c.layout,
+            setting=c.setting,
+            prepacked=c.prepacked,
+            to_dense=statistics.median(ratios) if ratios else None,
+            layers={shape: statistics.median(times) for shape, times in shapes.items()},
+        )
+
+
+class Reader:
+    """Plain reading of memory, by the fastest sum that PyTorch has: what products are held against."""
+
+    def __init__(self, own_bytes: int) -> None:
+        self.parts = torch.ones(own_bytes // 8, dtype=torch.int64).chunk(SLICES)
+        self.endless = itertools.cycle(self.parts)
+        self.rates: list[float] = []
+
+    def step(self, record: bool = True) -> None:
+        part = next(self.endless)
+        start = time.perf_counter()
+        part.sum()
+        seconds = time.perf_counter() - start
+        if record:
+            self.rates.append(part.nbytes / seconds)
+
+
+def batches(all_of_them: list[Contender], own_bytes: int) -> Iterator[list[Contender]]:
+    """Those beside the baseline, as many at a time as memory has room for (with two more that stay)."""
+    room = int(ROOM * psutil.virtual_memory().available / own_bytes) - 2
+    for start in range(0, len(all_of_them), max(1, room)):
+        yield all_of_them[start : start + max(1, room)]
+
+
+def measure(model: str, task: Task, found: list[Contender]) -> None:
+    layers = task.models[model]
+    widths = list(distinct(layers))
+    inputs = {
+        (rows, cols, dtype): torch.randn(rows, cols).to(dtype)
+        for rows in task.rows
+        for cols in widths
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    # big ones hold a whole number of blocks of dense float32
+    biggest = max(task.own_bytes, 2 * 4 * sum(out * cols for out, cols in layers))
+    reader = Reader(max(task.own_bytes, PAST_CACHE * last_level_cache()))
+    baseline = Walk(found[0], layers, task.own_bytes)
+    for batch in batches(found[1:], biggest):
+        walks = [baseline]
+        for contender in batch:
+            try:
+                walk = Walk(contender, layers, task.own_bytes)
+                for rows in contender.rows:
+                    walk.step(rows, inputs, record=False)
+            except RuntimeError as error:
+                emit("note", f"{contender.name} does not run here: {str(error).splitlines()[0]}")
+                continue
+            walks.append(walk)
+        for rows in task.rows:
+            players = [w for w in walks if rows in w.contender.rows]
+            if players != [baseline] or len(walks) == 1:
+                rounds_of(players, reader, task, rows, inputs)
+        for walk in walks[1:]:
+            report(walk, model)
+        del walks, walk, players
+        gc.collect()
+    report(baseline, model)
+    emit("read", {"model": model, "bytes_per_second": statistics.quantiles(reader.rates, n=4)})
+
+
+def rounds_of(players: list[Walk], reader: Reader, task: Task, rows: int, inputs: Any) -> None:
+    """Every round one slice of each; the first contender's is what the others' ratios are to."""
+    reader.step(record=False)
+    for player in players:
+        player.step(rows, inputs, record=False)
+    for _ in range(task.rounds(rows)):
+        reader.step()
+        base = players[0].step(rows, inputs)
+        for player in players[1:]:
+            player.ratios[rows].append(base / player.step(rows, inputs))
+
+
+def report(walk: Walk, model: str) -> None:
+    for rows in walk.times:
+        emit("product", walk.product(model, rows))
+
+
+# ---- cycles and calls
+
+
+def cycles(task: Task, layouts: list[str], values: tuple[str, ...]) -> None:
+    """Cycles of one core for 64 weights of each layout, weights in its second-level cache.
+
+    The difference between a larger and a smaller weight of equal inputs, so that the call and the preparation
+    of the input fall out; each pair between two measurements of the clock.
+    """
+    room = int(os.sysconf("SC_LEVEL2_CACHE_SIZE")) if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+    room = room or 1 << 20
+    cols = 1024
+    x = torch.randn(1, cols).bfloat16()
+    torch.set_num_threads(1)
+    for layout, value in itertools.product(layouts, values):
+        make = Packed(layout, value)
+        panel_bytes = make((16, cols))[1]
+        panels = [max(1, int(room * part / panel_bytes)) for part in (1 / 8, 1 / 2)]
+        (small, _), (large, _) = (make((16 * count, cols)) for count in panels)
+        clock = [native().cycles_per_second()]
+        times: list[list[float]] = [[], []]
+        for _ in range(200):
+            for call, found in zip((small, large), times, strict=True):
+                start = time.perf_counter()
+                call(x)
+                found.append(time.perf_counter() - start)
+        clock.append(native().cycles_per_second())
+        seconds = statistics.median(times[1]) - statistics.median(times[0])
+        steps = 16 * cols * (panels[1] - panels[0]) / 64
+        emit(
+            "cycles",
+            {
+                "contender": f"{layout} {value}",
+                "cycles_per_64": round(seconds * statistics.mean(clock) / steps, 3),
+                "clock_ghz": round(statistics.mean(clock) / 1e9, 3),
+            },
+        )
+    torch.set_num_threads(task.threads)
+
+
+def call_overhead() -> dict[str, float]:
+    """Microseconds of a call whose work is next to nothing: 16 outputs of 64 inputs."""
+    packed, _ = Packed("dense", "int4")((16, 64))
+    plain, _ = torch_plain(torch.bfloat16, (16, 64))
+    x = torch.randn(1, 64).bfloat16()
+    found = {}
+    for name, call in {"gossamer": packed, "torch": plain}.items():
+        times = []
+        for _ in range(2000):
+            start = time.perf_counter()
+            call(x)
+            times.append(time.perf_counter() - start)
+        found[name] = round(1e6 * statistics.median(times), 2)
+    return found
+
+
+def huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return "unknown"
+    return text[text.index("[") + 1 : text.index("]")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_contenders", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--values", nargs="+", default=list(VALUES), choices=VALUES)
+    parser.add_argument("--cycles", action="store_true", help="time the arithmetic alone, in cache, first")
+    args = parser.parse_args()
+    task = task_of(args)
+    values = task.values(tuple(args.values))
+    warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)  # of quantized tensors
+    torch.manual_seed(0)
+    torch.set_num_threads(task.threads)
+    facts = machine_facts(bandwidth=False).to_dict()
+    emit(
+        "machine", {**facts, "torch_isa": torch.backends.cpu.get_cpu_capability(), "huge_pages": huge_pages()}
+    )
+    with torch.inference_mode():
+        emit("call", call_overhead())
+        if args.cycles:
+            cycles(task, args.layouts, values)
+        found = contenders(task, args.layouts, values)
+        for model in task.models:
+            measure(model, task, found)
+
+
+if __name__ == "__main__":
+    main()
