@@ -187,7 +187,6 @@ class Contender:
     dtype: torch.dtype = torch.bfloat16
     layout: str | None = None
     setting: str = ""
-    prepacked: bool = False
 
 
 def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[Contender]:
@@ -205,7 +204,7 @@ def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[
         found.append(Contender(f"torch {name}", name, partial(torch_plain, dtype), (*decode, *prompt), dtype))
         for rows in (*decode, *prompt):
             make = partial(torch_prepacked, dtype, rows)
-            found.append(Contender(f"torch {name} prepacked", name, make, (rows,), dtype, prepacked=True))
+            found.append(Contender(f"torch {name} prepacked", name, make, (rows,), dtype))
     if "int8" in values:
         found.append(Contender("torch int8", "int8", torch_int8, decode, setting="_weight_int8pack_mm"))
         for engine in ("onednn", "fbgemm"):
@@ -288,7 +287,6 @@ class Walk:
             own_bytes=self.own_bytes,
             layout=c.layout,
             setting=c.setting,
-            prepacked=c.prepacked,
             to_dense=statistics.median(ratios) if ratios else None,
             layers={shape: statistics.median(times) for shape, times in shapes.items()},
         )

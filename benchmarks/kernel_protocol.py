@@ -69,7 +69,7 @@ class Product:
     weight and ``block_bytes`` count everything that is stored; ``own_bytes``: of all blocks walked in turn;
     ``seconds``: of one block, the median of ``rounds``, and ``quartiles`` around it; ``to_dense``: how many
     times as fast as our own dense bfloat16 in the same rounds; ``layers``: median seconds by shape, where
-    they can be told apart; ``prepacked``: a dense rival whose weights were put into its own order before.
+    they can be told apart.
     """
 
     contender: str
@@ -84,7 +84,6 @@ class Product:
     rounds: int
     layout: str | None = None
     setting: str = ""
-    prepacked: bool = False
     to_dense: float | None = None
     layers: dict[str, float] = field(default_factory=dict)
 

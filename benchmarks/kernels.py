@@ -8,7 +8,6 @@ and PyTorch's together (`kernel_contenders`), then what the environments of `--r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -181,12 +180,13 @@ def progress(text: str) -> None:
 def header(args: argparse.Namespace, task: Task, facts: Facts) -> None:
     machine = facts.machine
     pages = "asked for" if args.huge_pages else machine["huge_pages"]
+    calls = " and ".join(f"{facts.call[name]}" for name in ("gossamer", "torch"))
     print(
         f"{machine['cpu']}, {machine['isa']} (torch {machine['torch_isa']}), {args.threads} threads, clock "
         f"{facts.clock_ghz:.2f} GHz, last-level cache {last_level_cache() >> 20} MiB, huge pages {pages}\n"
-        f"each contender has at least {task.own_bytes >> 20} MiB of weights of its own (* = may be in cache)\n"
-        f"ours and PyTorch's are one call from Python a layer (an empty one takes {facts.call['gossamer']} and "
-        f"{facts.call['torch']} us); OpenVINO and llama.cpp run all layers as one graph"
+        f"each contender has {task.own_bytes >> 20} MiB of weights of its own or more (* = may be in cache)\n"
+        f"ours and PyTorch's are a call from Python for each layer (an empty one takes {calls} us); "
+        "OpenVINO and llama.cpp run all layers as one graph"
     )
 
 
@@ -282,8 +282,8 @@ def rival_table(products: list[Product], read: float) -> None:
 
 
 def prompt_table(products: list[Product], weights: int) -> None:
-    """All contenders beside the fastest dense rival whose weights were prepacked."""
-    best = min((p for p in products if p.prepacked), key=lambda p: p.seconds, default=None)
+    """All contenders beside the fastest dense rival."""
+    best = min((p for p in products if p.layout is None), key=lambda p: p.seconds, default=None)
     rows = [
         [
             named(p),

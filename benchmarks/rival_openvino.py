@@ -117,7 +117,6 @@ def run(
         rows=rows,
         own_bytes=blocks * block_bytes,
         setting=", ".join([*words, implementation(compiled)]),
-        prepacked=values == "bfloat16",
     )
 
 
