@@ -163,9 +163,9 @@ def make_handle(
 
     ``layout``: ``dense``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``: ``float32``,
     ``bfloat16``, ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32;
-    ``sections``: flat tensors ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64, those that the layout has
-    (docs/architecture.md). They are kept and used in place, memory maps too (one that does not start at a
-    multiple of 64 bytes is copied once), and must not be changed afterwards.
+    ``sections``: flat tensors ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64,
+    those that the layout has (docs/architecture.md). They are kept and used in place, memory maps too (one
+    that does not start at a multiple of 64 bytes is copied once), and must not be changed afterwards.
 
     Raises MatrixError saying which section, panel and group is wrong: sizes, offsets that fall or leave the
     values, masks that keep padding or more than there is room for, scales that are not finite. KernelError
