@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.compress import compress
     from gossamer.recipes.describe import describe
     from gossamer.recipes.load import load
-    from gossamer.recipes.measure import quality, speed
+    from gossamer.recipes.measure import plan, quality, speed
     from gossamer.recipes.quickstart import quickstart
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "load",
     "methods",
     "pack",
+    "plan",
     "quality",
     "quickstart",
     "speed",
@@ -66,7 +67,7 @@ _PLACES = {
     "gossamer.recipes.compress": ("compress",),
     "gossamer.recipes.describe": ("describe",),
     "gossamer.recipes.load": ("load",),
-    "gossamer.recipes.measure": ("quality", "speed"),
+    "gossamer.recipes.measure": ("plan", "quality", "speed"),
     "gossamer.recipes.quickstart": ("quickstart",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

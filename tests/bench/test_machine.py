@@ -68,6 +68,20 @@ def test_bandwidth_is_a_rate_of_bytes() -> None:
     assert 1e7 < read_bandwidth(0.01) < 1e13  # between a tape drive and any memory ever built
 
 
+def test_bandwidth_of_a_small_working_set_reads_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    ones = torch.ones
+
+    def spy(count: int) -> torch.Tensor:
+        made.append(4 * count)
+        return ones(count)
+
+    monkeypatch.setattr(torch, "ones", spy)
+    assert read_bandwidth(0.001, working_set=3 << 20) > 1e7
+    assert read_bandwidth(0.001, working_set=10) > 1e7
+    assert made == [3 << 20, 1 << 20]
+
+
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     with use_threads(1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -267,3 +268,61 @@ def test_bad_input() -> None:
     sections = pack(w, "int4").tensors()
     with pytest.raises(MatrixError, match="values holds"):
         Packed(sections, layout="dense", values="int4", shape=(17, 64))
+
+
+@pytest.mark.parametrize("name", list(VALUES))
+@pytest.mark.parametrize(
+    ("layout", "other"), [pair for pair in product(LAYOUTS, LAYOUTS) if pair != ("dense", "32:64")]
+)
+def test_repacking_is_exact(name: str, layout: str, other: str) -> None:
+    packed = make(name, "bitmap", group=32 if name.startswith("int") else 64).repack(layout)
+    again = packed.repack(other)
+    assert (again.layout, again.values_name, again.group) == (other, name, packed.group)
+    before, after = packed.unpack(), again.unpack()
+    if not value_type(name).is_integer:
+        patterns = torch.int32 if name == "float32" else torch.int16
+        assert torch.equal(after.weight.view(patterns), before.weight.view(patterns))
+    else:
+        assert torch.equal(after.weight, before.weight)
+        assert before.scales is not None
+        assert after.scales is not None
+        assert torch.equal(after.scales, before.scales)
+        x = random(7, 200)
+        assert torch.equal(again.matmul(x), packed.matmul(x))
+        assert torch.equal(again.matmul(x[:1]), packed.matmul(x[:1]))
+    if layout != "dense" and other != "dense":
+        assert torch.equal(again.mask(), packed.mask())
+    if other == "dense":
+        assert after.mask is None
+
+
+def test_repacking_keeps_odd_floats_and_the_count_of_clamped_scales() -> None:
+    weight = torch.tensor([[-0.0, 1e-40, -1.5, 0.0] * 16] * 3)
+    mask = torch.tensor([[True, True, True, False] * 16] * 3)
+    again = pack(weight, "float32", "bitmap", mask=mask).repack("48:64")
+    assert torch.equal(again.unpack().weight.view(torch.int32), weight.view(torch.int32))
+    tiny = pack(torch.full((3, 64), 1e-7), "int4", "dense")
+    assert tiny.clamped == 3
+    assert tiny.repack("bitmap").clamped == 3
+
+
+def test_a_layout_without_room_for_the_mask_is_refused() -> None:
+    packed = make("int4", "32:64")
+    assert packed.most_kept == 32
+    assert make("int4", "dense").most_kept == 64
+    for weight, layout in ((packed, "31:64"), (packed.repack("dense"), "32:64")):
+        with pytest.raises(MatrixError, match=f"room for {layout[:2]}"):
+            weight.repack(layout)
+
+
+def test_whole_steps_are_counted_without_their_padding_and_repacked() -> None:
+    steps = torch.zeros(27, 101, dtype=torch.bool)
+    steps[:16, 4:8] = steps[16:, 96:] = steps[16:, 64:68] = True
+    packed = Packed.pack(random(27, 101, seed=0), "bfloat16", "16x4", mask=steps)
+    assert (packed.layout, packed.kept, packed.most_kept) == ("16x4", int(steps.sum()), 9)
+    assert torch.equal(packed.mask(), steps)
+    bitmap = packed.repack("bitmap")
+    assert (bitmap.kept, bitmap.most_kept) == (packed.kept, packed.most_kept)
+    assert torch.equal(bitmap.repack("16x4").values, packed.values)
+    with pytest.raises(MatrixError, match="whole steps"):
+        Packed.pack(random(27, 101, seed=0), "int4", "16x4", mask=~steps | (torch.arange(101) == 5))

@@ -1,12 +1,15 @@
-"""Speed and memory of models on this machine, rivals side by side."""
+"""Speed and memory of models on this machine, rivals side by side, and the layouts that are fastest on it."""
 
 from gossamer.bench.machine import Machine, machine_facts, read_bandwidth
 from gossamer.bench.memory import MemoryUse, peak_bytes, reset_peak, resident_bytes, resident_memory
+from gossamer.bench.planning import Plan, PlanRow, plan
 from gossamer.bench.speed import Speed, SpeedComparison, compare_speed, decode_bytes, measure_speed
 
 __all__ = [
     "Machine",
     "MemoryUse",
+    "Plan",
+    "PlanRow",
     "Speed",
     "SpeedComparison",
     "compare_speed",
@@ -14,6 +17,7 @@ __all__ = [
     "machine_facts",
     "measure_speed",
     "peak_bytes",
+    "plan",
     "read_bandwidth",
     "reset_peak",
     "resident_bytes",

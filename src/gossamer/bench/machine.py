@@ -45,6 +45,11 @@ class Machine:
         last-level cache. None where the cache is unknown."""
         return None if self.cache_bytes is None else working_set > PAST_CACHE * self.cache_bytes
 
+    def weights_from(self, working_set: int) -> str:
+        """Where they are read from, in words; a working set near the cache's size is partly in it."""
+        said = {True: "memory", False: "cache, at least in part", None: "unknown"}
+        return said[self.past_cache(working_set)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
@@ -134,12 +139,14 @@ def last_level_cache(root: Path = _SYSFS) -> int | None:
     return sum(found.values()) or None
 
 
-def read_bandwidth(seconds: float = 0.5) -> float:
+def read_bandwidth(seconds: float = 0.5, working_set: int | None = None) -> float:
     """Bytes a second at which a plain sum reads memory with the threads in use: the best of the passes that
-    fit into ``seconds``, over a buffer that no cache holds (a quarter of the free memory at most)."""
+    fit into ``seconds``, over a buffer that no cache holds (a quarter of the free memory at most), or one of
+    ``working_set`` bytes where that is smaller (1 MiB at least), which a cache may hold."""
     cache = last_level_cache() or 32 << 20
     room = psutil.virtual_memory().available // 4
-    buffer = torch.ones(max(1 << 20, min(max(256 << 20, 4 * cache), room)) // 4)
+    size = min(max(256 << 20, 4 * cache), room, *([] if working_set is None else [working_set]))
+    buffer = torch.ones(max(1 << 20, size) // 4)
     buffer.sum()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):

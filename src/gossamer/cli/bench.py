@@ -1,14 +1,15 @@
-"""`gossamer bench`: prompt and decode speed, rivals side by side."""
+"""`gossamer bench`: prompt and decode speed, rivals side by side; or a plan of one model's layouts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gossamer.cli import options, show
 from gossamer.cli.guard import guarded
 from gossamer.cli.progress import progress
+from gossamer.errors import EvaluationError
 
 if TYPE_CHECKING:
     from gossamer.bench import Machine, SpeedComparison
@@ -27,11 +28,38 @@ def bench(
     prompt: Annotated[int, typer.Option("--prompt", min=1, help="Tokens of the prompt.")] = 512,
     decode: Annotated[int, typer.Option("--decode", min=1, help="Tokens written after it.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are reported.")] = 3,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Instead: time the layouts of each layer of one model, dense included, and choose."
+        ),
+    ] = False,
+    values: Annotated[
+        str | None,
+        typer.Option("--values", help="With --plan, of a model that is no checkpoint: what it would hold."),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="With --values: such as 32:64.", show_default="dense")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", help="With --values: of a pattern without its own.")
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="With --plan: measure anew what this machine's cache holds.")
+    ] = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure tokens a second, prompt and decode, of one or several models in turn."""
+    if plan:
+        if len(models) != 1:
+            raise EvaluationError(f"--plan is of one model, got {len(models)}: name one")
+        chosen = {"values": values, "pattern": pattern, "sparsity": sparsity}
+        _plan(models[0], as_json, prompt=prompt, decode=decode, threads=threads, refresh=refresh, **chosen)
+        return
+    if refresh or any(given is not None for given in (values, pattern, sparsity)):
+        raise EvaluationError("--values, --pattern, --sparsity and --refresh are for --plan: add it")
     from gossamer.recipes.measure import speed
 
     with progress() as report:
@@ -65,6 +93,18 @@ def bench(
     )
 
 
+def _plan(model: str, as_json: bool, **settings: Any) -> None:
+    from gossamer.cli.plan import print_plan
+    from gossamer.recipes.measure import plan
+
+    with progress() as report:
+        found = plan(model, progress=report, **settings)
+    if as_json:
+        show.document({"model": model, **found.to_dict()})
+    else:
+        print_plan(found, machine_notes(found.machine, found.other_work))
+
+
 def _row(found: SpeedComparison, name: str) -> tuple[str, ...]:
     one = found.speeds[name]
     return (
@@ -75,13 +115,8 @@ def _row(found: SpeedComparison, name: str) -> tuple[str, ...]:
         f"{found.ratio(name):.2f}x",
         show.size(one.decode_bytes),
         f"{one.decode_gb_per_second:.1f}",
-        weights_from(found.past_cache(name)),
+        found.machine.weights_from(one.decode_bytes),
     )
-
-
-def weights_from(past_cache: bool | None) -> str:
-    """Where a decode step finds the weights: a working set near the cache's size is partly in it."""
-    return {True: "memory", False: "cache, at least in part", None: "unknown"}[past_cache]
 
 
 def machine_notes(machine: Machine, other_work: float | None) -> list[str]:

@@ -11,16 +11,19 @@ from torch import Tensor
 from gossamer import kernels
 from gossamer.errors import MatrixError
 from gossamer.kernels import reference
+from gossamer.matrices.bitfields import pack_bits
 from gossamer.matrices.compose import Composite, Sum
 from gossamer.matrices.dense import Dense
 from gossamer.matrices.geometry import (
     GROUP,
     SECTION_DTYPES,
+    Array,
     grid,
     mask_bytes,
     output_counts,
     parse_layout,
     shape_of,
+    to_stream,
 )
 from gossamer.matrices.layouts import Unpacked, choose_layout, pack_sections, unpack_sections
 from gossamer.matrices.matrix import Description, Matrix, check_target, described_shape
@@ -135,6 +138,26 @@ class Packed(Matrix, kind="packed"):
         shape = described_shape(description)
         return cls(tensors, layout=layout, values=values, shape=shape, group=group, clamped=clamped)
 
+    def repack(self, layout: str) -> Packed:
+        """The same weight in another layout: float values bit for bit, integer codes and scales exactly, so
+        that integer products are equal bit for bit.
+
+        A sparse ``layout`` keeps the mask; ``dense`` stores pruned weights as zeros and forgets that they
+        were pruned. Raises MatrixError where ``layout`` has no room for the mask.
+        """
+        plain = self.unpack()
+        sections = pack_sections(
+            plain.weight, self.value_type, layout, mask=plain.mask, scales=plain.scales, group=self.group
+        )
+        return Packed(
+            sections,
+            layout=layout,
+            values=self.values_name,
+            shape=self._shape,
+            group=self.group,
+            clamped=self.clamped,
+        )
+
     # --- what it is ---
 
     @property
@@ -176,13 +199,25 @@ class Packed(Matrix, kind="packed"):
     @property
     def kept(self) -> int:
         out, width = self._shape
+        counts = self._counts()
+        return out * width if counts is None else int(counts.sum())
+
+    @property
+    def most_kept(self) -> int:
+        """The most weights that one output keeps of a group of 64 inputs: the least n of an n:64 layout that
+        holds the mask (64 where there is none)."""
+        counts = self._counts()
+        return GROUP if counts is None else int(counts.max())
+
+    def _counts(self) -> Array | None:
+        """How many weights each output of each panel-group keeps, or None where there is no mask."""
         if self.masks is None:
-            return out * width
+            return None
         kind = parse_layout(self.layout)
         if kind.unit > 1:  # a step's bit stands for the padding in it too
-            return int(self.mask().sum())
+            return output_counts(pack_bits(to_stream(self.mask(), self._shape, 0).numpy()))
         panels, groups = grid(self._shape)
-        return int(output_counts(mask_bytes(self.masks, kind, panels * groups)).sum())
+        return output_counts(mask_bytes(self.masks, kind, panels * groups))
 
     def to_dense(self) -> Tensor:
         """float32 ``(out, in)``."""

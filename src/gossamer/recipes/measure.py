@@ -1,4 +1,4 @@
-"""Quality and speed of models as a user names them: loaded, fed with one text, and measured side by side."""
+"""Quality, speed and plans of models as a user names them: loaded, and measured side by side."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.bench import SpeedComparison, compare_speed
+from gossamer.bench import Plan, SpeedComparison, compare_speed
+from gossamer.bench import plan as _plan
 from gossamer.evaluate import Quality, compare
+from gossamer.models.manifest import is_checkpoint
+from gossamer.models.skeleton import skeleton
+from gossamer.models.sources import resolve
 from gossamer.models.text import Text, evaluation_windows, read_text
 from gossamer.progress import Progress, silent
 from gossamer.recipes.load import LoadedModel, check_context, load
@@ -95,3 +99,45 @@ def speed(
     return compare_speed(
         found, prompt=prompt, decode=decode, repeats=repeats, threads=threads, progress=progress
     )
+
+
+def plan(
+    model: str | Path | LoadedModel,
+    *,
+    prompt: int = 512,
+    decode: int = 64,
+    values: str | None = None,
+    pattern: str | None = None,
+    sparsity: float | None = None,
+    group: int = 64,
+    threads: int | None = None,
+    refresh: bool = False,
+    progress: Progress = silent,
+) -> Plan:
+    """The layouts that are fastest on this machine for each kind of layer of a checkpoint, or of any other
+    model once it has ``values`` in ``pattern`` at ``sparsity`` (of that only shapes are read, not weights).
+    See :func:`gossamer.bench.plan`. Raises a GossamerError for whatever a person can mend.
+    """
+    return _plan(
+        _planned(model, progress),
+        prompt=prompt,
+        decode=decode,
+        values=values,
+        pattern=pattern,
+        sparsity=sparsity,
+        group=group,
+        threads=threads,
+        refresh=refresh,
+        progress=progress,
+    )
+
+
+def _planned(model: str | Path | LoadedModel, progress: Progress) -> nn.Module:
+    found: nn.Module
+    if isinstance(model, LoadedModel):
+        found = model.model
+    elif is_checkpoint(Path(model).expanduser()):
+        found = load(model, progress=progress).model
+    else:
+        found = skeleton(resolve(str(model), progress=progress).folder)
+    return found
