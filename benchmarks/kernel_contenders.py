@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -45,14 +44,16 @@ from benchmarks.kernel_protocol import (
     task_of,
 )
 from gossamer import kernels
-from gossamer.bench import machine_facts
+from gossamer.bench.machine import OtherWork, machine_facts
 from gossamer.kernels.native import native
 from gossamer.matrices.layouts import pack_sections
 from gossamer.matrices.values import value_type
 from gossamer.sparse import mask_from_scores, parse_pattern
 
 Call = Callable[[Tensor], object]
+Inputs = dict[tuple[int, int, torch.dtype], Tensor]  # by rows, columns and dtype
 
+BASELINE = ("dense", "bfloat16")  # always there: what the others' speed is held against
 KINDS = 64  # different panel-groups that random weights are put together from
 SLICES = 8  # of a walk, in decoding
 SLICE_MACS = 2e9  # of a prompt's slice at least
@@ -194,7 +195,7 @@ def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[
     decode = tuple(rows for rows in task.rows if rows <= DECODE_ROWS)
     prompt = tuple(rows for rows in task.rows if rows > DECODE_ROWS)
     found = []
-    for layout, value in itertools.product(layouts, values):
+    for layout, value in dict.fromkeys([BASELINE, *itertools.product(layouts, values)]):
         rows = decode + prompt if (layout, value) in PROMPT_PRODUCTS else decode
         found.append(Contender(f"{layout} {value}", value, Packed(layout, value), rows, layout=layout))
     for name in ("bfloat16", "float32"):
@@ -215,9 +216,8 @@ def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[
         found.append(
             Contender("torch int4", "int4", torch_int4, decode, setting="_weight_int4pack_mm_for_cpu")
         )
-    baseline = ("dense", "bfloat16")
     found = [c for c in found if c.rows]
-    return sorted(found, key=lambda c: ((c.layout, c.values) != baseline, -max(c.rows), -len(c.rows)))
+    return sorted(found, key=lambda c: ((c.layout, c.values) != BASELINE, -max(c.rows), -len(c.rows)))
 
 
 class Walk:
@@ -240,9 +240,7 @@ class Walk:
         self.ratios: dict[int, list[float]] = defaultdict(list)
         self.by_layer: dict[int, list[list[float]]] = {}
 
-    def step(
-        self, rows: int, inputs: dict[tuple[int, int, torch.dtype], Tensor], record: bool = True
-    ) -> float:
+    def step(self, rows: int, inputs: Inputs, record: bool = True) -> float:
         """Seconds a block, over one slice."""
         clock = time.perf_counter
         xs = [inputs[rows, cols, self.contender.dtype] for _, cols in self.layers]
@@ -309,59 +307,71 @@ class Reader:
             self.rates.append(part.nbytes / seconds)
 
 
-def batches(all_of_them: list[Contender], own_bytes: int) -> Iterator[list[Contender]]:
-    """Those beside the baseline, as many at a time as memory has room for (with two more that stay)."""
-    room = int(ROOM * psutil.virtual_memory().available / own_bytes) - 2
-    for start in range(0, len(all_of_them), max(1, room)):
-        yield all_of_them[start : start + max(1, room)]
+def batches(waiting: list[Contender], own_bytes: int) -> Iterator[list[Contender]]:
+    """As many at a time as memory has room for beside what it holds already."""
+    room = max(1, int(ROOM * psutil.virtual_memory().available / own_bytes))
+    for start in range(0, len(waiting), room):
+        yield waiting[start : start + room]
 
 
 def measure(model: str, task: Task, found: list[Contender]) -> None:
+    """All contenders on one model, the first of them in every batch."""
     layers = task.models[model]
-    widths = list(distinct(layers))
     inputs = {
         (rows, cols, dtype): torch.randn(rows, cols).to(dtype)
         for rows in task.rows
-        for cols in widths
+        for cols in distinct(layers)
         for dtype in (torch.bfloat16, torch.float32)
     }
-    # big ones hold a whole number of blocks of dense float32
-    biggest = max(task.own_bytes, 2 * 4 * sum(out * cols for out, cols in layers))
+    others = OtherWork()
     reader = Reader(max(task.own_bytes, PAST_CACHE * last_level_cache()))
     baseline = Walk(found[0], layers, task.own_bytes)
-    for batch in batches(found[1:], biggest):
-        walks = [baseline]
-        for contender in batch:
-            try:
-                walk = Walk(contender, layers, task.own_bytes)
-                for rows in contender.rows:
-                    walk.step(rows, inputs, record=False)
-            except RuntimeError as error:
-                emit("note", f"{contender.name} does not run here: {str(error).splitlines()[0]}")
-                continue
-            walks.append(walk)
-        for rows in task.rows:
-            players = [w for w in walks if rows in w.contender.rows]
-            if players != [baseline] or len(walks) == 1:
-                rounds_of(players, reader, task, rows, inputs)
-        for walk in walks[1:]:
-            report(walk, model)
-        del walks, walk, players
+    # whole blocks of dense float32 are the most that a contender takes
+    most = max(task.own_bytes, 2 * 4 * sum(out * cols for out, cols in layers))
+    for batch in batches(found[1:], most) if found[1:] else [[]]:
+        measure_batch(baseline, batch, reader, model, task, inputs)
         gc.collect()
     report(baseline, model)
-    emit("read", {"model": model, "bytes_per_second": statistics.quantiles(reader.rates, n=4)})
+    emit(
+        "read",
+        {
+            "model": model,
+            "bytes_per_second": statistics.quantiles(reader.rates, n=4),
+            "other_work": round(others.cores(), 3),
+        },
+    )
 
 
-def rounds_of(players: list[Walk], reader: Reader, task: Task, rows: int, inputs: Any) -> None:
-    """Every round one slice of each; the first contender's is what the others' ratios are to."""
-    reader.step(record=False)
-    for player in players:
-        player.step(rows, inputs, record=False)
-    for _ in range(task.rounds(rows)):
-        reader.step()
-        base = players[0].step(rows, inputs)
-        for player in players[1:]:
-            player.ratios[rows].append(base / player.step(rows, inputs))
+def measure_batch(
+    baseline: Walk, batch: list[Contender], reader: Reader, model: str, task: Task, inputs: Inputs
+) -> None:
+    """Every round is one slice of each walk; the baseline's is what the others' ratios are to."""
+    walks = [walk for c in batch if (walk := started(c, baseline.layers, task, inputs))]
+    for rows in task.rows:
+        players = [walk for walk in walks if rows in walk.contender.rows]
+        if batch and not players:
+            continue
+        reader.step(record=False)
+        baseline.step(rows, inputs, record=False)
+        for _ in range(task.rounds(rows)):
+            reader.step()
+            dense = baseline.step(rows, inputs)
+            for walk in players:
+                walk.ratios[rows].append(dense / walk.step(rows, inputs))
+    for walk in walks:
+        report(walk, model)
+
+
+def started(contender: Contender, layers: tuple[Layer, ...], task: Task, inputs: Inputs) -> Walk | None:
+    """A contender's walk, warm; None with a note where it cannot run here."""
+    try:
+        walk = Walk(contender, layers, task.own_bytes)
+        for rows in contender.rows:
+            walk.step(rows, inputs, record=False)
+    except RuntimeError as error:
+        emit("note", f"{contender.name} does not run here: {str(error).splitlines()[0]}")
+        return None
+    return walk
 
 
 def report(walk: Walk, model: str) -> None:

@@ -38,13 +38,15 @@ PROBE = "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if u.f
 
 @dataclass
 class Findings:
-    """What the processes said about one model. ``read``: bytes a second of plain reading, in quartiles."""
+    """What the processes said about one model. ``read``: bytes a second of plain reading, in quartiles;
+    ``other_work``: cores that other processes kept busy while ours and PyTorch's were timed."""
 
     products: list[Product] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     read: tuple[float, float, float] = (0.0, 0.0, 0.0)
     load: float = 0.0
+    other_work: float = 0.0
 
 
 @dataclass
@@ -158,6 +160,7 @@ def measure(
                 facts.clock_ghz = content["clock_ghz"]
             elif kind == "read":
                 found.read = tuple(content["bytes_per_second"])
+                found.other_work = content["other_work"]
             elif kind == "version":
                 found.versions |= content
             elif kind == "note":
@@ -196,7 +199,7 @@ def tables(found: Findings, task: Task, model: str, facts: Facts) -> None:
     print(
         f"\n{model}: a block's linear layers, {weights / 1e6:.1f} M weights; plain reading "
         f"{read / 1e9:.1f} GB/s (quartiles {found.read[0] / 1e9:.1f}-{found.read[2] / 1e9:.1f}); "
-        f"load before {found.load:.2f}"
+        f"load before {found.load:.2f}, other work {found.other_work:.2f} cores"
     )
     for rows in task.rows:
         here = [p for p in found.products if p.rows == rows]
@@ -320,6 +323,7 @@ def save(args: argparse.Namespace, out: Path, task: Task, model: str, found: Fin
         **settings,
         "huge_pages": "asked for" if args.huge_pages else facts.machine.get("huge_pages"),
         "own_bytes": task.own_bytes,
+        "other_work_cores": found.other_work,
         "last_level_cache": last_level_cache(),
         "block_weights": weights_of(task.models[model]),
         "read_bytes_per_second_quartiles": found.read,
