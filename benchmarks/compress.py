@@ -48,16 +48,15 @@ def ours(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     command += ["--threads", str(args.threads)]
     start = time.perf_counter()
     with (work / "ours.json").open("w") as stdout:
-        child = subprocess.Popen(command, stdout=stdout, env=limited(args.threads))
-        _, status, usage = os.wait4(child.pid, 0)
+        code = subprocess.run(command, stdout=stdout, env=limited(args.threads), check=False).returncode
     seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        raise SystemExit(f"gossamer compress ended with {child.returncode}")
+    if code != 0:
+        raise SystemExit(f"gossamer compress ended with {code}")
+    told = json.loads((work / "ours.json").read_text())
     figures: dict[str, Any] = {
         "seconds": round(seconds, 1),
-        "peak_rss_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-        "zeros": json.loads((work / "ours.json").read_text()).get("sparsity"),
+        "peak_rss_gb": round(told["peak_memory_bytes"] / 1e9, 2),
+        "zeros": told.get("sparsity"),
         "perplexity": None,
     }
     if args.eval_windows:
