@@ -277,13 +277,14 @@ struct Steps {
         : stored(w, begin_panel, memory) {
         words_ahead = (const uint16_t*)w.masks + begin_panel * w.groups;
         words_end = (const uint16_t*)w.masks + end_panel * w.groups;
-        fetch();
+        if (stored.kUnpacks) fetch();
     }
 
     GOSSAMER_INLINE void next() {
+        if (!stored.kUnpacks) fetch();  // there is one tail: what lies in it must be read before the next
         kept = kept_ahead;
         cursor = cursor_ahead;
-        if (words_ahead < words_end) fetch();
+        if (stored.kUnpacks && words_ahead < words_end) fetch();
     }
     GOSSAMER_INLINE uint32_t steps() const { return kept; }
     GOSSAMER_INLINE Bytes take() {

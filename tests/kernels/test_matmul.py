@@ -126,6 +126,18 @@ def test_sums_wait_exactly_between_spans_of_groups(layout: str, values: str, isa
 
 
 @each_tier
+@pytest.mark.parametrize("values", VALUES)
+def test_short_last_groups_of_whole_steps(values: str, isa: str) -> None:
+    # the last two panel-groups both end within what registers read past the section
+    mask = np.zeros((16, 132), bool)
+    mask[:, 40:44] = mask[:, 64:72] = mask[:, 128:] = True
+    w = with_mask("16x4", values, mask, 64, np.random.default_rng(0))
+    for rows in (1, 3, 20):
+        x = torch.randn(rows, 132, generator=torch.Generator().manual_seed(rows))
+        check_product(w, x, kernels.matmul(handle_of(w), x, isa))
+
+
+@each_tier
 def test_chunks_of_many_rows_agree_with_single_rows(isa: str) -> None:
     _, handle = case("32:64", "int4", 32, 3000)
     x = torch.randn(401, 3000)
