@@ -1,0 +1,56 @@
+#include "running.h"
+
+namespace testing {
+
+using namespace gossamer;
+
+Rows run(const Packed& w, const Tier& tier, const Rows& x, int64_t first, int64_t rows, int dtype,
+         int threads, Random& random) {
+    const int size = dtype == kF32 ? 4 : 2;
+    Buffer from(rows * w.in * size, random), to(rows * w.out * size, random);
+    for (int64_t i = 0; i < rows * w.in; i++) {
+        const float f = x[size_t(first * w.in + i)];
+        if (dtype == kF32)
+            from.as<float>()[i] = f;
+        else
+            from.as<uint16_t>()[i] = to_bfloat16(f);
+    }
+    memset(to.data(), 0x5a, size_t(to.size()));  // a number that no product gives: what is not written shows
+    matmul(w, tier, from.data(), rows, dtype, to.data(), threads);
+    Rows y;
+    for (int64_t i = 0; i < rows * w.out; i++)
+        y.push_back(dtype == kF32 ? to.as<float>()[i] : of_bfloat16(to.as<uint16_t>()[i]));
+    return y;
+}
+
+Rows random_rows(Random& random, int64_t rows, int64_t in) {
+    Rows x;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t start = int64_t(x.size());
+        const float scales[] = {0.0f, -0.0f, 1e-44f, 1e-39f, 3e-37f, 1e30f};
+        const int64_t kind = random.below(24);
+        for (int64_t i = 0; i < in; i++) {
+            const float f = float(4 * random.unit() - 2);
+            x.push_back(kind < 6 ? f * scales[kind] : f);
+        }
+        if (kind < 6 || kind > 8) continue;
+        const uint32_t bad[] = {0x7fc00000, 0x7f800000, 0xff800000};  // NaN, infinities
+        x[size_t(start + random.below(in))] = float_of(bad[kind - 6]);
+    }
+    return x;
+}
+
+bool same(float a, float b) { return bits_of(a) == bits_of(b) || (a != a && b != b); }
+
+void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int64_t rows, int64_t out,
+                const char* what) {
+    for (int64_t i = 0; i < rows * out; i++) {
+        const float left = a[size_t(first * out + i)], right = b[size_t(other * out + i)];
+        CHECK(same(left, right), "%s: row %lld, output %lld is %.9g and %.9g", what,
+              (long long)(first + i / out), (long long)(i % out), double(left), double(right));
+    }
+}
+
+bool flushes(const Tier& tier, int values) { return values == kBFloat16 && strcmp(tier.name, "avx512") == 0; }
+
+}  // namespace testing

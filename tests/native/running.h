@@ -1,0 +1,32 @@
+// Running a product natively, with inputs and results in buffers of exact size.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "driver.h"
+#include "weight.h"
+
+namespace testing {
+
+// (rows, in) or (rows, out), float32.
+using Rows = std::vector<float>;
+
+// x Wᵀ of rows [first, first + rows) of `x` on one instruction set. With kBF16, x is rounded to bfloat16
+// first, and the result is given in float32.
+Rows run(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, int64_t first, int64_t rows,
+         int dtype, int threads, Random& random);
+
+// Random rows, among them such of zeros, -0.0, subnormal, huge, infinite and NaN inputs.
+Rows random_rows(Random& random, int64_t rows, int64_t in);
+
+// Equal bits, or both NaN: which NaN is not part of the contract.
+bool same(float a, float b);
+
+// Fails unless rows [first, first + rows) of `a` are those of `b` from `other` on.
+void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int64_t rows, int64_t out,
+                const char* what);
+
+// Whether the bfloat16 kernel of a tier takes subnormal numbers for zero.
+bool flushes(const gossamer::Tier& tier, int values);
+
+}  // namespace testing
