@@ -41,7 +41,8 @@ class Weight:
 def random_weight(
     layout: str, values: str, out: int, cols: int, group: int = 64, density: float = 0.5, seed: int = 0
 ) -> Weight:
-    """A weight with random values and a random mask that the layout allows."""
+    """A weight with random values and a random mask that the layout allows: of nothing at density 0 (but
+    dense), of all that there is room for at 1."""
     rng = np.random.default_rng(seed)
     if layout == "dense":
         mask = np.ones((out, cols), bool)
@@ -56,7 +57,8 @@ def random_weight(
         for o in range(out):
             for start in range(0, cols, 64):
                 width = min(64, cols - start)
-                keep = rng.integers(0, min(n, width) + 1) if rng.random() < 0.3 else min(n, width)
+                most, share = min(n, width), rng.random()
+                keep = most if share < density else int(most * density * share)
                 mask[o, start + rng.permutation(width)[:keep]] = True
     return with_mask(layout, values, mask, group, rng)
 

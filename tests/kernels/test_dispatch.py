@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from kernel_cases import case, check_product
+from kernel_cases import case, check_product, handle_of, tiers
+from kernel_packer import with_mask
 
 from gossamer import kernels
 from gossamer.errors import KernelError
@@ -29,11 +33,53 @@ def fresh() -> Iterator[None]:
     clear()
 
 
+# What each instruction set is compiled with, as /proc/cpuinfo calls it (abm: POPCNT and LZCNT).
+AVX2 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm"}
+AVX512 = {f"avx512{name}" for name in ("f", "bw", "vl", "dq", "vbmi", "_vbmi2", "_vnni", "_bf16")}
+
+
+def test_every_instruction_set_of_this_processor_is_tested() -> None:
+    """Other tests of kernels run on ``available()``, and skip without the native module: here that fails."""
+    assert kernels.native_available(), "the native kernels are not built"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        assert kernels.available() == tiers() == ("portable",)
+        return
+    assert native.native().compiled() == ["portable", "avx2", "avx512"]
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        pytest.skip("cannot ask the system what the processor has")
+    flags = set(info.read_text().split())
+    wanted = [("portable", set[str]()), ("avx2", AVX2), ("avx512", AVX2 | AVX512)]
+    assert kernels.available() == tiers() == tuple(name for name, needs in wanted if flags >= needs)
+
+
+def marks(isa: str | None) -> tuple[float, float]:
+    """What tells instruction sets apart (docs/architecture.md, "Contracts"): whether a product is rounded
+    before it is added, and what becomes of a subnormal bfloat16."""
+    w = with_mask("dense", "float32", np.ones((1, 8), bool), 64, np.random.default_rng(0))
+    w.stored = np.array([[-1 - 2**-11, 0, 0, 0, 1 + 2**-12, 0, 0, 0]], np.float32)
+    x = torch.tensor([[1, 0, 0, 0, 1 + 2**-12, 0, 0, 0]])
+    fused = kernels.matmul(handle_of(w), x, isa).item()
+    w.values, w.stored = "bfloat16", np.array([[2**-130] + 7 * [0]], np.float32)
+    tiny = kernels.matmul(handle_of(w), torch.tensor([[4.0] + 7 * [0.0]]), isa).item()
+    return fused, tiny
+
+
+MARKS = {"portable": (0, 2**-128), "avx2": (2**-24, 2**-128), "avx512": (2**-24, 0)}
+
+
+@needs_native
+def test_an_instruction_set_runs_its_own_code() -> None:
+    for isa in kernels.available():
+        assert marks(isa) == MARKS[isa], isa
+
+
 @needs_native
 def test_the_fastest_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOSSAMER_ISA", raising=False)
     assert kernels.available()[0] == "portable"
     assert kernels.isa() == kernels.available()[-1]
+    assert marks(None) == MARKS[kernels.available()[-1]]
 
 
 @needs_native

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from kernel_units import COMPILER, ROOT, compile_units, flags_of
 
-ROOT = Path(__file__).parents[2]
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+from gossamer import kernels
+from gossamer.kernels.native import native
+
 NM = shutil.which("nm")
 
 pytestmark = [
@@ -28,30 +29,29 @@ def check(*objects: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def compile_unit(source: Path, to: Path, flags: list[str]) -> Path:
-    # Without optimisation nothing is inlined away: every function that could be shared shows.
-    subprocess.run(
-        [str(COMPILER), "-std=c++17", "-O0", "-fno-exceptions", *flags, "-c", str(source), "-o", str(to)],
-        check=True,
-        timeout=200,
-    )
-    return to
-
-
-def flags_of(tier: str) -> list[str]:
-    found = re.search(rf"add_tier\({tier}([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
-    assert found, f"CMakeLists.txt has no tier {tier}"
-    return [f"-DGOSSAMER_TIER={tier}", *found[1].split()]
+# Without optimisation nothing is inlined away: every function that could be shared shows.
+PLAIN = ["-O0", "-fno-exceptions"]
 
 
 @pytest.mark.parametrize("tier", ["avx2", "avx512"])
 @pytest.mark.parametrize("family", ["int", "float"])
 def test_units_export_their_table_only(family: str, tier: str, tmp_path: Path) -> None:
-    unit = compile_unit(ROOT / "csrc" / f"matmul_{family}.cpp", tmp_path / "unit.o", flags_of(tier))
+    source = ROOT / "csrc" / f"matmul_{family}.cpp"
+    (unit,) = compile_units([source], [*PLAIN, *flags_of(tier)], tmp_path)
     listing = subprocess.run([str(NM), "-g", str(unit)], capture_output=True, text=True, check=True).stdout
     assert f"gossamer_{family}_{tier}" in listing
     done = check(unit)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+@pytest.mark.skipif(sys.platform != "linux", reason="asks nm for an ELF file's exports")
+def test_the_built_module_exports_nothing_of_ours() -> None:
+    # what it exports, another library's symbol of the same name could replace
+    command = [str(NM), "-D", "--defined-only", native().__file__]
+    exports = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "PyInit__native" in exports
+    assert "gossamer" not in exports
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,6 @@ def test_units_export_their_table_only(family: str, tier: str, tmp_path: Path) -
 def test_the_check_finds_planted_faults(code: str, culprit: str, tmp_path: Path) -> None:
     source = tmp_path / "planted.cpp"
     source.write_text(code)
-    done = check(compile_unit(source, tmp_path / "planted.o", []))
+    done = check(*compile_units([source], PLAIN, tmp_path))
     assert done.returncode == 1
     assert culprit in done.stderr

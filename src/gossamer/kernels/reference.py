@@ -13,7 +13,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
     ``x``: float ``(rows, in_features)``. Returns codes int8 ``(rows, groups, 64)`` (zero-padded) and
     scales float32 ``(rows, groups)``: ``scale = max|x| / 127``, ``code = round_half_even(x / scale)``,
-    computed as ``x * (127 / max|x|)``; a group of zeros has scale 0 and codes 0.
+    computed as ``x * (127 / max|x|)``. Codes are 0 where ``127 / max|x|`` is not a finite number (a group
+    of zeros, or of magnitudes below 3.74e-37) or is 0 (an infinite activation), and where max|x| is NaN.
     """
     rows, cols = x.shape
     groups = -(-cols // GROUP)
@@ -22,8 +23,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     padded = padded.reshape(rows, groups, GROUP)
     top = padded.abs().amax(dim=2)
     # a true division: `127.0 / top` would multiply by a rounded reciprocal
-    inverse = torch.where(top > 0, torch.full_like(top, 127.0) / top, torch.zeros_like(top))
-    codes = torch.round(padded * inverse[..., None]).to(torch.int8)
+    inverse = (torch.full_like(top, 127.0) / top).nan_to_num(nan=0.0, posinf=0.0)
+    codes = torch.round(padded * inverse[..., None]).nan_to_num(nan=0.0).to(torch.int8)
     return codes, top * (1.0 / 127.0)
 
 

@@ -1,0 +1,115 @@
+"""The checks of kernels see wrong results: planted.h makes each operation go wrong, and they must say so."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import KINDS, LAYOUTS, any_rows, any_weight, check_everything, handle_of, tiers
+from kernel_packer import Weight
+from kernel_units import COMPILER, ROOT, compile_cpp, compile_units, flags_of
+from torch import Tensor
+
+from gossamer import kernels
+from gossamer.kernels import Handle
+from gossamer.kernels.handle import _VALUES, _layout
+from gossamer.kernels.native import native
+
+HERE = Path(__file__).parent
+DOTS = {"float32": "dot32", "bfloat16": "dot16", "int8": "dot8", "int4": "dot8", "int3": "dot8"}
+
+pytestmark = [
+    pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler"),
+    pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built"),
+]
+
+
+class Planted:
+    """The kernels of one instruction set, compiled with faults that can be planted one at a time."""
+
+    def __init__(self, isa: str, folder: Path) -> None:
+        flags = ["-O0", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *flags_of(isa)]
+        units = [ROOT / "csrc" / f"matmul_{family}.cpp" for family in ("int", "float")]
+        rest = [HERE / "planted.cpp", ROOT / "csrc" / "driver.cpp", ROOT / "csrc" / "threads.cpp"]
+        objects = compile_units(units, [*flags, "-include", str(HERE / "planted.h")], folder)
+        compile_cpp(*flags, "-shared", *objects, *rest, "-o", "planted.so", "-pthread", "-ldl", into=folder)
+        self.library = ctypes.CDLL(str(folder / "planted.so"))
+        self.library.faults.restype = ctypes.c_char_p
+        self.faults = ["", *self.library.faults().decode().split()]
+
+    def plant(self, fault: str) -> None:
+        self.library.plant(self.faults.index(fault))
+
+    def matmul(self, handle: Handle, x: Tensor, isa: str) -> Tensor:
+        """As ``kernels.matmul``."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), handle.out_features)
+        layout, keep = _layout(handle.layout)
+        names = ("masks", "scales", "offsets")
+        sections = [handle.sections[name].data_ptr() if name in handle.sections else None for name in names]
+        self.library.multiply(
+            ctypes.c_int64(handle.out_features),
+            ctypes.c_int64(handle.in_features),
+            layout,
+            _VALUES[handle.values],
+            keep,
+            64 // handle.group,
+            ctypes.c_void_p(handle.sections["values"].data_ptr()),
+            ctypes.c_int64(handle.sections["values"].numel()),
+            *map(ctypes.c_void_p, sections),
+            ctypes.c_void_p(x.data_ptr()),
+            ctypes.c_int64(len(x)),
+            int(x.dtype == torch.bfloat16),
+            ctypes.c_void_p(y.data_ptr()),
+        )
+        return y
+
+
+@cache
+def cases(layout: str, values: str, group: int) -> list[tuple[Weight, Handle, Tensor]]:
+    """As test_properties.py makes them."""
+    made = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        w = any_weight(layout, values, group, *[(17, 130), (40, 70), (5, 200)][seed % 3], rng)
+        made.append((w, handle_of(w), any_rows(11, w.mask.shape[1], rng)))
+    return made
+
+
+def is_reported(planted: Planted, layout: str, values: str, group: int, isa: str) -> bool:
+    try:
+        for w, handle, x in cases(layout, values, group):
+            check_everything(w, handle, x, isa, planted.matmul)
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("isa", tiers())
+def test_a_wrong_result_of_any_kernel_is_reported(isa: str, tmp_path: Path) -> None:
+    planted = Planted(isa, tmp_path)
+    every = [(layout, values, group) for layout in LAYOUTS for values, group in KINDS]
+
+    assert [kernel for kernel in every if is_reported(planted, *kernel, isa)] == []  # nothing is planted yet
+    silent = []
+    for kernel in every:
+        planted.plant(DOTS[kernel[1]])
+        if not is_reported(planted, *kernel, isa):
+            silent.append(kernel)
+    assert silent == []
+    for fault in planted.faults[1:]:
+        planted.plant(fault)
+        if not any(is_reported(planted, *kernel, isa) for kernel in every):
+            silent.append(fault)
+    assert silent == []
+
+
+def test_the_library_holds_no_fault() -> None:
+    assert b"planted" not in Path(native().__file__).read_bytes()
+    assert "planted" not in (ROOT / "CMakeLists.txt").read_text()
