@@ -4,11 +4,12 @@
 #pragma once
 #include "simd.h"
 
-#define PLANTED_FAULTS(F)                                                                                    \
-    F(low_nibbles)                                                                                           \
-    F(high_nibbles) F(two_bits) F(add_high_bit) F(expand8) F(expand16) F(expand32) F(dot8) F(dot16) F(dot32) \
-        F(pair_sums) F(load_halves) F(load_floats) F(load_bfloat16) F(store_floats) F(store_bfloat16)        \
-            F(largest) F(store_codes) F(total)
+// clang-format off
+#define PLANTED_FAULTS(F)                                                                         \
+    F(low_nibbles) F(high_nibbles) F(two_bits) F(add_high_bit) F(expand8) F(expand16) F(expand32) \
+    F(dot8) F(dot16) F(dot32) F(pair_sums) F(load_halves) F(load_floats) F(load_bfloat16)         \
+    F(store_floats) F(store_bfloat16) F(largest) F(store_codes) F(total)
+// clang-format on
 
 #define PLANTED_NUMBER(name) kFault_##name,
 enum PlantedFault { kNoFault, PLANTED_FAULTS(PLANTED_NUMBER) };
