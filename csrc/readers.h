@@ -160,7 +160,7 @@ struct Stored {
         prefetch(ahead, bytes);
         const uint8_t* from = ahead;
         if (end - ahead < bytes + kSlack) {  // registers would read past the section: copy what exists
-            __builtin_memcpy(storage.tail, ahead, size_t(bytes));
+            if (bytes > 0) __builtin_memcpy(storage.tail, ahead, size_t(bytes));  // none: no address
             from = storage.tail;
         }
         ahead += bytes;

@@ -18,6 +18,7 @@ uint8_t* map(int64_t bytes) {
 }  // namespace
 
 Buffer::Buffer(int64_t bytes, Memory memory) : size_(bytes) {
+    if (bytes == 0) return;
     if (memory == Memory::kHeap) {
         void* heap = nullptr;
         CHECK(posix_memalign(&heap, 64, size_t(bytes)) == 0, "no memory for %lld bytes", (long long)bytes);

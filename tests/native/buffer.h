@@ -18,7 +18,7 @@ constexpr int kPlaces = 2;
 class Buffer {
   public:
     Buffer() = default;
-    Buffer(int64_t bytes, Memory memory);
+    Buffer(int64_t bytes, Memory memory);  // of zeros; data() is null for 0 bytes, as that of an empty tensor
     Buffer(int64_t bytes, Random& random) : Buffer(bytes, Memory(random.below(kPlaces))) {}
     Buffer(Buffer&& other) noexcept { swap(other); }
     Buffer& operator=(Buffer&& other) noexcept {

@@ -11,7 +11,8 @@ namespace {
 
 Buffer copy_of(const Buffer& from, int64_t bytes, Random& random) {
     Buffer to(bytes, random);
-    memcpy(to.data(), from.data(), size_t(bytes < from.size() ? bytes : from.size()));
+    const int64_t kept = bytes < from.size() ? bytes : from.size();
+    if (kept > 0) memcpy(to.data(), from.data(), size_t(kept));
     return to;
 }
 

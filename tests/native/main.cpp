@@ -25,22 +25,22 @@ void say_what_was_tested() {
     fflush(stderr);
 }
 
-#if !defined(__SANITIZE_ADDRESS__)
 void stray_access(int number) {
-    const char text[] = "stray access while testing: ";
+    const char text[] = "stopped while testing: ";
     if (write(2, text, sizeof text - 1) > 0 && write(2, current, strlen(current)) > 0 &&
         write(2, "\n", 1) > 0) {
     }
     signal(number, SIG_DFL);
     raise(number);
 }
-#endif
 
 void watch_for_stray_accesses() {
+    signal(SIGABRT, stray_access);
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_set_death_callback(say_what_was_tested);
+    __sanitizer_set_death_callback(say_what_was_tested);  // which reports accesses better than we can
 #else
-    for (int number : {SIGSEGV, SIGBUS, SIGABRT}) signal(number, stray_access);
+    signal(SIGSEGV, stray_access);
+    signal(SIGBUS, stray_access);
 #endif
 }
 
@@ -86,6 +86,9 @@ void fail(const char* file, int line, const char* format, ...) {
 const std::vector<const gossamer::Tier*>& tiers_under_test() { return chosen; }
 
 }  // namespace testing
+
+// UndefinedBehaviorSanitizer stops by a signal, and so says what was tested.
+extern "C" const char* __ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 
 int main(int count, char** arguments) {
     using namespace testing;
