@@ -6,10 +6,10 @@
 #endif
 
 extern "C" {
-extern const gossamer::Family gossamer_int_portable, gossamer_float_portable;
+extern const gossamer::Family gossamer_int_portable, gossamer_float_portable, gossamer_columns_portable;
 #if defined(GOSSAMER_X86)
-extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2;
-extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512;
+extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2, gossamer_columns_avx2;
+extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512, gossamer_columns_avx512;
 #endif
 }
 
@@ -62,10 +62,10 @@ bool avx512_runs() {
 
 const Tier* tiers(int* count) {
     static const Tier all_tiers[] = {
-        {"portable", &gossamer_int_portable, &gossamer_float_portable, true},
+        {"portable", &gossamer_int_portable, &gossamer_float_portable, &gossamer_columns_portable, true},
 #if defined(GOSSAMER_X86)
-        {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, avx2_runs()},
-        {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, avx512_runs()},
+        {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, avx2_runs()},
+        {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512, avx512_runs()},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

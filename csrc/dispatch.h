@@ -8,6 +8,7 @@ struct Tier {
     const char* name;
     const Family* ints;
     const Family* floats;
+    const Family* columns;
     bool runs_here;  // the processor has it and the system saves its registers
 };
 

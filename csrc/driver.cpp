@@ -53,29 +53,48 @@ void matmul(const Packed& w, const Tier& tier, const void* x, int64_t rows, int 
     const int64_t bytes = w.data_end - w.data + mask_bytes(w);
     if (bytes + rows * weights / 16 <= kAloneBytes)
         threads = 1;  // sixteen multiplications take as long as a byte
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, w.panels)));
+    const bool columns = w.layout == kColumns;
+    const int64_t units = columns ? w.panels / kColumnUnit : w.panels;  // that threads share
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, units)));
 
     const int64_t codes = padded * row_bytes;
     const int64_t scales = aligned(padded * w.groups * 4),
                   negatives = aligned(padded * w.groups * negatives_of(w) * 4);
-    const int64_t scratch = padded > 4 ? scratch_bytes(w, padded) : 0;
-    uint8_t* memory = workspace.get(codes + scales + negatives + threads * scratch);
-    uint8_t* scratches = memory + codes + scales + negatives;
+    const int64_t listed = columns ? padded * active_room(w.groups) : 0;
+    const int64_t ends = aligned(columns ? padded * w.groups * w.parts * 4 : 0), inputs = listed * 4,
+                  values = listed * (w.values >= kInt8 ? 1 : 4);
+    const int64_t scratch = columns || padded > 4 ? scratch_bytes(w, padded) : 0;
+    const int64_t prepared = codes + scales + negatives, lists = ends + inputs + values;
+    uint8_t* memory = workspace.get(prepared + lists + threads * scratch);
+    uint8_t* scratches = memory + prepared + lists;
+    const Active active{reinterpret_cast<int32_t*>(memory + prepared),
+                        reinterpret_cast<int32_t*>(memory + prepared + ends),
+                        memory + prepared + ends + inputs};
 
     const int x_bytes = dtype == kF32 ? 4 : 2;
     for (int64_t first = 0; first < rows; first += chunk) {
         const int64_t n = std::min(chunk, rows - first);
-        Activations a{n, padded_rows(n), memory, reinterpret_cast<float*>(memory + codes),
-                      reinterpret_cast<int32_t*>(memory + codes + scales)};
-        if (a.padded > n) std::memset(memory, 0, size_t(codes + scales + negatives));  // padding rows
+        Activations a{n,
+                      padded_rows(n),
+                      memory,
+                      reinterpret_cast<float*>(memory + codes),
+                      reinterpret_cast<int32_t*>(memory + codes + scales),
+                      active};
+        if (a.padded > n) std::memset(memory, 0, size_t(prepared));  // padding rows
         const uint8_t* from = static_cast<const uint8_t*>(x) + first * w.in * x_bytes;
         uint8_t* to = static_cast<uint8_t*>(y) + first * w.out * x_bytes;
         parallel_ranges(n < 16 ? 1 : threads, n, 8, [&](int, int64_t begin, int64_t end) {
             kernels.prepare(&w, from, dtype, begin, end, &a);
+            if (columns) tier.columns->prepare(&w, from, dtype, begin, end, &a);
         });
-        const int64_t step = std::max<int64_t>(1, w.panels / (4 * threads));
-        parallel_ranges(threads, w.panels, step, [&](int worker, int64_t begin, int64_t end) {
-            kernels.multiply(&w, &a, to, dtype, begin, end, scratches + worker * scratch);
+        const Family& multiplying = columns ? *tier.columns : kernels;
+        const int64_t share = std::max<int64_t>(1, units / (4 * threads));
+        // columns: whole panels, where there is one for each thread
+        const int64_t whole = kColumnPanel / 128, step = columns && units >= whole * threads
+                                                             ? (share + whole - 1) / whole * whole
+                                                             : share;
+        parallel_ranges(threads, units, step, [&](int worker, int64_t begin, int64_t end) {
+            multiplying.multiply(&w, &a, to, dtype, begin, end, scratches + worker * scratch);
         });
     }
 }

@@ -42,7 +42,7 @@ NB_MODULE(_native, m) {
                  auto bytes = reinterpret_cast<const uint8_t*>(data);
                  new (self) Packed{out,
                                    in,
-                                   (out + gossamer::kPanel - 1) / gossamer::kPanel,
+                                   gossamer::panels_of(layout, out),
                                    (in + gossamer::kGroup - 1) / gossamer::kGroup,
                                    layout,
                                    values,

@@ -30,7 +30,13 @@ constexpr int kMaxRowBlock = 8;     // most rows that one pass over a panel serv
 // gains 7-9 % (dense and 32:64), int3 nothing, and dense bfloat16 loses about 10 %.
 constexpr int kPrefetch = 4096;
 
-enum Layout : int { kDense = 0, kBitmap = 1, kBalanced = 2, kBySteps = 3 };
+// Layout columns (columns.cpp): panels of so many outputs; padded, and split between threads, by units of
+// 128.
+constexpr int kColumnPanel = 256;
+constexpr int kColumnUnit = 128 / kPanel;  // in panels of 16
+constexpr int kAhead = 128;                // most inputs ahead that are prefetched
+
+enum Layout : int { kDense = 0, kBitmap = 1, kBalanced = 2, kBySteps = 3, kColumns = 4 };
 enum Values : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3, kInt3 = 4 };
 enum Dtype : int { kF32 = 0, kBF16 = 1 };
 
@@ -51,14 +57,25 @@ struct Packed {
 //     codes      [block][group][row of block][64]     int8, bfloat16 or float32; zeros past the inputs
 //     scales     [block][group][row of block]         (integer values)
 //     negatives  [block][group][part][row of block]   minus zero_code * sum(codes); 16x4: a step, not a part
+//
+// Layout columns: also the inputs that are read, in order: those that are not zero, or, where most are not,
+// all.
+struct Active {
+    int32_t* ends;    // [row][group][part]      where each part's end in the row's list
+    int32_t* inputs;  // [row][active_room()]    whole quads in each part (integer values)
+    void* values;     // [row][active_room()]    their int8 codes, or float32
+};
+
 struct Activations {
     int64_t rows, padded;  // padded: rows that the blocks have room for
     void* codes;
     float* scales;
     int32_t* negatives;
+    Active active{};
 };
 
-// The kernels of one value family in one instruction set.
+// The kernels of one value family in one instruction set; those of the layout columns list what the family's
+// own prepare() made ready, and count panels in units of kColumnUnit.
 struct Family {
     // Fills rows [begin, end) of `to` from row-major `x`, an array of `dtype`.
     void (*prepare)(const Packed* w, const void* x, int dtype, int64_t begin, int64_t end,
@@ -90,7 +107,9 @@ static inline int64_t stored_bytes(int values, int64_t count) {
 
 // Bytes of the masks of a whole weight, without padding.
 static inline int64_t mask_bytes(const Packed& w) {
-    return w.layout == kDense ? 0 : w.panels * w.groups * (w.layout == kBySteps ? kSteps : kWeights) / 8;
+    return w.layout == kDense || w.layout == kColumns
+               ? 0
+               : w.panels * w.groups * (w.layout == kBySteps ? kSteps : kWeights) / 8;
 }
 
 // Entries of `negatives` for a row and group.
@@ -104,9 +123,19 @@ static inline int64_t span_groups(const Packed& w) {
 
 // Bytes that a thread needs to multiply `padded` rows: one expanded span, and sums of all rows between spans.
 static inline int64_t scratch_bytes(const Packed& w, int64_t padded) {
+    if (w.layout == kColumns) return padded * kColumnPanel * 4;
     int64_t sums = element_bytes(w.values) * kPanel * 4;
     return span_groups(w) * kWeights * element_bytes(w.values) + padded * sums;
 }
+
+// Panels of 16 outputs, padding included.
+static inline int64_t panels_of(int layout, int64_t out) {
+    const int64_t unit = layout == kColumns ? kColumnUnit : 1;
+    return (out + kPanel * unit - 1) / (kPanel * unit) * unit;
+}
+
+// Entries that a row of Active has room for.
+static inline int64_t active_room(int64_t groups) { return kGroup * groups + kAhead; }
 
 // Where a row lies among Activations: index of its group 0, and from one group to the next.
 struct Place {

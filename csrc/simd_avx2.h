@@ -147,6 +147,23 @@ GOSSAMER_INLINE Bytes expand32(const uint8_t* p, uint32_t mask) {
     return {spread_lanes(p, low), spread_lanes(p + 4 * __builtin_popcount(low), mask >> 8 & 255)};
 }
 
+GOSSAMER_INLINE void interleave_half(__m256i a, __m256i b, __m256i c, __m256i d, __m256i (&to)[4]) {
+    __m256i low_ab = _mm256_unpacklo_epi8(a, b), high_ab = _mm256_unpackhi_epi8(a, b);
+    __m256i low_cd = _mm256_unpacklo_epi8(c, d), high_cd = _mm256_unpackhi_epi8(c, d);
+    to[0] = _mm256_unpacklo_epi16(low_ab, low_cd);
+    to[1] = _mm256_unpackhi_epi16(low_ab, low_cd);
+    to[2] = _mm256_unpacklo_epi16(high_ab, high_cd);
+    to[3] = _mm256_unpackhi_epi16(high_ab, high_cd);
+}
+
+GOSSAMER_INLINE void interleave(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[4]) {
+    __m256i first[4], second[4];
+    interleave_half(a.a, b.a, c.a, d.a, first);
+    interleave_half(a.b, b.b, c.b, d.b, second);
+    GOSSAMER_UNROLL(4)
+    for (int r = 0; r < 4; r++) to[r] = {first[r], second[r]};
+}
+
 // ---- dot products
 
 // Two products fit 16 bits while codes have 7; the eighth bit is multiplied apart.
@@ -209,6 +226,10 @@ GOSSAMER_INLINE Floats load_halves(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
 }
+
+GOSSAMER_INLINE Floats as_floats(Bytes v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
+GOSSAMER_INLINE Floats lower_halves(Bytes v) { return {even(v.a), even(v.b)}; }
+GOSSAMER_INLINE Floats upper_halves(Bytes v) { return {odd(v.a), odd(v.b)}; }
 
 // All ones in the first n of eight lanes.
 GOSSAMER_INLINE __m256i first(int n) {
@@ -279,6 +300,17 @@ GOSSAMER_INLINE Ints store_codes(int8_t* p, Floats v) {
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)p, bytes);
     return codes;
+}
+
+template <class T>
+GOSSAMER_INLINE int list_active(const T* x, int32_t first, int32_t* inputs, T* values) {
+    int count = 0;
+    for (int i = 0; i < 16; i++) {
+        inputs[count] = first + i;
+        values[count] = x[i];
+        count += x[i] != 0;
+    }
+    return count;
 }
 
 GOSSAMER_INLINE int32_t total(Ints v) {

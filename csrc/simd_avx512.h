@@ -60,6 +60,15 @@ GOSSAMER_INLINE Bytes expand32(const uint8_t* p, uint32_t mask) {
     return _mm512_mask_expand_epi32(opaque_zero(), __mmask16(mask), load(p));
 }
 
+GOSSAMER_INLINE void interleave(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[4]) {
+    Bytes low_ab = _mm512_unpacklo_epi8(a, b), high_ab = _mm512_unpackhi_epi8(a, b);
+    Bytes low_cd = _mm512_unpacklo_epi8(c, d), high_cd = _mm512_unpackhi_epi8(c, d);
+    to[0] = _mm512_unpacklo_epi16(low_ab, low_cd);
+    to[1] = _mm512_unpackhi_epi16(low_ab, low_cd);
+    to[2] = _mm512_unpacklo_epi16(high_ab, high_cd);
+    to[3] = _mm512_unpackhi_epi16(high_ab, high_cd);
+}
+
 // ---- dot products
 
 template <bool>
@@ -108,6 +117,12 @@ GOSSAMER_INLINE Floats load_bfloat16(const uint16_t* p, int n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+GOSSAMER_INLINE Floats as_floats(Bytes b) { return _mm512_castsi512_ps(b); }
+GOSSAMER_INLINE Floats lower_halves(Bytes b) { return as_floats(_mm512_slli_epi32(b, 16)); }
+GOSSAMER_INLINE Floats upper_halves(Bytes b) {
+    return as_floats(_mm512_and_si512(b, _mm512_set1_epi32(int(0xffff0000))));
+}
+
 GOSSAMER_INLINE void store_floats(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
 
 // By integers, since the conversion instruction would flush subnormal numbers to zero.
@@ -136,6 +151,27 @@ GOSSAMER_INLINE Ints store_codes(int8_t* p, Floats a) {
     __m512i codes = _mm512_maskz_cvt_roundps_epi32(number, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(codes));
     return codes;
+}
+
+GOSSAMER_INLINE void list_inputs(__mmask16 active, int32_t first, int32_t* inputs) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    store(inputs, _mm512_maskz_compress_epi32(active, _mm512_add_epi32(lane, _mm512_set1_epi32(first))));
+}
+
+GOSSAMER_INLINE int list_active(const int8_t* x, int32_t first, int32_t* inputs, int8_t* values) {
+    __m128i codes = _mm_loadu_si128((const __m128i*)x);
+    __mmask16 active = _mm_test_epi8_mask(codes, codes);
+    list_inputs(active, first, inputs);
+    _mm_storeu_si128((__m128i*)values, _mm_maskz_compress_epi8(active, codes));
+    return __builtin_popcount(active);
+}
+
+GOSSAMER_INLINE int list_active(const float* x, int32_t first, int32_t* inputs, float* values) {
+    __m512 v = _mm512_loadu_ps(x);
+    __mmask16 active = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    list_inputs(active, first, inputs);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(active, v));
+    return __builtin_popcount(active);
 }
 
 GOSSAMER_INLINE int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }

@@ -100,6 +100,20 @@ GOSSAMER_INLINE Bytes expand32(const uint8_t* p, uint32_t mask) {
     return r;
 }
 
+// Four registers side by side, byte by byte: 4 n + k of each 16 bytes of to[r] is byte 4 r + n of those of
+// the k-th.
+GOSSAMER_INLINE void interleave(const Bytes& a, const Bytes& b, const Bytes& c, const Bytes& d,
+                                Bytes (&to)[4]) {
+    for (int r = 0; r < 4; r++)
+        for (int i = 0; i < 16; i++) {
+            const int from = i / 4 * 16 + 4 * r + i % 4;
+            to[r].v[4 * i] = a.v[from];
+            to[r].v[4 * i + 1] = b.v[from];
+            to[r].v[4 * i + 2] = c.v[from];
+            to[r].v[4 * i + 3] = d.v[from];
+        }
+}
+
 // ---- dot products: each lane meets four (or its share of the four) activations of the step
 
 // kWide: codes use all 8 bits.
@@ -177,6 +191,29 @@ GOSSAMER_INLINE Floats load_halves(const uint16_t* p) {
     return r;
 }
 
+GOSSAMER_INLINE Floats as_floats(const Bytes& b) {
+    Floats r;
+    __builtin_memcpy(&r, &b, 64);
+    return r;
+}
+
+// 16 bfloat16 in the lower, or upper, halves of words.
+GOSSAMER_INLINE Floats lower_halves(const Bytes& b) {
+    uint32_t words[16];
+    __builtin_memcpy(words, &b, 64);
+    Floats r;
+    for (int i = 0; i < 16; i++) r.v[i] = float_of_bits(words[i] << 16);
+    return r;
+}
+
+GOSSAMER_INLINE Floats upper_halves(const Bytes& b) {
+    uint32_t words[16];
+    __builtin_memcpy(words, &b, 64);
+    Floats r;
+    for (int i = 0; i < 16; i++) r.v[i] = float_of_bits(words[i] & 0xffff0000);
+    return r;
+}
+
 // The first n (0..16) floats at p, then zeros; nothing past them is read.
 GOSSAMER_INLINE Floats load_floats(const float* p, int n) {
     Floats r;
@@ -218,6 +255,19 @@ GOSSAMER_INLINE Ints store_codes(int8_t* p, const Floats& a) {
         p[i] = int8_t(codes.v[i]);
     }
     return codes;
+}
+
+// Lists those of 16 numbers that are not zero (NaN is not), which stand for inputs `first`.. on, and returns
+// how many; room for 16 is written.
+template <class T>
+GOSSAMER_INLINE int list_active(const T* x, int32_t first, int32_t* inputs, T* values) {
+    int count = 0;
+    for (int i = 0; i < 16; i++) {
+        inputs[count] = first + i;
+        values[count] = x[i];
+        count += x[i] != 0;
+    }
+    return count;
 }
 
 GOSSAMER_INLINE int32_t total(const Ints& a) {

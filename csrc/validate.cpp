@@ -93,6 +93,7 @@ std::string check_offsets(const Packed& w) {
 }  // namespace
 
 std::string check(const Packed& w, int threads) {
+    if (w.layout == kColumns && w.values == kInt3) return "the layout columns holds no int3 values";
     if (w.offsets) {
         std::string fault = check_offsets(w);
         if (!fault.empty()) return fault;
@@ -102,7 +103,7 @@ std::string check(const Packed& w, int threads) {
     std::mutex mutex;
     parallel_ranges(threads, w.panels, 16, [&](int, int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; panel++) {
-            std::string fault = w.layout == kDense ? std::string() : check_masks(w, panel);
+            std::string fault = w.masks ? check_masks(w, panel) : std::string();
             if (fault.empty() && w.scales) fault = check_scales(w, panel);
             if (fault.empty()) continue;
             std::lock_guard<std::mutex> lock(mutex);

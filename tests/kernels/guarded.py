@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import torch
-from kernel_cases import KINDS, LAYOUTS, any_rows, any_weight, check_same
+from kernel_cases import PACKED, any_rows, any_weight, check_same
 from torch import Tensor
 
 from gossamer import kernels
@@ -42,24 +42,21 @@ def guarded_copy(tensor: Tensor, side: str) -> Tensor:
 
 
 def main(side: str) -> None:
-    for layout in LAYOUTS:
-        for values, group in KINDS:
-            rng = np.random.default_rng(0)
-            for out, cols in [(17, 130), (16, 64), (48, 192), (33, 257), (1, 1)]:
-                w = any_weight(layout, values, group, out, cols, rng)
-                sections = {name: guarded_copy(t, side) for name, t in w.sections().items()}
-                handle = kernels.make_handle(layout, values, out, cols, group, sections)
-                assert all(handle.sections[n].data_ptr() == t.data_ptr() for n, t in sections.items())
-                for isa in kernels.available():
-                    for rows in (1, 2, 3, 8, 11):
-                        for dtype in (torch.float32, torch.bfloat16):
-                            x = guarded_copy(any_rows(rows, cols, rng).to(dtype), side)
-                            y = guarded_copy(torch.zeros(rows, out, dtype=dtype), side)
-                            code = 0 if dtype == torch.float32 else 1
-                            native().matmul(
-                                handle.packed, tier(isa), x.data_ptr(), rows, code, y.data_ptr(), 1
-                            )
-                            check_same(y, kernels.matmul(handle, x, isa), "other bits beside a guard page")
+    for layout, values, group in PACKED:
+        rng = np.random.default_rng(0)
+        for out, cols in [(17, 130), (16, 64), (48, 192), (33, 257), (1, 1)]:
+            w = any_weight(layout, values, group, out, cols, rng)
+            sections = {name: guarded_copy(t, side) for name, t in w.sections().items()}
+            handle = kernels.make_handle(layout, values, out, cols, group, sections)
+            assert all(handle.sections[n].data_ptr() == t.data_ptr() for n, t in sections.items())
+            for isa in kernels.available():
+                for rows in (1, 2, 3, 8, 11):
+                    for dtype in (torch.float32, torch.bfloat16):
+                        x = guarded_copy(any_rows(rows, cols, rng).to(dtype), side)
+                        y = guarded_copy(torch.zeros(rows, out, dtype=dtype), side)
+                        code = 0 if dtype == torch.float32 else 1
+                        native().matmul(handle.packed, tier(isa), x.data_ptr(), rows, code, y.data_ptr(), 1)
+                        check_same(y, kernels.matmul(handle, x, isa), "other bits beside a guard page")
     print("untouched")
 
 

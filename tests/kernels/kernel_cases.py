@@ -14,11 +14,13 @@ from gossamer import kernels
 from gossamer.kernels import Handle, reference
 
 # A new layout joins all kernel tests here, once kernel_packer.py makes its masks and sections.
-LAYOUTS = ("dense", "bitmap", "16x4", "32:64", "7:64")
+LAYOUTS = ("dense", "columns", "bitmap", "16x4", "32:64", "7:64")
 # Layouts whose kernels do not multiply what they prune, in blocks of outputs x inputs; others multiply zeros.
 SKIPPED_BLOCKS = {"16x4": (16, 4)}
 VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
 KINDS = [(v, g) for v in VALUES for g in ((64, 32) if v in BITS else (64,))]
+FORMATS = [(layout, v) for layout in LAYOUTS for v in VALUES if (layout, v) != ("columns", "int3")]
+PACKED = [(layout, v, g) for layout, v in FORMATS for kind, g in KINDS if kind == v]
 
 Product = Callable[[Handle, Tensor, str], Tensor]
 
@@ -60,7 +62,7 @@ def any_weight(layout: str, values: str, group: int, out: int, cols: int, rng: n
 
 
 def any_rows(rows: int, cols: int, rng: np.random.Generator) -> Tensor:
-    """float32 activations ``(rows, cols)``: each row of usual, tied, tiny, huge or no numbers, one with an
+    """float32 activations ``(rows, cols)``: each row of usual, tied, tiny, huge, few or no numbers, one with an
     infinity or a NaN now and then."""
     x = rng.standard_normal((rows, cols))
     for row in x:
@@ -70,6 +72,8 @@ def any_rows(rows: int, cols: int, rng: np.random.Generator) -> Tensor:
         elif kind < 9:  # halves that int8 codes must round
             row[:] = rng.integers(-253, 254, cols) / 2
             row[::64] = 127
+        elif kind < 11:
+            row *= rng.random(cols) < rng.random()
     if rng.random() < 0.3:
         x[rng.integers(rows), rng.integers(cols)] = rng.choice([np.nan, np.inf, -np.inf])
     return torch.from_numpy(x.astype(np.float32))
@@ -100,7 +104,7 @@ def exact(w: Weight, x: Tensor, isa: str) -> tuple[Tensor, Tensor]:
     terms, one a scale. A kernel rounds each scale product, each term, and each addition but the first: by the
     usual bound for sums ``(n + 2) * 2**-24`` of the terms' magnitudes, whatever way the roundings point.
     Float values: n products that round (bfloat16's fit float32) in chains of at most n / 2, met by at most
-    two more additions: ``n / 2 + 4``. Infinite and NaN activations meet the zeros of pruned weights, but not
+    two more additions: ``n / 2 + 4``; in the layout columns in one chain of n. Infinite and NaN activations meet the zeros of pruned weights, but not
     those that the layout skips.
     """
     rows, cols = x.shape
@@ -109,14 +113,15 @@ def exact(w: Weight, x: Tensor, isa: str) -> tuple[Tensor, Tensor]:
         stored = torch.from_numpy(w.stored)
         if w.values == "bfloat16":
             x = x.to(torch.bfloat16).float()
-            if isa == "avx512":
+            if isa == "avx512" and w.layout != "columns":
                 x, stored = flushed(x), flushed(stored)
         x, stored = x.double(), stored.double()
         want, magnitude = x @ stored.T, x.abs() @ stored.abs().T
         for row in (~x.isfinite().all(1)).nonzero().flatten():
             terms = (x[row] * stored).masked_fill(~met[:, :cols], 0)
             want[row], magnitude[row] = terms.sum(1), terms.abs().sum(1)
-        return want, (cols / 2 + 4) * 2.0**-24 * magnitude + cols * 2.0**-126
+        chain = cols if w.layout == "columns" else cols / 2
+        return want, (chain + 4) * 2.0**-24 * magnitude + cols * 2.0**-126
     assert w.scales is not None
     codes, steps = reference.quantize_activations(x.float())
     parts, groups = 64 // w.group, codes.shape[1]

@@ -44,7 +44,7 @@ def random_weight(
     """A weight with random values and a random mask that the layout allows: of nothing at density 0 (but
     dense), of all that there is room for at 1."""
     rng = np.random.default_rng(seed)
-    if layout == "dense":
+    if layout in ("dense", "columns"):
         mask = np.ones((out, cols), bool)
     elif layout == "bitmap":
         mask = rng.random((out, cols)) < density
@@ -111,7 +111,48 @@ def value_bytes(values: str, kept: list) -> bytes:
     return bit_field([code & 3 for code in kept], 4) + bytes(high)
 
 
+def unit_bytes(values: str, column: list) -> bytes:
+    """128 outputs of one input in the layout columns; ``column`` holds codes or floats."""
+    if values == "float32":
+        return value_bytes(values, column)
+    if values == "bfloat16":
+        pairs = [(column[32 * n + i], column[32 * n + 16 + i]) for n in range(4) for i in range(16)]
+        return value_bytes(values, [value for pair in pairs for value in pair])
+    places = [16 * r + 4 * lane + j for lane in range(4) for r in range(4) for j in range(4)]
+    low, high = ([column[first + place] for place in places] for first in (0, 64))
+    return (
+        bytes(low + high) if values == "int8" else bytes(a | b << 4 for a, b in zip(low, high, strict=True))
+    )
+
+
+def pack_columns(w: Weight) -> dict[str, Tensor]:
+    out, cols = w.mask.shape
+    outputs, inputs = 128 * math.ceil(out / 128), 64 * math.ceil(cols / 64)
+    zero = 2 ** (BITS[w.values] - 1) if w.values in BITS else 0
+    padded = np.zeros((outputs, inputs), w.stored.dtype)
+    padded[:out, :cols] = w.stored
+    parts = inputs // w.group
+    scales = np.zeros((outputs, parts), np.float16)
+    if w.scales is not None:
+        scales[:out, : w.scales.shape[1]] = w.scales
+    values, scale_list = [], []
+    for panel in range(0, outputs, 256):
+        units = range(panel, min(panel + 256, outputs), 128)
+        for i in range(inputs):
+            for unit in units:
+                values.append(unit_bytes(w.values, (padded[unit : unit + 128, i] + zero).tolist()))
+        for part in range(parts):
+            for unit in units:
+                scale_list.append(scales[unit : unit + 128, part])
+    sections = {"values": np.frombuffer(b"".join(values), np.uint8)}
+    if w.scales is not None:
+        sections["scales"] = np.concatenate(scale_list)
+    return {name: torch.from_numpy(pad(array)) for name, array in sections.items()}
+
+
 def pack(w: Weight) -> dict[str, Tensor]:
+    if w.layout == "columns":
+        return pack_columns(w)
     out, cols = w.mask.shape
     panels, groups = math.ceil(out / 16), math.ceil(cols / 64)
     zero = 2 ** (BITS[w.values] - 1) if w.values in BITS else 0

@@ -4,7 +4,7 @@
 #include "driver.h"
 
 extern "C" {
-extern const gossamer::Family GOSSAMER_EXPORT(int), GOSSAMER_EXPORT(float);
+extern const gossamer::Family GOSSAMER_EXPORT(int), GOSSAMER_EXPORT(float), GOSSAMER_EXPORT(columns);
 
 int planted_fault = kNoFault;
 
@@ -21,9 +21,9 @@ void plant(int number) { planted_fault = number; }
 void multiply(int64_t out, int64_t in, int layout, int values, int keep, int parts, const uint8_t* data,
               int64_t data_bytes, const uint64_t* masks, const uint16_t* scales, const int64_t* offsets,
               const void* x, int64_t rows, int dtype, void* y) {
-    const gossamer::Packed w{out,   in,   (out + 15) / 16,   (in + 63) / 64, layout, values, keep,
+    const gossamer::Packed w{out,   in,   gossamer::panels_of(layout, out),   (in + 63) / 64, layout, values, keep,
                              parts, data, data + data_bytes, masks,          scales, offsets};
-    const gossamer::Tier tier{"planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float), true};
+    const gossamer::Tier tier{"planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float), &GOSSAMER_EXPORT(columns), true};
     gossamer::matmul(w, tier, x, rows, dtype, y, 1);
 }
 }

@@ -8,7 +8,8 @@
 #define PLANTED_FAULTS(F)                                                                         \
     F(low_nibbles) F(high_nibbles) F(two_bits) F(add_high_bit) F(expand8) F(expand16) F(expand32) \
     F(dot8) F(dot16) F(dot32) F(pair_sums) F(load_halves) F(load_floats) F(load_bfloat16)         \
-    F(store_floats) F(store_bfloat16) F(largest) F(store_codes) F(total)
+    F(store_floats) F(store_bfloat16) F(largest) F(store_codes) F(total) F(interleave)            \
+    F(list_active) F(lower_halves) F(upper_halves) F(as_floats)
 // clang-format on
 
 #define PLANTED_NUMBER(name) kFault_##name,
@@ -135,6 +136,30 @@ GOSSAMER_INLINE Ints planted_store_codes(int8_t* p, Floats a) {
 
 GOSSAMER_INLINE int32_t planted_total(Ints a) { return total(a) + PLANTED(total); }
 
+GOSSAMER_INLINE void planted_interleave(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[4]) {
+    interleave(a, b, c, d, to);
+    if (PLANTED(interleave)) to[0] = flipped(to[0], 1, 0);
+}
+
+// The last of those that are not zero is forgotten.
+template <class T>
+GOSSAMER_INLINE int planted_list_active(const T* x, int32_t first, int32_t* inputs, T* values) {
+    int count = list_active(x, first, inputs, values);
+    return count - (PLANTED(list_active) && count > 0);
+}
+
+GOSSAMER_INLINE Floats planted_lower_halves(Bytes b) {
+    return lower_halves(PLANTED(lower_halves) ? flipped(b, 1, 7) : b);
+}
+
+GOSSAMER_INLINE Floats planted_upper_halves(Bytes b) {
+    return upper_halves(PLANTED(upper_halves) ? flipped(b, 3, 7) : b);
+}
+
+GOSSAMER_INLINE Floats planted_as_floats(Bytes b) {
+    return as_floats(PLANTED(as_floats) ? flipped(b, 3, 7) : b);
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -157,3 +182,8 @@ GOSSAMER_INLINE int32_t planted_total(Ints a) { return total(a) + PLANTED(total)
 #define largest planted_largest
 #define store_codes planted_store_codes
 #define total planted_total
+#define interleave planted_interleave
+#define list_active planted_list_active
+#define lower_halves planted_lower_halves
+#define upper_halves planted_upper_halves
+#define as_floats planted_as_floats

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import KINDS, LAYOUTS
+from kernel_cases import PACKED
 from kernel_packer import random_weight
 from torch import Tensor
 
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the nati
 Sections = dict[str, Tensor]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("values", "group"), KINDS)
+@pytest.mark.parametrize(("layout", "values", "group"), PACKED)
 def test_section_sizes_are_those_of_the_format(layout: str, values: str, group: int) -> None:
     for out, cols in [(1, 1), (17, 130), (48, 320)]:
         sizes = kernels.section_bytes(layout, values, out, cols, group)
@@ -75,16 +74,26 @@ def test_offsets() -> None:
 
 def test_scales_must_be_finite() -> None:
     refused("dense", "int4", put("scales", 70, float("inf")), "scale of panel 1 is infinite")
+    refused("columns", "int8", put("scales", 200, float("inf")), "infinite or not a number")
     refused("bitmap", "int3", put("scales", 2, float("nan")), "scale of panel 0 is infinite or not a number")
 
 
 def test_sizes_names_and_dtypes() -> None:
     refused("dense", "int4", lambda s: s.update(values=s["values"][:-64].clone()), "'values'.*6080 bytes")
     refused("dense", "int4", lambda s: s.pop("scales"), r"has the sections \['scales', 'values'\]")
+    refused("columns", "int4", lambda s: s.update(values=s["values"][:-64].clone()), "'values'.*16320 bytes")
+    refused("columns", "int4", lambda s: s.update(masks=s["scales"].view(torch.int64)), "has the sections")
     refused("dense", "float32", lambda s: s.update(scales=torch.zeros(1).half()), "has the sections")
     refused("32:64", "int4", lambda s: s.update(masks=s["masks"].int()), "'masks'.*int64, not torch.int32")
     refused("32:64", "int4", lambda s: s.update(masks=s["masks"].reshape(-1, 16)), "flat contiguous")
     refused("32:64", "int4", lambda s: s.update(values=s["values"].repeat_interleave(2)[::2]), "contiguous")
+
+
+def test_a_handle_of_other_bytes_is_refused() -> None:
+    # the sections of dense, said to be columns: 48 outputs are padded to 128
+    sections = random_weight("dense", "int4", 40, 200).sections()
+    with pytest.raises(MatrixError, match="'values' of a columns int4 weight 40 x 200 has 6144 bytes"):
+        kernels.make_handle("columns", "int4", 40, 200, 64, sections)
 
 
 def test_the_first_damaged_panel_is_named_for_any_thread_count() -> None:
@@ -106,6 +115,7 @@ def test_the_first_damaged_panel_is_named_for_any_thread_count() -> None:
         ("0:64", "int4", 16, 64, 64),
         ("65:64", "int4", 16, 64, 64),
         ("2:4", "int4", 16, 64, 64),
+        ("columns", "int3", 16, 64, 64),
         ("dense", "int5", 16, 64, 64),
         ("dense", "int4", 16, 64, 128),
         ("dense", "int4", 0, 64, 64),
@@ -122,8 +132,7 @@ def test_what_does_not_exist_is_refused(layout: str, values: str, out: int, cols
 def test_any_damage_is_refused_or_harmless(data: st.DataObject) -> None:
     """Random bytes in any section: a MatrixError, or a product that touches nothing else and gives numbers of
     the right shape. (Guard pages are the other half of this: test_guard_pages.py.)"""
-    layout = data.draw(st.sampled_from(LAYOUTS))
-    values, group = data.draw(st.sampled_from(KINDS))
+    layout, values, group = data.draw(st.sampled_from(PACKED))
     out, cols = data.draw(st.sampled_from([(17, 130), (16, 64), (40, 64)]))
     sections = random_weight(layout, values, out, cols, group).sections()
     sections = {name: t.clone() for name, t in sections.items()}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from kernel_cases import (
     BITS,
-    KINDS,
-    LAYOUTS,
+    FORMATS,
+    PACKED,
     SKIPPED_BLOCKS,
     VALUES,
     case,
@@ -27,13 +27,12 @@ pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the nati
 
 SHAPES = [(17, 130), (1, 1), (192, 64), (16, 64), (33, 63), (5, 321)]
 each_tier = pytest.mark.parametrize("isa", tiers())
-each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-each_kind = pytest.mark.parametrize(("values", "group"), KINDS)
+each_format = pytest.mark.parametrize(("layout", "values"), FORMATS)
+each_packed = pytest.mark.parametrize(("layout", "values", "group"), PACKED)
 
 
 @each_tier
-@each_layout
-@each_kind
+@each_packed
 def test_small_products(layout: str, values: str, group: int, isa: str) -> None:
     for out, cols in SHAPES:
         w, handle = case(layout, values, out, cols, group)
@@ -62,6 +61,8 @@ def test_small_products(layout: str, values: str, group: int, isa: str) -> None:
         ("50:64", "bfloat16", 64, 192),
         ("16x4", "int4", 576, 576),
         ("16x4", "bfloat16", 576, 576),
+        ("columns", "int4", 600, 576),
+        ("columns", "bfloat16", 300, 576),
     ],
 )
 def test_products_of_model_size(layout: str, values: str, out: int, cols: int, isa: str) -> None:
@@ -72,8 +73,7 @@ def test_products_of_model_size(layout: str, values: str, out: int, cols: int, i
 
 
 @each_tier
-@each_layout
-@pytest.mark.parametrize("values", VALUES)
+@each_format
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
 def test_empty_full_and_nearly_empty(layout: str, values: str, density: float, isa: str) -> None:
     for out, cols in [(40, 200), (16, 64), (3, 3)]:
@@ -84,8 +84,7 @@ def test_empty_full_and_nearly_empty(layout: str, values: str, density: float, i
 
 
 @each_tier
-@each_layout
-@pytest.mark.parametrize("values", list(BITS))
+@pytest.mark.parametrize(("layout", "values"), [f for f in FORMATS if f[1] in BITS])
 def test_integer_sums_are_exact(layout: str, values: str, isa: str) -> None:
     # scales of 1 and activations that are their own codes: every result is an integer below 2**24
     w = random_weight(layout, values, 48, 320)
@@ -97,8 +96,7 @@ def test_integer_sums_are_exact(layout: str, values: str, isa: str) -> None:
 
 
 @each_tier
-@each_layout
-@each_kind
+@each_packed
 def test_a_row_depends_on_its_input_only(layout: str, values: str, group: int, isa: str) -> None:
     _, handle = case(layout, values, 200, 200, group)
     x = torch.randn(100, 200, generator=torch.Generator().manual_seed(0))
@@ -112,8 +110,7 @@ def test_a_row_depends_on_its_input_only(layout: str, values: str, group: int, i
 
 
 @each_tier
-@each_layout
-@pytest.mark.parametrize("values", VALUES)
+@each_format
 def test_sums_wait_exactly_between_spans_of_groups(layout: str, values: str, isa: str) -> None:
     # 2,200 inputs: more than many rows take at a time
     w, handle = case(layout, values, 20, 2200)
@@ -146,8 +143,7 @@ def test_chunks_of_many_rows_agree_with_single_rows(isa: str) -> None:
 
 
 @each_tier
-@each_layout
-@each_kind
+@each_packed
 def test_matrices_of_zeros(layout: str, values: str, group: int, isa: str) -> None:
     w, handle = case(layout, values, 33, 130, group)
     zeros = handle_of(replace(w, stored=np.zeros_like(w.stored)))  # kept, but zero
@@ -159,8 +155,7 @@ def test_matrices_of_zeros(layout: str, values: str, group: int, isa: str) -> No
 
 
 @each_tier
-@each_layout
-@each_kind
+@each_packed
 def test_an_infinity_or_nan_stays_in_its_row(layout: str, values: str, group: int, isa: str) -> None:
     w, handle = case(layout, values, 33, 130, group)
     for rows in (3, 12):
@@ -179,8 +174,7 @@ def test_an_infinity_or_nan_stays_in_its_row(layout: str, values: str, group: in
 
 
 @each_tier
-@each_layout
-@pytest.mark.parametrize("values", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layout", "values"), [f for f in FORMATS if f[1] not in BITS])
 def test_infinite_and_nan_weights_stay_in_their_output(layout: str, values: str, isa: str) -> None:
     w = random_weight(layout, values, 33, 130)
     for output, bad in [(3, float("nan")), (20, float("inf")), (32, -float("inf"))]:
@@ -194,8 +188,7 @@ def test_infinite_and_nan_weights_stay_in_their_output(layout: str, values: str,
 
 
 @each_tier
-@each_layout
-@pytest.mark.parametrize("values", VALUES)
+@each_format
 def test_subnormal_huge_and_signed_zero_inputs(layout: str, values: str, isa: str) -> None:
     w, handle = case(layout, values, 33, 130)
     for scale in (0.0, -0.0, 1e-44, 1e-39, 1e-30, 1e30):
@@ -228,13 +221,12 @@ def test_activation_codes_round_half_to_even() -> None:
         assert y[0, :8].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
 
 
-@each_layout
-@pytest.mark.parametrize("values", VALUES)
+@each_format
 def test_the_check_sees_one_wrong_value(layout: str, values: str) -> None:
-    w = random_weight(layout, values, 32, 128, density=1.0)
+    w = random_weight(layout, values, 128, 128, density=1.0)
     sections = w.sections()
     sections["values"][70] ^= 0x01 if values == "int8" else 0x10  # one stored value of the first panel-group
-    handle = kernels.make_handle(layout, values, 32, 128, 64, sections)
+    handle = kernels.make_handle(layout, values, 128, 128, 64, sections)
     x = torch.randn(4, 128)
     for isa in kernels.available():
         with pytest.raises(AssertionError, match="results are wrong"):

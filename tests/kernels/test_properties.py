@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import KINDS, LAYOUTS, any_rows, any_weight, check_everything, handle_of, tiers
+from kernel_cases import PACKED, any_rows, any_weight, check_everything, handle_of, tiers
 
 from gossamer import kernels
 
@@ -18,8 +18,7 @@ INPUTS = st.sampled_from([1, 3, 4, 63, 64, 65, 128, 192]) | st.integers(1, 200)
 ROWS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16]) | st.integers(1, 24)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("values", "group"), KINDS)
+@pytest.mark.parametrize(("layout", "values", "group"), PACKED)
 @settings(max_examples=50, deadline=None)
 @given(out=OUTPUTS, cols=INPUTS, rows=ROWS, seed=st.integers(0, 2**32 - 1))
 def test_any_product(layout: str, values: str, group: int, out: int, cols: int, rows: int, seed: int) -> None:

@@ -34,9 +34,11 @@ PLAIN = ["-O0", "-fno-exceptions"]
 
 
 @pytest.mark.parametrize("tier", ["avx2", "avx512"])
-@pytest.mark.parametrize("family", ["int", "float"])
-def test_units_export_their_table_only(family: str, tier: str, tmp_path: Path) -> None:
-    source = ROOT / "csrc" / f"matmul_{family}.cpp"
+@pytest.mark.parametrize(
+    ("name", "family"), [("matmul_int", "int"), ("matmul_float", "float"), ("columns", "columns")]
+)
+def test_units_export_their_table_only(name: str, family: str, tier: str, tmp_path: Path) -> None:
+    source = ROOT / "csrc" / f"{name}.cpp"
     (unit,) = compile_units([source], [*PLAIN, *flags_of(tier)], tmp_path)
     listing = subprocess.run([str(NM), "-g", str(unit)], capture_output=True, text=True, check=True).stdout
     assert f"gossamer_{family}_{tier}" in listing

@@ -18,7 +18,8 @@ from gossamer.matrices.validation import check_sections
 from gossamer.matrices.values import VALUES, ValueType, value_type
 
 ALL = tuple(VALUES)
-LAYOUTS = ("dense", "bitmap", "16x4", "32:64", "7:64")
+LAYOUTS = ("dense", "columns", "bitmap", "16x4", "32:64", "7:64")
+FORMATS = [(name, layout) for layout in LAYOUTS for name in ALL if (name, layout) != ("int3", "columns")]
 
 
 # --- the oracle: one weight at a time ---------------------------------------------------------------------
@@ -59,12 +60,55 @@ def pad64(data: bytes) -> bytes:
     return data + bytes(-len(data) % 64)
 
 
+def scalar_columns(
+    plain: list[list[float]],
+    kept_at: list[list[bool]],
+    values: ValueType,
+    zero: float,
+    scales: list[list[float]] | None,
+    group: int,
+) -> dict[str, bytes]:
+    units, groups = math.ceil(len(plain) / 128), math.ceil(len(plain[0]) / 64)
+
+    def stored(row: int, col: int) -> float:
+        if row >= len(plain) or col >= len(plain[0]) or not kept_at[row][col]:
+            return zero
+        return plain[row][col] + zero if values.is_integer else plain[row][col]
+
+    body, scale_bytes = bytearray(), bytearray()
+    for first in range(0, units, 2):
+        panel = range(first, min(first + 2, units))
+        for col in range(64 * groups):
+            for unit in panel:
+                column = [stored(128 * unit + o, col) for o in range(128)]
+                if values.name == "bfloat16":
+                    column = [
+                        column[32 * n + 16 * k + i] for n in range(4) for i in range(16) for k in range(2)
+                    ]
+                if values.is_integer:
+                    bytes_of = [(p // 4 % 4, p // 16, p % 4) for p in range(64)]
+                    low = [int(column[16 * r + 4 * lane + j]) for r, lane, j in bytes_of]
+                    high = [int(column[64 + 16 * r + 4 * lane + j]) for r, lane, j in bytes_of]
+                    paired = values.bits == 4
+                    column = [a + 16 * b for a, b in zip(low, high, strict=True)] if paired else low + high
+                body += bytes(column) if values.is_integer else scalar_values(column, values.name)
+        for part in range(64 // group * groups if scales else 0):
+            for row in range(128 * panel.start, 128 * panel.stop):
+                ok = row < len(scales) and part < len(scales[0])
+                scale_bytes += struct.pack("<e", scales[row][part] if ok else 0.0)
+    return {"values": bytes(body)} | ({"scales": bytes(scale_bytes)} if scales else {})
+
+
 def scalar_pack(
     weight: Tensor, values: ValueType, layout: str, mask: Tensor, scales: Tensor | None, group: int
 ) -> dict[str, bytes]:
     out, width = weight.shape
     zero = float(values.zero_code) if values.is_integer else 0.0
     plain, kept_at = weight.tolist(), mask.tolist()
+    if layout == "columns":
+        return scalar_columns(
+            plain, kept_at, values, zero, None if scales is None else scales.tolist(), group
+        )
     scale_rows = None if scales is None else scales.float().tolist()
     body, masks, scale_bytes, offsets = bytearray(), bytearray(), bytearray(), [0]
     for p in range(math.ceil(out / 16)):
@@ -154,8 +198,7 @@ shapes = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), FORMATS)
 @cases
 @given(**shapes, group=st.sampled_from([32, 64]), seed=st.integers(0, 10**6))
 def test_round_trip(
@@ -169,7 +212,7 @@ def test_round_trip(
     assert again.weight.dtype == values.dtype
     expected = torch.where(mask, bits_of(weight), 0)
     assert torch.equal(bits_of(again.weight), expected)
-    if layout == "dense":
+    if layout in ("dense", "columns"):
         assert again.mask is None
     else:
         assert again.mask is not None
@@ -184,11 +227,10 @@ def test_round_trip(
     assert all(part.numel() * part.element_size() % 64 == 0 for part in sections.values())
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), FORMATS)
 @pytest.mark.parametrize(
     ("out", "width", "density", "group"),
-    [(16, 64, 0.5, 64), (17, 65, 0.4, 32), (5, 130, 0.9, 32), (33, 3, 1, 64)],
+    [(16, 64, 0.5, 64), (17, 65, 0.4, 32), (5, 130, 0.9, 32), (33, 3, 1, 64), (260, 70, 1, 64)],
 )
 def test_bytes_follow_the_document(
     name: str, layout: str, out: int, width: int, density: float, group: int
@@ -218,6 +260,22 @@ def test_literal_dense_int4() -> None:
     assert raw[4:] == b"\x88" * 508  # everything else is the zero code, twice
     scale = sections["scales"].numpy().tobytes()
     assert scale == b"\x00\x3e" + bytes(62)  # 1.5 in float16 is 0x3e00; 15 padded outputs, then padding
+
+
+def test_literal_columns() -> None:
+    # an input is 64 bytes: outputs 0..63 in low nibbles, 64..127 in high ones; byte 16 L + 4 r + j = output
+    # 16 r + 4 L + j
+    q = torch.zeros(66, 2, dtype=torch.int8)
+    q[1, 0], q[4, 0], q[16, 0], q[65, 0], q[63, 1] = -7, -6, -5, -4, 7
+    raw = pack_sections(q, value_type("int4"), "columns", scales=torch.ones(66, 1).half())["values"].tolist()
+    first, second = [0x88] * 64, [0x88] * 64
+    first[1], first[16], first[4], second[63] = 0x41, 0x82, 0x83, 0x8F
+    assert raw == first + second + [0x88] * 64 * 62
+    # 384 outputs: a panel of 256, and one of 128
+    w = torch.arange(384.0)[:, None] * torch.tensor([[1.0, 1000.0]])
+    raw = pack_sections(w, value_type("float32"), "columns")["values"].view(torch.float32)
+    assert raw[:512].tolist() == [*range(256), *range(0, 256000, 1000)]
+    assert raw[64 * 256 :][:256].tolist() == [*range(256, 384), *range(256000, 384000, 1000)]
 
 
 def test_literal_bitmap_int4() -> None:
@@ -274,11 +332,12 @@ def test_literal_floats() -> None:
         ("int3", "32:64", 64, 2.75),
         ("bfloat16", "32:64", 64, 9.0),
         ("float32", "dense", 64, 32.0),
+        ("int4", "columns", 64, 8.5),  # 64 outputs are padded to 128
     ],
 )
 def test_bits_per_weight(name: str, layout: str, group: int, bits: float) -> None:
     mask = torch.ones(64, 256, dtype=torch.bool)
-    if layout != "dense":
+    if layout not in ("dense", "columns"):
         mask[:, ::2] = False
     assert packed_bytes(mask, value_type(name), layout, group) * 8 / mask.numel() == bits
 
@@ -325,6 +384,8 @@ def test_bad_input() -> None:
     int4 = value_type("int4")
     with pytest.raises(MatrixError, match="n:64"):
         parse_layout("64:64")
+    with pytest.raises(MatrixError, match="columns holds float32, bfloat16, int8 and int4 values, not int3"):
+        pack_sections(q, value_type("int3"), "columns", scales=ones)
     with pytest.raises(MatrixError, match="unknown layout"):
         pack_sections(q, int4, "csr", scales=ones)
     mask = torch.zeros(4, 64, dtype=torch.bool)

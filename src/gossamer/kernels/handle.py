@@ -15,6 +15,7 @@ from gossamer.kernels.native import native
 
 PANEL = 16  # outputs of a panel
 GROUP = 64  # inputs of a group
+COLUMN_UNIT = 128  # outputs that the layout columns is padded to
 ALIGNMENT = 64  # bytes: a section starts at, and is padded to, a multiple
 
 _VALUES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int3": 4}
@@ -87,11 +88,14 @@ def _layout(layout: str) -> tuple[int, int]:
         return 1, 0
     if layout == "16x4":
         return 3, 0
+    if layout == "columns":
+        return 4, 0
     match = re.fullmatch(r"([1-9]\d?):64", layout)
     if match and int(match[1]) <= GROUP:
         return 2, int(match[1])
     raise MatrixError(
-        f"unknown layout {layout!r}; there are 'dense', 'bitmap', '16x4' and 'n:64' such as '32:64'"
+        f"unknown layout {layout!r}; there are 'dense', 'columns', 'bitmap', '16x4' and 'n:64' such as "
+        "'32:64'"
     )
 
 
@@ -120,14 +124,17 @@ def section_bytes(
         raise MatrixError(f"a scale is shared by 64 or 32 inputs, not by {group}")
     if out_features < 1 or in_features < 1:
         raise MatrixError(f"a packed weight needs outputs and inputs, not {out_features} x {in_features}")
-    panels, groups = -(-out_features // PANEL), -(-in_features // GROUP)
-    stored = PANEL * GROUP if code == 0 else PANEL * keep
+    if code == 4 and values == "int3":
+        raise MatrixError("the layout columns holds float32, bfloat16, int8 and int4 values, not int3")
+    unit = COLUMN_UNIT if code == 4 else PANEL
+    panels, groups = -(-out_features // unit) * (unit // PANEL), -(-in_features // GROUP)
+    stored = PANEL * GROUP if code in (0, 4) else PANEL * keep
     sizes: dict[str, int | None] = {
         "values": None if code in (1, 3) else _padded(panels * groups * _stored_bytes(values, stored))
     }
     if code == 3:  # 16 bits a panel-group
         sizes["masks"] = _padded(panels * groups * 2)
-    elif code != 0:
+    elif code in (1, 2):
         sizes["masks"] = panels * groups * GROUP // 4 * 8
     if values.startswith("int"):
         sizes["scales"] = _padded(panels * groups * (GROUP // group) * PANEL * 2)
@@ -161,8 +168,8 @@ def make_handle(
 ) -> Handle:
     """Checks the sections of a packed weight and gives the handle that kernels take.
 
-    ``layout``: ``dense``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``: ``float32``,
-    ``bfloat16``, ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32;
+    ``layout``: ``dense``, ``columns``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``:
+    ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32;
     ``sections``: flat tensors ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64,
     those that the layout has (docs/architecture.md). They are kept and used in place, memory maps too (one
     that does not start at a multiple of 64 bytes is copied once), and must not be changed afterwards.

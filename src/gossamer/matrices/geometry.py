@@ -22,6 +22,8 @@ PANEL = 16  # outputs a panel
 GROUP = 64  # inputs a panel-group
 ENTRIES = PANEL * GROUP
 STEP = PANEL * 4  # entries of one step
+COLUMN_UNIT = 128  # outputs that the layout columns is padded to
+COLUMN_PANEL = 256  # and outputs of its panels
 ALIGNMENT = 64  # every section is padded to a multiple of so many bytes
 SECTION_DTYPES = {
     "values": torch.uint8,
@@ -35,14 +37,24 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """A storage layout: ``dense``, ``bitmap``, ``16x4``, or ``n:64`` with its ``n``."""
+    """A storage layout: ``dense``, ``columns``, ``bitmap``, ``16x4``, or ``n:64`` with its ``n``."""
 
     name: str
     n: int = GROUP
 
     @property
     def sparse(self) -> bool:
-        return self.name != "dense"
+        return self.name not in ("dense", "columns")
+
+    @property
+    def by_columns(self) -> bool:
+        """Input-major, in panels and an order of its own (`gossamer.matrices.columns`)."""
+        return self.name == "columns"
+
+    @property
+    def outputs(self) -> int:
+        """Outputs are padded to a multiple of so many."""
+        return COLUMN_UNIT if self.by_columns else PANEL
 
     @property
     def room(self) -> int | None:
@@ -57,21 +69,30 @@ class Layout:
 
 
 def parse_layout(name: str) -> Layout:
-    """``dense``, ``bitmap``, ``16x4`` or ``n:64`` with 1 <= n <= 63; raises MatrixError with the accepted
-    forms."""
-    if name in ("dense", "bitmap", "16x4"):
+    """``dense``, ``columns``, ``bitmap``, ``16x4`` or ``n:64`` with 1 <= n <= 63; raises MatrixError with the
+    accepted forms."""
+    if name in ("dense", "columns", "bitmap", "16x4"):
         return Layout(name)
     if (match := re.fullmatch(r"([1-9]\d?):64", name)) and int(match[1]) < GROUP:
         return Layout(name, int(match[1]))
-    raise MatrixError(f"unknown layout {name!r}: use dense, bitmap, 16x4 or n:64 with n from 1 to 63 (32:64)")
+    raise MatrixError(
+        f"unknown layout {name!r}: use dense, columns, bitmap, 16x4 or n:64 with n from 1 to 63 (32:64)"
+    )
 
 
-def grid(shape: tuple[int, int]) -> tuple[int, int]:
-    """Panels and groups of a weight ``(out, in)``; raises MatrixError where a side is empty."""
+def check_holds(layout: Layout, values: ValueType) -> None:
+    """Raises MatrixError where ``layout`` cannot hold such values."""
+    if layout.by_columns and values.bits == 3:
+        raise MatrixError("the layout columns holds float32, bfloat16, int8 and int4 values, not int3")
+
+
+def grid(shape: tuple[int, int], outputs: int = PANEL) -> tuple[int, int]:
+    """Panels and groups of a weight ``(out, in)`` whose outputs are padded to a multiple of ``outputs``;
+    raises MatrixError where a side is empty."""
     out, width = shape
     if out < 1 or width < 1:
         raise MatrixError(f"a packed weight has at least one output and one input, got shape {shape}")
-    return -(-out // PANEL), -(-width // GROUP)
+    return -(-out // outputs) * (outputs // PANEL), -(-width // GROUP)
 
 
 def shape_of(weight: Tensor) -> tuple[int, int]:

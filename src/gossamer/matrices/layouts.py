@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gossamer.errors import MatrixError
 from gossamer.matrices.bitfields import pack_bits, pack_codes, unpack_bits, unpack_codes
+from gossamer.matrices.columns import order_scales, pack_columns, plain_scales, unpack_columns
 from gossamer.matrices.geometry import (
     ENTRIES,
     GROUP,
@@ -19,6 +20,7 @@ from gossamer.matrices.geometry import (
     STEP,
     Array,
     Layout,
+    check_holds,
     check_room,
     from_stream,
     grid,
@@ -59,21 +61,25 @@ def pack_sections(
 
     ``weight``: ``(out, in)``, floats for float values (bfloat16 rounds to nearest even), integer codes q
     for integer ones; ``mask``: bool like it, True = kept (None: all); ``scales``: float16
-    ``(out, ceil(in / group))``, integer values only. The dense layout holds pruned weights as zeros and
-    forgets that they were pruned. Raises MatrixError where shapes, codes or layout do not fit.
+    ``(out, ceil(in / group))``, integer values only. The layouts dense and columns hold pruned weights as
+    zeros and forget that they were pruned. Raises MatrixError where shapes, codes or layout do not fit.
     """
     kind = parse_layout(layout)
+    check_holds(kind, values)
     shape = shape_of(weight)
     if mask is not None and (tuple(mask.shape) != shape or mask.dtype != torch.bool):
         raise MatrixError(f"the mask is bool {shape} like the weight, got {mask.dtype} {tuple(mask.shape)}")
     stored = _to_stored(weight, values)
     if mask is not None:
         stored = torch.where(mask, stored, _zero(values))
-    stream = to_stream(stored, shape, _zero(values)).numpy()
     sections: dict[str, Tensor] = {}
-    if not kind.sparse:
+    if kind.by_columns:
+        sections["values"] = _section(pack_columns(stored, values, _zero(values)).numpy())
+    elif not kind.sparse:
+        stream = to_stream(stored, shape, _zero(values)).numpy()
         sections["values"] = _section(_pack_values(stream, None, values))
     else:
+        stream = to_stream(stored, shape, _zero(values)).numpy()
         kept = torch.ones(shape, dtype=torch.bool) if mask is None else mask
         bits, masks = _mask_bits(kept, kind)
         counts = bits.sum(axis=1, dtype=np.int64)
@@ -89,7 +95,7 @@ def pack_sections(
         sections["values"] = _section(packed)
         sections["masks"] = _section(masks.reshape(-1)).view(torch.int64)
     if values.is_integer:
-        sections["scales"] = _pack_scales(scales, shape, group)
+        sections["scales"] = _pack_scales(scales, shape, group, kind)
     elif scales is not None:
         raise MatrixError(f"{values.name} values have no scales")
     return {name: sections[name] for name in SECTION_DTYPES if name in sections}
@@ -103,6 +109,10 @@ def unpack_sections(
     The sections must have passed :func:`gossamer.matrices.validation.check_sections`.
     """
     kind = parse_layout(layout)
+    scales = _unpack_scales(sections["scales"], shape, group, kind) if values.is_integer else None
+    if kind.by_columns:
+        plain = unpack_columns(sections["values"], values, shape)
+        return Unpacked(_from_stored(plain, values), None, scales)
     count = grid(shape)[0] * grid(shape)[1]
     stored = sections["values"].numpy()
     mask = None
@@ -121,7 +131,6 @@ def unpack_sections(
     else:
         stream = dense
     weight = _from_stored(from_stream(torch.from_numpy(stream), shape), values)
-    scales = _unpack_scales(sections["scales"], shape, group) if values.is_integer else None
     return Unpacked(weight, mask, scales)
 
 
@@ -152,7 +161,7 @@ def packed_bytes(mask: Tensor, values: ValueType, layout: str, group: int = GROU
     """Bytes of all sections that :func:`pack_sections` would make for ``mask`` bool ``(out, in)``."""
     kind = parse_layout(layout)
     shape = shape_of(mask)
-    panels, groups = grid(shape)
+    panels, groups = grid(shape, kind.outputs)
     if kind.room is None:
         counts = _mask_bits(mask, kind)[0].sum(axis=1)
     else:
@@ -246,9 +255,9 @@ def _unpack_values(stored: Array, counts: Array | int, values: ValueType) -> Arr
     return stored[: int(counts.sum()) * np.dtype(patterns).itemsize].view(patterns)
 
 
-def _pack_scales(scales: Tensor | None, shape: tuple[int, int], group: int) -> Tensor:
+def _pack_scales(scales: Tensor | None, shape: tuple[int, int], group: int, kind: Layout) -> Tensor:
     check_group(group)
-    panels, groups = grid(shape)
+    panels, groups = grid(shape, kind.outputs)
     wanted = (shape[0], -(-shape[1] // group))
     if scales is None or scales.dtype != torch.float16 or tuple(scales.shape) != wanted:
         got = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
@@ -258,13 +267,18 @@ def _pack_scales(scales: Tensor | None, shape: tuple[int, int], group: int) -> T
     vectors = GROUP // group
     padded = torch.zeros(panels * PANEL, groups * vectors, dtype=torch.float16)
     padded[: wanted[0], : wanted[1]] = scales.detach()
+    if kind.by_columns:
+        return _section(order_scales(padded).numpy())
     ordered = padded.reshape(panels, PANEL, groups, vectors).permute(0, 2, 3, 1)
     return _section(ordered.contiguous().numpy())
 
 
-def _unpack_scales(section: Tensor, shape: tuple[int, int], group: int) -> Tensor:
-    panels, groups = grid(shape)
+def _unpack_scales(section: Tensor, shape: tuple[int, int], group: int, kind: Layout) -> Tensor:
+    panels, groups = grid(shape, kind.outputs)
     vectors = GROUP // group
-    used = section[: panels * groups * vectors * PANEL].reshape(panels, groups, vectors, PANEL)
-    plain = used.permute(0, 3, 1, 2).reshape(panels * PANEL, groups * vectors)
+    if kind.by_columns:
+        plain = plain_scales(section, shape, groups * vectors)
+    else:
+        used = section[: panels * groups * vectors * PANEL].reshape(panels, groups, vectors, PANEL)
+        plain = used.permute(0, 3, 1, 2).reshape(panels * PANEL, groups * vectors)
     return plain[: shape[0], : -(-shape[1] // group)].contiguous()

@@ -86,11 +86,11 @@ class Packed(Matrix, kind="packed"):
         """A Dense or Sparse leaf, a tensor ``(out, in)`` or codes with their scales, as a packed leaf.
 
         ``values``: float32, bfloat16, int8, int4 or int3 (default: int4, or the codes' own); ``layout``:
-        dense, bitmap, 16x4, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64
+        dense, columns, bitmap, 16x4, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64
         (default) or 32; ``mask``: bool, True = kept (default: the leaf's own, or all).
         Floats become integers by rounding to nearest under scales of least squared error, weighted by
-        ``importance`` (``(in,)``, the Gram diagonal). The dense layout keeps pruned weights as zeros and
-        forgets the mask. Raises MatrixError, on NaN weights too.
+        ``importance`` (``(in,)``, the Gram diagonal). The layouts dense and columns keep pruned
+        weights as zeros and forget the mask. Raises MatrixError, on NaN weights too.
         """
         if isinstance(weight, Matrix):
             weight, own = _leaf(weight)
@@ -142,8 +142,8 @@ class Packed(Matrix, kind="packed"):
         """The same weight in another layout: float values bit for bit, integer codes and scales exactly, so
         that integer products are equal bit for bit.
 
-        A sparse ``layout`` keeps the mask; ``dense`` stores pruned weights as zeros and forgets that they
-        were pruned. Raises MatrixError where ``layout`` has no room for the mask.
+        A sparse ``layout`` keeps the mask; ``dense`` and ``columns`` store pruned weights as zeros and forget
+        that they were pruned. Raises MatrixError where ``layout`` has no room for the mask.
         """
         plain = self.unpack()
         sections = pack_sections(
@@ -192,7 +192,7 @@ class Packed(Matrix, kind="packed"):
         return Quantized(plain.weight, plain.scales, self.group, self.value_type.bits, self.clamped)
 
     def mask(self) -> Tensor:
-        """bool ``(out, in)``, True = kept (all of it in the dense layout)."""
+        """bool ``(out, in)``, True = kept (all of it in the layouts dense and columns)."""
         mask = self.unpack().mask
         return torch.ones(self._shape, dtype=torch.bool) if mask is None else mask
 
@@ -234,7 +234,7 @@ class Packed(Matrix, kind="packed"):
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 rows; from the dense layout's bytes alone, else from the unpacked whole."""
-        if self.masks is not None:
+        if self.layout != "dense":
             return self.to_dense()[index]
         flat = dense_rows(self.tensors(), self.value_type, self._shape, self.group, index.reshape(-1))
         return flat.reshape(*index.shape, self._shape[1])

@@ -15,6 +15,7 @@ from gossamer.matrices.geometry import (
     SECTION_DTYPES,
     Array,
     Layout,
+    check_holds,
     check_room,
     grid,
     mask_bytes,
@@ -33,7 +34,8 @@ def check_sections(
     """Raises MatrixError unless the sections are whole and agree: names, dtypes, sizes, finite scales, no
     kept weight in the padding, every panel-group's popcount against the layout's room or the offsets."""
     kind = parse_layout(layout)
-    panels, groups = grid(shape)
+    check_holds(kind, values)
+    panels, groups = grid(shape, kind.outputs)
     names = section_names(values, kind)
     if set(sections) != set(names):
         raise MatrixError(f"a {layout} weight of {values.name} has sections {names}, got {sorted(sections)}")
