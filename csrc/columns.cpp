@@ -28,11 +28,6 @@ constexpr int kScalesAhead = 4 * kColumnPanel;  // scales, likewise
 constexpr int kInputs = 16;                     // whose outputs are read side by side
 constexpr int kUnits = kColumnPanel / 128;      // of a panel; the last one may have fewer
 
-// The gate: of a row with more than this share of inputs that are not zero, all are read. Memory gives what
-// lies in a row about twice as fast as what lies scattered; measured on a Zen 5
-// (benchmarks.activation_sparse).
-constexpr double kMostActive = 0.6;
-
 // ---- lists of what is read
 
 template <class T>

@@ -56,6 +56,7 @@ NB_MODULE(_native, m) {
              })
         .def("check", &gossamer::check, nb::call_guard<nb::gil_scoped_release>(),
              "An empty string, or what is wrong with the packed bytes.");
+    m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def("available", [] { return tier_names(false); }, "Those of them that this processor runs.");
     m.def("tier", &tier_index, "Index of an available instruction set, or -1.");

@@ -33,15 +33,17 @@ SECONDS = {"32:64": (10.0, 400.0), "bitmap": (15.0, 500.0), TORCH: (40.0, 200.0)
 
 class Stopwatch:
     """Stands in for the timing of forms: seconds of a token and of a prompt's rows by layout; ``asked``:
-    layouts, rows and copies of each call."""
+    layouts, rows and copies of each call; ``zeros``: shares of activations."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, tuple[float, float]] = dict(SECONDS)
         self.asked: list[tuple[tuple[str, ...], int, int]] = []
+        self.zeros: list[float] = []
 
-    def __call__(self, forms: Sequence[Packed], rows: int, copies: int) -> list[Times]:
+    def __call__(self, forms: Sequence[Packed], rows: int, copies: int, zeros: float) -> list[Times]:
         names = [*(form.layout for form in forms), TORCH]
         sizes = [*(form.nbytes for form in forms), 2 * forms[0].shape[0] * forms[0].shape[1]]
+        self.zeros.append(zeros)
         self.asked.append((tuple(names[:-1]), rows, copies))
         return [
             Times(name, size, size * copies, *self.seconds.get(name, (30.0, 600.0)))
@@ -116,6 +118,52 @@ def test_layouts_that_could_hold_a_mask(
     rows = by_label(plan(packed_model(pattern=pattern, sparsity=sparsity)))
     assert tuple(times.form for times in rows["down_proj"].candidates) == layouts
     assert tuple(times.form for times in rows["lm_head"].candidates) == ("dense",)
+
+
+def test_columns_are_offered_where_zeros_are_expected(stopwatch: Stopwatch) -> None:
+    stopwatch.seconds["columns"] = (5.0, 500.0)
+    rows = by_label(plan(packed_model(), zeros=0.7))
+    assert stopwatch.zeros == [0.7] * 5
+    assert tuple(times.form for times in rows["down_proj"].candidates) == (
+        "32:64",
+        "bitmap",
+        "columns",
+        "dense",
+    )
+    assert tuple(times.form for times in rows["lm_head"].candidates) == ("dense", "columns")
+    assert {row.chosen.form for row in rows.values()} == {"columns"}
+    assert rows["lm_head"].dense.form == "dense"
+    told = plan(packed_model(), zeros=0.7)
+    assert "70 % of the activations are zero" in told.explain()
+    assert "x as fast as dense, in 2.00 of its bytes; its mask is forgotten" in told.explain()
+    assert told.to_dict()["zeros"] == 0.7
+    # times of other shares are not those of this one
+    stopwatch.seconds["columns"] = (25.0, 500.0)
+    assert by_label(plan(packed_model(), zeros=0.2))["down_proj"].chosen.form == "32:64"
+    assert by_label(plan(packed_model(), zeros=0.7))["down_proj"].chosen.form == "columns"
+    assert set(stopwatch.zeros) == {0.7, 0.2}
+    # and nobody who did not ask gets them
+    assert by_label(plan(packed_model()))["down_proj"].chosen.form == "32:64"
+    assert stopwatch.zeros[-1] == 0.0
+
+
+def test_columns_hold_no_int3_and_shares_are_shares() -> None:
+    rows = by_label(plan(packed_model("int3"), zeros=0.7))
+    assert "columns" not in {times.form for times in rows["down_proj"].candidates}
+    for wrong in (-0.1, 1.5, float("nan")):
+        with pytest.raises(EvaluationError, match="from 0 to 1"):
+            plan(packed_model(), zeros=wrong)
+
+
+def test_what_is_columns_already_is_held_against_dense(stopwatch: Stopwatch) -> None:
+    stopwatch.seconds["columns"] = (5.0, 100.0)
+    model = packed_model()
+    changed = plan(model, zeros=0.9).apply(model)
+    assert set(changed.values()) == {"columns"}
+    row = by_label(plan(model))["down_proj"]
+    assert tuple(times.form for times in row.candidates) == ("columns", "dense")
+    stopwatch.seconds["columns"] = (25.0, 500.0)
+    assert by_label(plan(model, refresh=True))["down_proj"].chosen.form == "dense"
 
 
 def test_a_bitmap_is_offered_the_least_n_that_holds_every_layer() -> None:

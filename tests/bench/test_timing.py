@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from gossamer import kernels
 from gossamer.bench import timing
-from gossamer.bench.timing import TORCH, Times, call_seconds, past_cache, seconds_in_turn, time_forms
+from gossamer.bench.timing import (
+    TORCH,
+    Times,
+    activations,
+    call_seconds,
+    past_cache,
+    read_share,
+    seconds_in_turn,
+    time_forms,
+)
 from gossamer.matrices import Packed, Sparse
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
@@ -33,6 +43,23 @@ def test_every_form_is_timed_beside_torch(forms: list[Packed], monkeypatch: pyte
     assert [times.walked // times.nbytes for times in found] == [7, 7, 4]
     assert all(times.decode_seconds > 0 and times.prompt_seconds > 0 for times in found)
     assert past_cache(10_000) == 5
+
+
+def test_zeros_are_those_asked_for_and_columns_read_less() -> None:
+    x = activations(3, 10_000, 0.7)
+    assert (x.shape, x.dtype) == ((3, 10_000), torch.bfloat16)
+    assert all(0.68 < float((row == 0).double().mean()) < 0.72 for row in x)
+    assert (activations(3, 10_000, 0.0) != 0).all()
+    dense = Packed.pack(torch.randn(128, 256, generator=torch.Generator().manual_seed(0)), "int4")
+    columns = dense.repack("columns")
+    row = torch.zeros(256)
+    row[::4] = 1
+    assert read_share(dense, row) == 1
+    assert read_share(columns, row) == pytest.approx((1 / 4 * 4 + 1 / 4) / 4.25)  # bits: values and scales
+    row[1::2] = 1  # three of four: past the gate
+    assert read_share(columns, row) == 1
+    times = time_forms([dense, columns], 0, 1, zeros=0.75)
+    assert [one.read for one in times] == pytest.approx([1, (1 + 1 / 4) / 4.25, 1], rel=0.2)
 
 
 def test_prompts_of_one_row_and_none_need_no_timing_of_their_own(forms: list[Packed]) -> None:
@@ -103,4 +130,5 @@ def test_cost_and_rate() -> None:
     times = Times("dense", 3000, 9000, 2e-6, 1e-3)
     assert times.cost(100) == pytest.approx(1.2e-3)
     assert times.gb_per_second == pytest.approx(1.5)
+    assert replace(times, read=0.5).gb_per_second == pytest.approx(0.75)
     assert call_seconds() > 0

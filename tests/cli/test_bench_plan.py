@@ -23,7 +23,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     rows_asked: list[int] = []
 
-    def times(forms: Sequence[Packed], rows: int, copies: int) -> list[Times]:
+    def times(forms: Sequence[Packed], rows: int, copies: int, zeros: float) -> list[Times]:
         rows_asked.append(rows)
         found = [Times(form.layout, form.nbytes, 0, SECONDS.get(form.layout, 11e-6), 3e-4) for form in forms]
         return [*found, Times(TORCH, 10_000, 0, SECONDS[TORCH], 2e-4)]

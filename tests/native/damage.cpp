@@ -55,8 +55,9 @@ void test_damage() {
     Random random(5);
     int refused = 0, accepted = 0;
     for (int turn = 0; turn < 3000; turn++) {
-        const LayoutCase& layout = kLayouts[random.below(6)];
+        const LayoutCase& layout = kLayouts[random.below(7)];
         const ValuesCase& kind = kValues[random.below(8)];
+        if (!exists(layout, kind)) continue;
         const int64_t shapes[][2] = {{17, 130}, {16, 64}, {40, 66}, {50, 250}, {3, 5}};
         const int64_t* shape = shapes[random.below(5)];
         Weight weight(random, layout, kind, shape[0], shape[1]);

@@ -39,25 +39,26 @@ static_assert(kSame<decltype(stored_bytes(0, int64_t())), int64_t> &&
                   kSame<decltype(padded_rows(int64_t())), int64_t>,
               "functions of sizes");
 
-// A weight that is the last two panels of a vast one: the same sections at their far ends.
+// A weight that is the last panels of a vast one: the same sections at their far ends.
 class FarWeight {
   public:
-    static constexpr int64_t kPanels =
-        (int64_t(1) << 27) + 3;  // of 16 outputs: rows of y have over 2^31 numbers
-    static constexpr int64_t kFirst = kPanels - 2;
+    // Its first panel, of 16 outputs: rows of y have over 2^31 numbers; columns: the first of a panel of
+    // theirs.
+    const int64_t first;
 
-    explicit FarWeight(const Weight& near) : near_(near) {
+    explicit FarWeight(const Weight& near)
+        : first((int64_t(1) << 27) + (near.layout.layout == kColumns ? 0 : 1)), near_(near) {
         const int64_t groups = near.groups, parts = near.kind.parts;
         // bytes before the first real panel: what as many full ones take (with offsets any number would do)
         start_ =
-            kFirst * groups *
+            first * groups *
             bytes_of_values(near.kind.values, near.layout.layout == kBalanced ? 16 * near.layout.keep : 1024);
         const int64_t mask = near.layout.layout == kBySteps ? 2 : 128;
         put(values_, start_, near.values);
-        put(masks_, kFirst * groups * mask, near.masks);
-        put(scales_, kFirst * groups * parts * 32, near.scales);
-        put(offsets_, kFirst * 8, near.offsets);
-        for (int64_t panel = kFirst; exists() && offsets_.data() && panel <= kPanels; panel++)
+        put(masks_, first * groups * mask, near.masks);
+        put(scales_, first * groups * parts * 32, near.scales);
+        put(offsets_, first * 8, near.offsets);
+        for (int64_t panel = first; exists() && offsets_.data() && panel <= first + near.panels; panel++)
             offsets_.as<int64_t>()[panel] += start_;
     }
 
@@ -65,8 +66,8 @@ class FarWeight {
 
     Packed packed() const {
         Packed w = near_.packed();
-        w.out = near_.out + 16 * kFirst;
-        w.panels = kPanels;
+        w.out = near_.out + 16 * first;
+        w.panels = first + near_.panels;
         w.data = values_.data();
         w.data_end = values_.data() + values_.size();
         w.masks = masks_.as<const uint64_t>();
@@ -91,7 +92,7 @@ class FarWeight {
 
 // Activations of `rows` rows, `vast` ones or not.
 struct Made {
-    Buffer codes, scales, negatives;
+    Buffer codes, scales, negatives, ends, inputs, values;
     Activations of;
 
     Made(const Packed& w, int64_t rows, bool vast) {
@@ -101,6 +102,11 @@ struct Made {
         scales = make(places * 4);
         negatives = make(places * negatives_of(w) * 4);
         of = Activations{rows, padded_rows(rows), codes.data(), scales.as<float>(), negatives.as<int32_t>()};
+        if (w.layout != kColumns) return;
+        ends = make(rows * w.groups * w.parts * 4);
+        inputs = make(rows * active_room(w.groups) * 4);
+        values = make(rows * active_room(w.groups) * (w.values >= kInt8 ? 1 : 4));
+        of.active = {ends.as<int32_t>(), inputs.as<int32_t>(), values.data()};
     }
 };
 
@@ -153,6 +159,7 @@ void test_far_weights() {
     Random random(6);
     for (const LayoutCase& layout : kLayouts)
         for (const ValuesCase& kind : kValues) {
+            if (!exists(layout, kind)) continue;
             const Weight near(random, layout, kind, 27, 61);
             const FarWeight far(near);
             const Packed w = near.packed(), vast = far.packed();
@@ -164,14 +171,20 @@ void test_far_weights() {
                 Buffer scratch(scratch_bytes(w, made.of.padded), Memory::kHeap);
                 for (const Tier* tier : tiers_under_test()) {
                     describe("%s, %s, %s, panel %lld", tier->name, layout.name, kind.name,
-                             (long long)FarWeight::kFirst);
+                             (long long)far.first);
                     const Rows want = run(w, *tier, x, 0, rows, kF32, 1, random);
                     const Family& kernels = family(*tier, w.values);
                     kernels.prepare(&w, x.data(), kF32, 0, rows, &made.of);
-                    kernels.multiply(&vast, &made.of, y.data(), kF32, FarWeight::kFirst, FarWeight::kPanels,
-                                     scratch.data());
+                    if (layout.layout == kColumns) {
+                        tier->columns->prepare(&w, x.data(), kF32, 0, rows, &made.of);
+                        tier->columns->multiply(&vast, &made.of, y.data(), kF32, far.first / kColumnUnit,
+                                                vast.panels / kColumnUnit, scratch.data());
+                    } else {
+                        kernels.multiply(&vast, &made.of, y.data(), kF32, far.first, vast.panels,
+                                         scratch.data());
+                    }
                     for (int64_t row = 0; row < rows; row++) {
-                        float* far_row = y.as<float>() + row * vast.out + 16 * FarWeight::kFirst;
+                        float* far_row = y.as<float>() + row * vast.out + 16 * far.first;
                         check_same(Rows(far_row, far_row + w.out), 0, want, row, 1, w.out, "far, and near");
                         memset(far_row, 0, size_t(w.out) * 4);
                     }

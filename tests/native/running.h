@@ -16,7 +16,7 @@ using Rows = std::vector<float>;
 Rows run(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, int64_t first, int64_t rows,
          int dtype, int threads, Random& random);
 
-// Random rows, among them such of zeros, -0.0, subnormal, huge, infinite and NaN inputs.
+// Random rows, among them such of zeros alone or partly, -0.0, subnormal, huge, infinite and NaN inputs.
 Rows random_rows(Random& random, int64_t rows, int64_t in);
 
 // Equal bits, or both NaN: which NaN is not part of the contract.
@@ -26,7 +26,7 @@ bool same(float a, float b);
 void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int64_t rows, int64_t out,
                 const char* what);
 
-// Whether the bfloat16 kernel of a tier takes subnormal numbers for zero.
-bool flushes(const gossamer::Tier& tier, int values);
+// Whether the bfloat16 kernel of a tier and layout takes subnormal numbers for zero.
+bool flushes(const gossamer::Tier& tier, const Plain& w);
 
 }  // namespace testing

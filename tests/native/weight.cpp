@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace testing {
 namespace {
@@ -92,7 +93,7 @@ std::vector<bool> stored_of(const Weight& w, int64_t panel, int64_t group) {
     const int64_t at = panel * w.groups + group;
     std::vector<bool> stored(1024);
     for (int e = 0; e < 1024; e++) {
-        if (w.layout.layout == kDense)
+        if (!w.masks.data())
             stored[e] = true;
         else if (w.layout.layout == kBySteps)
             stored[e] = w.masks.as<uint16_t>()[at] >> e / 64 & 1;
@@ -104,8 +105,13 @@ std::vector<bool> stored_of(const Weight& w, int64_t panel, int64_t group) {
 
 Weight::Weight(Random& random, const LayoutCase& layout_, const ValuesCase& kind_, int64_t out_, int64_t in_,
                Numbers numbers)
-    : layout(layout_), kind(kind_), out(out_), in(in_), panels((out_ + 15) / 16), groups((in_ + 63) / 64) {
-    if (layout.layout != kDense) fill_masks(random);
+    : layout(layout_),
+      kind(kind_),
+      out(out_),
+      in(in_),
+      panels(layout_.layout == kColumns ? (out_ + 127) / 128 * 8 : (out_ + 15) / 16),
+      groups((in_ + 63) / 64) {
+    if (layout.layout != kDense && layout.layout != kColumns) fill_masks(random);
     fill_values(random, numbers);
     if (kind.integers()) fill_scales(random, numbers);
 }
@@ -160,7 +166,7 @@ void Weight::fill_values(Random& random, Numbers numbers) {
         uint32_t bits = bits_of(random_float(random));
         memcpy(values.data() + size * i, (const uint8_t*)&bits + (4 - size), size_t(size));
     }
-    const bool stores_padding = layout.layout == kDense || layout.layout == kBySteps;
+    const bool stores_padding = layout.layout != kBitmap && layout.layout != kBalanced;
     if (numbers != Numbers::kPoisoned || stores_padding) return;  // padding must stay finite
     for (int64_t n = 0; n < 3 && end > 0; n++) {
         uint32_t bits = random.chance(0.5) ? 0x7fc00000 : random.chance(0.5) ? 0x7f800000 : 0xff800000;
@@ -199,7 +205,7 @@ bool well_formed(const Weight& w) {
         for (int64_t group = 0; group < w.groups; group++) {
             const std::vector<bool> stored = stored_of(w, panel, group);
             end += bytes_of_values(w.kind.values, stored_count(w, panel, group));
-            if (w.layout.layout == kDense) continue;
+            if (!w.masks.data()) continue;
             for (int o = 0; o < 16; o++) {
                 int kept = 0;
                 for (int i = 0; i < 64; i++) {
@@ -221,11 +227,53 @@ bool well_formed(const Weight& w) {
     return true;
 }
 
+namespace {
+
+// Byte (int4, int8) or word of 16 or 32 bits of a unit of the layout columns that holds its output `o`.
+int place_in_unit(int values, int o) {
+    if (values == kFloat32) return o;
+    if (values == kBFloat16) return o / 32 * 32 + 2 * (o % 16) + o % 32 / 16;
+    const int place = 16 * (o % 16 / 4) + 4 * (o % 64 / 16) + o % 4;
+    return values == kInt8 ? o / 64 * 64 + place : place;
+}
+
+// Docs: "Columns".
+Plain unpack_columns(const Weight& w, Plain plain) {
+    const int64_t units = w.panels / 8, inputs = 64 * w.groups, parts = w.groups * w.kind.parts;
+    const int64_t bytes = bytes_of_values(w.kind.values, 128);
+    for (int64_t o = 0; o < w.out; o++) {
+        const int64_t unit = o / 128, panel = unit / 2 * 2, width = units - panel < 2 ? 1 : 2;
+        const int place = place_in_unit(w.kind.values, int(o % 128));
+        for (int64_t i = 0; i < w.in; i++) {
+            const uint8_t* at = w.values.data() + (panel * inputs + i * width + unit - panel) * bytes;
+            uint32_t bits = 0;
+            float value;
+            if (w.kind.values == kInt4) {
+                value = float((at[place] >> (o % 128 / 64 * 4) & 15) - 8);
+            } else if (w.kind.values == kInt8) {
+                value = float(at[place] - 128);
+            } else {
+                const int size = w.kind.values == kFloat32 ? 4 : 2;
+                memcpy((uint8_t*)&bits + (4 - size), at + size * place, size_t(size));
+                value = float_of(bits);
+            }
+            plain.weight[size_t(o * w.in + i)] = value;
+        }
+        for (int64_t part = 0; w.scales.data() && part < parts; part++)
+            plain.scales[size_t(o * parts + part)] = of_float16(
+                w.scales.as<uint16_t>()[(panel * parts + part * width + unit - panel) * 128 + o % 128]);
+    }
+    return plain;
+}
+
+}  // namespace
+
 Plain unpack(const Weight& w) {
-    Plain plain{w.out, w.in, w.panels, w.groups, w.kind.values, w.kind.parts, {}, {}, {}};
+    Plain plain{w.out, w.in, w.panels, w.groups, w.kind.values, w.kind.parts, w.layout.layout, {}, {}, {}};
     plain.weight.resize(size_t(w.out * w.in));
     plain.scales.resize(size_t(w.scales.data() ? w.out * w.groups * w.kind.parts : 0));
     plain.steps.assign(size_t(w.panels * w.groups * 16), true);
+    if (w.layout.layout == kColumns) return unpack_columns(w, std::move(plain));
     const uint8_t* values = w.values.data();
     for (int64_t at = 0; at < w.panels * w.groups; at++) {
         const int64_t panel = at / w.groups, group = at % w.groups, count = stored_count(w, panel, group);
@@ -318,9 +366,11 @@ void product_of_floats(const Plain& w, const float* x, bool flushes, Expected& t
             sum += term;
             magnitude += std::fabs(term);
         }
-        // chains of at most in / 4 terms, each a rounded product and a rounded sum, and what meets at the end
+        // chains of at most in / 4 terms (columns: in), each a rounded product and a rounded sum, and what
+        // meets at the end
+        const double chain = w.layout == kColumns ? 2 : 0.5;
         to.y.push_back(sum);
-        to.room.push_back((double(w.in) / 2 + 4) * 0x1p-24 * magnitude + 1e-36);
+        to.room.push_back((chain * double(w.in) + 4) * 0x1p-24 * magnitude + 1e-36);
     }
 }
 

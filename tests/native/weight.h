@@ -23,6 +23,7 @@ struct ValuesCase {
 constexpr LayoutCase kLayouts[] = {
     {"dense", gossamer::kDense, 0},     {"bitmap", gossamer::kBitmap, 0}, {"16x4", gossamer::kBySteps, 0},
     {"32:64", gossamer::kBalanced, 32}, {"7:64", gossamer::kBalanced, 7}, {"64:64", gossamer::kBalanced, 64},
+    {"columns", gossamer::kColumns, 0},
 };
 
 constexpr ValuesCase kValues[] = {
@@ -31,6 +32,11 @@ constexpr ValuesCase kValues[] = {
     {"int3", gossamer::kInt3, 1},       {"int8 by 32", gossamer::kInt8, 2},
     {"int4 by 32", gossamer::kInt4, 2}, {"int3 by 32", gossamer::kInt3, 2},
 };
+
+// The layout columns has no int3.
+inline bool exists(const LayoutCase& layout, const ValuesCase& kind) {
+    return layout.layout != gossamer::kColumns || kind.values != gossamer::kInt3;
+}
 
 enum class Numbers {
     kUsual,     // among them -0.0 and subnormal values and scales, and scales of zero
@@ -49,7 +55,7 @@ class Weight {
 
     LayoutCase layout;
     ValuesCase kind;
-    int64_t out, in, panels, groups;
+    int64_t out, in, panels, groups;        // panels: of 16 outputs, padding included
     Buffer values, masks, scales, offsets;  // empty where the layout has none
 
   private:
@@ -70,7 +76,7 @@ bool well_formed(const Weight& w);
 // A weight as numbers.
 struct Plain {
     int64_t out, in, panels, groups;
-    int values, parts;
+    int values, parts, layout;
     std::vector<float> weight;  // (out, in): a float, or an integer q; 0 where pruned
     std::vector<float> scales;  // (out, groups * parts)
     std::vector<bool> steps;    // (panels, groups, 16): which steps are multiplied; all but in 16x4

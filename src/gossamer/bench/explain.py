@@ -25,7 +25,7 @@ def bound(plan: Plan, times: Times, seconds: float) -> str:
     """What a product that takes ``seconds`` spends them on: ``bytes``, ``the call`` or ``arithmetic``."""
     if plan.call_seconds >= CALL_BOUND * seconds:
         return "the call"
-    reading = times.nbytes / (1e9 * plan.read_gb_per_second)
+    reading = times.read * times.nbytes / (1e9 * plan.read_gb_per_second)
     return "bytes" if reading >= BYTES_BOUND * (seconds - plan.call_seconds) else "arithmetic"
 
 
@@ -35,6 +35,8 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"For a prompt of {plan.prompt} tokens and {plan.decode} written after it, on {machine.cpu}, "
         f"{machine.threads} threads, kernels {machine.isa}."
     )
+    if plan.zeros is not None:
+        yield f"{100 * plan.zeros:.3g} % of the activations are zero, at random."
     yield (
         f"A written token reads {_size(plan.working_set)} of weights from "
         f"{machine.weights_from(plan.working_set)}; a plain sum reads so many at "
@@ -75,12 +77,16 @@ def _verdict(row: PlanRow, decode: int) -> str:
     if len(row.candidates) == 1:
         return f"{present.form} as it is; it has no mask that another layout could use"
     said = f"stays {chosen.form}" if chosen is present else f"{chosen.form} in place of {present.form}"
+    unmasked = ("dense", "columns")
+    forgets = present.form not in unmasked and chosen.form in unmasked
+    forgotten = "; its mask is forgotten" if forgets else ""
     if chosen is dense:
-        sparse = min(row.candidates[:-1], key=lambda times: times.cost(decode))
-        speed = sparse.cost(decode) / chosen.cost(decode)
-        return f"{said}: {speed:.2f}x as fast as {sparse.form}, the best sparse layout; its mask is forgotten"
-    speed = dense.cost(decode) / chosen.cost(decode)
-    return f"{said}: {speed:.2f}x as fast as dense, in {chosen.nbytes / dense.nbytes:.2f} of its bytes"
+        other = min((t for t in row.candidates if t is not dense), key=lambda times: times.cost(decode))
+        best = ", the best sparse layout" if other.form not in unmasked else ""
+        speed = other.cost(decode) / chosen.cost(decode)
+        return f"{said}: {speed:.2f}x as fast as {other.form}{best}{forgotten}"
+    speed, share = dense.cost(decode) / chosen.cost(decode), chosen.nbytes / dense.nbytes
+    return f"{said}: {speed:.2f}x as fast as dense, in {share:.2f} of its bytes{forgotten}"
 
 
 def _totals(plan: Plan) -> Iterator[str]:

@@ -49,23 +49,25 @@ class Members:
     layouts: tuple[str, ...]
 
 
-def candidate_layouts(leaves: list[Packed]) -> tuple[str, ...]:
+def candidate_layouts(leaves: list[Packed], zeros: bool = False) -> tuple[str, ...]:
     """The layouts that could hold the masks of all ``leaves``, which are of one kind: the present one first,
-    dense last. Sparse ones that would take no fewer bytes than dense are left out."""
+    dense among them. Sparse ones that would take no fewer bytes than dense are left out; ``zeros``: some
+    activations are zero, so columns is a candidate too."""
     one = leaves[0]
+    unmasked = ["columns", "dense"] if zeros and one.values_name != "int3" else ["dense"]
     if one.masks is None:  # nothing says which weights were pruned
-        return (one.layout,)
+        return tuple(dict.fromkeys([one.layout, *unmasked]))
     most = max(leaf.most_kept for leaf in leaves)
     others = ["bitmap", *([f"{most}:64"] if 0 < most < 64 else [])]
     mask = one.mask()
     room = packed_bytes(mask, one.value_type, "dense", one.group)
     smaller = [name for name in others if packed_bytes(mask, one.value_type, name, one.group) < room]
-    return tuple(dict.fromkeys([one.layout, *smaller, "dense"]))
+    return tuple(dict.fromkeys([one.layout, *smaller, *unmasked]))
 
 
-def group_leaves(named: Iterable[tuple[str, Packed, bool]]) -> dict[Kind, Members]:
+def group_leaves(named: Iterable[tuple[str, Packed, bool]], zeros: bool) -> dict[Kind, Members]:
     """Packed leaves by kind, in the order in which the kinds appear; ``named``: name, leaf, and whether it
-    belongs to the head."""
+    belongs to the head; ``zeros``: as :func:`candidate_layouts`."""
     found: dict[Kind, list[tuple[str, Packed]]] = {}
     for name, leaf, head in named:
         out, width = leaf.shape
@@ -77,7 +79,7 @@ def group_leaves(named: Iterable[tuple[str, Packed, bool]]) -> dict[Kind, Member
             names=tuple(name for name, _ in members),
             nbytes=sum(leaf.nbytes for _, leaf in members),
             sample=members[0][1],
-            layouts=candidate_layouts([leaf for _, leaf in members]),
+            layouts=candidate_layouts([leaf for _, leaf in members], zeros),
         )
         for kind, members in found.items()
     }
@@ -124,10 +126,16 @@ def _made_up(
 
 
 def leaves_of(
-    model: nn.Module, values: str | None, pattern: str | None, sparsity: float | None, group: int
+    model: nn.Module,
+    values: str | None,
+    pattern: str | None,
+    sparsity: float | None,
+    group: int,
+    zeros: bool = False,
 ) -> dict[Kind, Members]:
     """What a plan of ``model`` decides on: its packed leaves, or, where ``values`` are named, what its plain
-    layers would become. Raises EvaluationError where it is the one and the other was asked for."""
+    layers would become; ``zeros``: as :func:`candidate_layouts`. Raises EvaluationError
+    where it is the one and the other was asked for."""
     if values is None and (pattern is not None or sparsity is not None):
         raise EvaluationError("a pattern or sparsity is for models that are not packed yet: name values too")
     packed = list(packed_leaves(model))
@@ -141,4 +149,5 @@ def leaves_of(
             f"{type(model).__name__} is packed already, and its own values and masks are planned: leave "
             "values out"
         )
-    return group_leaves(packed if values is None else made_up_leaves(model, values, pattern, sparsity, group))
+    found = packed if values is None else made_up_leaves(model, values, pattern, sparsity, group)
+    return group_leaves(found, zeros)

@@ -27,8 +27,8 @@ class PlanRow:
     """Weights of one kind and what was measured of them.
 
     ``names``: the packed leaves, as modules of the model; ``nbytes``: of all of them as they are;
-    ``candidates``: the layouts to choose from, the present one first and dense last; ``reference``: torch's
-    bfloat16 linear; ``other_work``: cores that other processes kept busy during the measurement.
+    ``candidates``: the layouts to choose from, the present one first and dense among them; ``reference``:
+    torch's bfloat16 linear; ``other_work``: cores that other processes kept busy during the measurement.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class PlanRow:
     @property
     def dense(self) -> Times:
         """Dense, of the same values."""
-        return self.candidates[-1]
+        return next(times for times in self.candidates if times.form == "dense")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -77,7 +77,8 @@ class Plan:
     """What `plan` found. ``prompt``, ``decode``: the tokens of a prompt and those written after it, by which
     costs are weighed. ``working_set``: bytes of weights that the whole model reads for a token, as it is (of
     a plain model: the planned ones alone); ``read_gb_per_second``: the rate at which a plain sum reads so
-    many; ``call_seconds``: of a product whose weight is next to nothing."""
+    many; ``call_seconds``: of a product whose weight is next to nothing; ``zeros``: the share of activations
+    that are zero, None where nobody said."""
 
     rows: tuple[PlanRow, ...]
     prompt: int
@@ -86,6 +87,7 @@ class Plan:
     read_gb_per_second: float
     call_seconds: float
     machine: Machine
+    zeros: float | None = None
 
     @property
     def other_work(self) -> float:
@@ -118,6 +120,7 @@ class Plan:
             "past_cache": self.machine.past_cache(self.working_set),
             "read_gb_per_second": self.read_gb_per_second,
             "call_seconds": self.call_seconds,
+            "zeros": self.zeros,
             "rows": [row.to_dict() for row in self.rows],
             "totals": {name: asdict(total) for name, total in self.totals().items()},
         }
@@ -127,8 +130,8 @@ class Plan:
         their names and new layouts.
 
         Float values stay bit for bit and integer codes exactly, so integer products do not change. **Where
-        dense is chosen the mask is forgotten**: which weights were pruned cannot be told afterwards. Raises
-        ModelError where the plan is of another model, or of one that was not packed yet.
+        dense or columns is chosen the mask is forgotten**: which weights were pruned cannot be told
+        afterwards. Raises ModelError where the plan is of another model, or of one that was not packed yet.
         """
         wanted = {name: row for row in self.rows for name in row.names}
         found: dict[str, Packed] = {}
@@ -164,6 +167,7 @@ def plan(
     pattern: str | None = None,
     sparsity: float | None = None,
     group: int = 64,
+    zeros: float | None = None,
     threads: int | None = None,
     refresh: bool = False,
     progress: Progress = silent,
@@ -174,8 +178,10 @@ def plan(
     ``model``: one whose StructuredLinear modules hold packed weights (those of a sum or product count one by
     one); or a plain decoder, its parameters on the meta device or not, whose prunable layers would become
     ``values`` in ``pattern`` (None: dense) at ``sparsity`` in groups of ``group``: random weights are timed.
-    ``threads``: of PyTorch and the kernels; None leaves them. ``refresh``: measure what the cache of this
-    machine holds anew.
+    ``zeros``: the share of activations that will be zero, as the caller has seen or will make it (0.7: 70 %):
+    all is timed with so many, at random, and the layout columns, which leaves their weights unread, is a
+    candidate. ``threads``: of PyTorch and the kernels; None leaves them. ``refresh``: measure what the
+    cache of this machine holds anew.
 
     Costs within 2 % count as equal, and the fewest bytes win. Every weight counts once a token: in a mixture
     of experts, which reads few of them, look at the rows and not at the totals.
@@ -183,7 +189,9 @@ def plan(
     """
     if prompt < 0 or decode < 0 or prompt + decode == 0:
         raise EvaluationError(f"a plan is for some tokens, got a prompt of {prompt} and {decode} to write")
-    kinds = leaves_of(model, values, pattern, sparsity, group)
+    if zeros is not None and not 0 <= zeros <= 1:
+        raise EvaluationError(f"zeros are a share of the activations, from 0 to 1, got {zeros}")
+    kinds = leaves_of(model, values, pattern, sparsity, group, zeros is not None)
     nbytes = sum(members.nbytes for members in kinds.values())
     working_set = decode_bytes(model) if values is None else nbytes
     with use_threads(threads):
@@ -195,7 +203,7 @@ def plan(
         rows = []
         for index, (kind, members) in enumerate(kinds.items()):
             progress("plan", index, len(kinds))
-            rows.append(_row(kind, members, prompt, decode, working_set, cache))
+            rows.append(_row(kind, members, prompt, decode, working_set, cache, zeros))
         progress("plan", len(kinds), len(kinds))
     return Plan(
         rows=tuple(rows),
@@ -205,6 +213,7 @@ def plan(
         read_gb_per_second=read / 1e9,
         call_seconds=call,
         machine=machine,
+        zeros=zeros,
     )
 
 
@@ -216,7 +225,13 @@ def choose(candidates: Iterable[Times], decode: int) -> Times:
 
 
 def _row(
-    kind: Kind, members: Members, prompt: int, decode: int, working_set: int, cache: PlanCache
+    kind: Kind,
+    members: Members,
+    prompt: int,
+    decode: int,
+    working_set: int,
+    cache: PlanCache,
+    zeros: float | None,
 ) -> PlanRow:
     tokens = min(prompt, 1) if kind.head else prompt
     rows = min(tokens, PROMPT_ROWS)
@@ -225,11 +240,13 @@ def _row(
     name = (
         f"{kind}: {', '.join(members.layouts)}; {rows} rows; {min(copies, past_cache(sample.nbytes))} copies"
     )
+    if zeros is not None:
+        name += f"; {zeros} zeros"
     found = _measured(cache.get(name), members.layouts)
     if found is None:
         others = OtherWork()
         forms = [sample, *(sample.repack(layout) for layout in members.layouts[1:])]
-        times = time_forms(forms, rows, copies)
+        times = time_forms(forms, rows, copies, zeros or 0.0)
         found = times, others.cores()
         cache.put(name, {"times": [asdict(one) for one in times], "other_work": found[1]})
     scale = tokens / rows if rows else 0.0

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gossamer import kernels
 from gossamer.bench.machine import PAST_CACHE, last_level_cache
+from gossamer.kernels.native import native
 from gossamer.matrices import Packed
 
 SECONDS = 0.4  # of timing one kind at one number of rows
@@ -34,7 +35,8 @@ class Times:
     """Products with one form of a weight: a layout, or `TORCH`.
 
     ``nbytes``: of the weight; ``walked``: of all copies that were walked in turn; ``decode_seconds``: with
-    one row of activations; ``prompt_seconds``: with those of a prompt.
+    one row of activations; ``prompt_seconds``: with those of a prompt; ``read``: the share of the weight's
+    bytes that one row reads.
     """
 
     form: str
@@ -42,22 +44,24 @@ class Times:
     walked: int
     decode_seconds: float
     prompt_seconds: float
+    read: float = 1.0
 
     @property
     def gb_per_second(self) -> float:
-        """How fast a token's product reads the weight, in 1e9 bytes a second."""
-        return self.nbytes / self.decode_seconds / 1e9
+        """How fast a token's product reads what it reads of the weight, in 1e9 bytes a second."""
+        return self.read * self.nbytes / self.decode_seconds / 1e9
 
     def cost(self, decode: int) -> float:
         """Seconds of the prompt and ``decode`` tokens after it."""
         return self.prompt_seconds + decode * self.decode_seconds
 
 
-def time_forms(forms: Sequence[Packed], rows: int, copies: int) -> list[Times]:
+def time_forms(forms: Sequence[Packed], rows: int, copies: int, zeros: float = 0.0) -> list[Times]:
     """Times of ``forms``, packed forms of one weight, and of `TORCH` last, in turn in one run.
 
     ``rows``: of activations (bfloat16) in a prompt, 0 for none; ``copies``: how many weights like the first
-    form would make up the whole model. Raises KernelError where the native kernels are missing.
+    form would make up the whole model; ``zeros``: the share of activations that are zero, at random. Raises
+    KernelError where the native kernels are missing.
     """
     weight = forms[0].to_dense().bfloat16()
     names = [*(form.layout for form in forms), TORCH]
@@ -67,11 +71,29 @@ def time_forms(forms: Sequence[Packed], rows: int, copies: int) -> list[Times]:
     rivals = [_packed_copies(form, count) for form, count in zip(forms, counts, strict=False)]
     rivals.append(_plain_copies(weight, counts[-1]))
     with torch.inference_mode():
-        x = torch.randn(max(rows, 1), weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+        x = activations(max(rows, 1), weight.shape[1], zeros)
         decode = seconds_in_turn(rivals, x[:1], walk=True)
         prompt = seconds_in_turn(rivals, x, walk=False) if rows > 1 else [rows * one for one in decode]
     walked = [size * count for size, count in zip(sizes, counts, strict=True)]
-    return [Times(*times) for times in zip(names, sizes, walked, decode, prompt, strict=True)]
+    reads = [*(read_share(form, x[0]) for form in forms), 1.0]
+    return [Times(*times) for times in zip(names, sizes, walked, decode, prompt, reads, strict=True)]
+
+
+def activations(rows: int, width: int, zeros: float, seed: int = 0) -> Tensor:
+    """Random bfloat16 activations ``(rows, width)``, about the share ``zeros`` of each row zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    return (x * (torch.rand(x.shape, generator=generator) >= zeros)).bfloat16()
+
+
+def read_share(packed: Packed, row: Tensor) -> float:
+    """The share of a weight's bytes that its product with one row of activations ``(in,)`` reads: all, but
+    for the layout columns, which reads the values of inputs that are not zero where there are few of them."""
+    active = float((row != 0).double().mean())
+    if packed.layout != "columns" or active > native().most_active:
+        return 1.0
+    values = packed.tensors()["values"].nbytes
+    return (active * values + packed.nbytes - values) / packed.nbytes
 
 
 def past_cache(nbytes: int) -> int:

@@ -44,6 +44,10 @@ def bench(
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", help="With --values: of a pattern without its own.")
     ] = None,
+    zeros: Annotated[
+        float | None,
+        typer.Option("--zeros", help="With --plan: the share of activations that are zero, such as 0.7."),
+    ] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="With --plan: measure anew what this machine's cache holds.")
     ] = False,
@@ -55,11 +59,11 @@ def bench(
     if plan:
         if len(models) != 1:
             raise EvaluationError(f"--plan is of one model, got {len(models)}: name one")
-        chosen = {"values": values, "pattern": pattern, "sparsity": sparsity}
+        chosen = {"values": values, "pattern": pattern, "sparsity": sparsity, "zeros": zeros}
         _plan(models[0], as_json, prompt=prompt, decode=decode, threads=threads, refresh=refresh, **chosen)
         return
-    if refresh or any(given is not None for given in (values, pattern, sparsity)):
-        raise EvaluationError("--values, --pattern, --sparsity and --refresh are for --plan: add it")
+    if refresh or any(given is not None for given in (values, pattern, sparsity, zeros)):
+        raise EvaluationError("--values, --pattern, --sparsity, --zeros and --refresh are for --plan: add it")
     from gossamer.recipes.measure import speed
 
     with progress() as report:
