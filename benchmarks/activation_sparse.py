@@ -163,9 +163,9 @@ def main() -> None:
     cache = facts.cache_bytes or 0
     past = "past" if own > PAST_CACHE * cache else "NOT past"
     print(
-        f"{facts.cpu}, {facts.isa}, last-level cache {cache >> 20} MiB, {args.own_mib} MiB of weights in each\n"
-        f"layout ({past} four times the cache), {args.rows} row(s); the gate: columns leaves out zeros where\n"
-        f"at most {100 * native().most_active:.0f} % of the inputs are not zero"
+        f"{facts.cpu}, {facts.isa}, last-level cache {cache >> 20} MiB, {args.own_mib} MiB of weights in\n"
+        f"each layout ({past} four times the cache), {args.rows} row(s); the gate: columns leaves out\n"
+        f"zeros where at most {100 * native().most_active:.0f} % of the inputs are not zero"
     )
     for values in args.values:
         for text in args.shapes:

@@ -15,7 +15,8 @@
 // without a code other than zero would add zero: so results have the bits of the dense layout's.
 //
 // Rows are multiplied one after the other, by as many groups as stay in a cache together; sums wait in
-// `scratch` in between. A row's result does not depend on the others.
+// `scratch` in between. Many rows of codes meet all inputs, interleaved once for all of them, which gives the
+// same bits. A row's result does not depend on the others.
 #include "packed.h"
 #include "simd.h"
 
@@ -25,6 +26,9 @@ namespace {
 constexpr int64_t kBlockBytes = 32 << 10;       // of weights, that all rows meet before the next
 constexpr int64_t kAheadBytes = 8 << 10;        // of weights, between prefetching and multiplying them
 constexpr int kScalesAhead = 4 * kColumnPanel;  // scales, likewise
+constexpr int64_t kFewRows = 16;                // prefetch what they read; more find it in a cache
+constexpr int64_t kSingleRows = 8;              // more rows of codes are multiplied together,
+constexpr double kMostListed = 0.25;            // unless they read less than this share of the inputs
 constexpr int kInputs = 16;                     // whose outputs are read side by side
 constexpr int kUnits = kColumnPanel / 128;      // of a panel; the last one may have fewer
 
@@ -47,10 +51,9 @@ struct List {
                 count += list_active(x + i, int32_t(first) + i, inputs + count, values + count);
                 continue;
             }
-            for (int j = 0; j < 16; j++, count++) {
-                inputs[count] = int32_t(first) + i + j;
-                values[count] = x[i + j];
-            }
+            for (int j = 0; j < 16; j++) inputs[count + j] = int32_t(first) + i + j;
+            __builtin_memcpy(values + count, x + i, 16 * sizeof(T));
+            count += 16;
         }
     }
 
@@ -124,8 +127,9 @@ struct Piece {
     int units;               // of 128 outputs
 };
 
-// One row of activations, and what of it is not zero.
+// One row of activations, and what of it is read.
 struct Row {
+    const uint8_t* codes;  // [group] (x.step)
     const int32_t* inputs;
     const void* values;
     const int32_t* ends;
@@ -138,7 +142,8 @@ GOSSAMER_INLINE Row row_of(const Packed& w, const Activations& x, int64_t row) {
     const Place place = place_of(x, w.groups, row);
     const int64_t at = row * active_room(w.groups), row_of_block = row % kMaxRowBlock;
     const int size = w.values >= kInt8 ? 1 : 4;
-    return {x.active.inputs + at,
+    return {(const uint8_t*)x.codes + kGroup * place.first * element_bytes(w.values),
+            x.active.inputs + at,
             (const uint8_t*)x.active.values + size * at,
             x.active.ends + row * w.groups * w.parts,
             x.scales + place.first,
@@ -146,7 +151,8 @@ GOSSAMER_INLINE Row row_of(const Packed& w, const Activations& x, int64_t row) {
             place.step};
 }
 
-// Prefetches a row's inputs, line by line, kAheadBytes before they are multiplied.
+// Prefetches a row's inputs, line by line, kAheadBytes before they are multiplied; not kOn: nothing.
+template <bool kOn>
 struct Ahead {
     const uint8_t* values;
     int64_t stride;
@@ -164,6 +170,7 @@ struct Ahead {
     }
 
     GOSSAMER_INLINE void fetch(int some) {
+        if (!kOn) return;
         for (int i = 0; i < some; i++) {
             __builtin_prefetch(values + *inputs * stride + 64 * line);
             if (++line == lines) line = 0, inputs++;
@@ -174,33 +181,50 @@ struct Ahead {
 template <int V>
 struct Ints128 {
     static constexpr int kBytes = V == kInt4 ? 64 : 128;
+    static constexpr bool kSweeps = true;
+    static constexpr int kExpanded = 512;                   // bytes of four inputs, a byte a code
+    static constexpr int kRows = kRegisters == 32 ? 2 : 1;  // that meet expanded codes together
+
+    // Four inputs as steps: register r has outputs 16 r .. 16 r + 15.
+    static GOSSAMER_INLINE void quad(const uint8_t* values, const int64_t (&at)[4], Bytes (&steps)[8]) {
+        GOSSAMER_UNROLL(2)
+        for (int n = 0; n < kBytes; n += 64) {
+            Bytes mixed[4];
+            interleave(load(values + at[0] + n), load(values + at[1] + n), load(values + at[2] + n),
+                       load(values + at[3] + n), mixed);
+            GOSSAMER_UNROLL(4)
+            for (int r = 0; r < 4; r++) {
+                steps[n / 16 + r] = V == kInt4 ? low_nibbles(mixed[r]) : mixed[r];
+                if (V == kInt4) steps[4 + r] = high_nibbles(mixed[r]);
+            }
+        }
+    }
 
     // Four inputs, from `at` of the list on.
     static GOSSAMER_INLINE void add_quad(const uint8_t* values, int64_t stride, const Row& row, int64_t at,
                                          Ints (&sum)[8]) {
         const int32_t* inputs = row.inputs + at;
-        const int8_t* codes = (const int8_t*)row.values + at;
-        GOSSAMER_UNROLL(2)
-        for (int n = 0; n < kBytes; n += 64) {
-            Bytes steps[4];
-            interleave(load(values + inputs[0] * stride + n), load(values + inputs[1] * stride + n),
-                       load(values + inputs[2] * stride + n), load(values + inputs[3] * stride + n), steps);
-            GOSSAMER_UNROLL(4)
-            for (int r = 0; r < 4; r++) {
-                if (V == kInt4) {
-                    sum[r] = dot8<false>(sum[r], low_nibbles(steps[r]), codes);
-                    sum[4 + r] = dot8<false>(sum[4 + r], high_nibbles(steps[r]), codes);
-                } else {
-                    sum[n / 16 + r] = dot8<true>(sum[n / 16 + r], steps[r], codes);
-                }
-            }
+        Bytes steps[8];
+        quad(values, {inputs[0] * stride, inputs[1] * stride, inputs[2] * stride, inputs[3] * stride}, steps);
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < 8; r++)
+            sum[r] = dot8<V == kInt8>(sum[r], steps[r], (const int8_t*)row.values + at);
+    }
+
+    // Sums of one part of a group times their scales, added to y.
+    static GOSSAMER_INLINE void scale(const Ints (&sum)[8], const uint16_t* scales, float scale_x, float* y) {
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < 8; r++) {
+            const Floats scale = mul(load_halves(scales + 16 * r), floats(scale_x));
+            store_floats(y + 16 * r, mul_add(scale, to_floats(sum[r]), load_floats(y + 16 * r, 16)), 16);
         }
     }
 
     // Entries [begin, end) of the list, of one part of a group, added to `sums`: some inputs at a time, of
     // which all outputs are read.
+    template <bool kOn>
     static GOSSAMER_INLINE void add_part(const Piece& piece, const Row& row, int64_t begin, int64_t end,
-                                         Ahead& ahead, Ints (&sums)[kUnits][8]) {
+                                         Ahead<kOn>& ahead, Ints (&sums)[kUnits][8]) {
         for (int64_t from = begin; from < end; from += kInputs) {
             const int64_t to = from + kInputs < end ? from + kInputs : end;
             for (int unit = 0; unit < piece.units; unit++) {
@@ -217,10 +241,11 @@ struct Ints128 {
         }
     }
 
+    template <bool kOn>
     static GOSSAMER_INLINE void add(const Packed& w, const Piece& piece, const Row& row, int64_t begin,
                                     int64_t end, float* y) {
         int64_t first = begin ? row.ends[begin * w.parts - 1] : 0;
-        Ahead ahead(piece, row.inputs, first, kBytes);
+        Ahead<kOn> ahead(piece, row.inputs, first, kBytes);
         for (int64_t g = begin; g < end; g++) {
             const int32_t* ends = row.ends + g * w.parts;
             const float scale_x = row.scales[g * row.step];
@@ -237,22 +262,79 @@ struct Ints128 {
                 for (int unit = 0; unit < piece.units; unit++) {
                     for (int i = 0; i < 128; i += 32)
                         __builtin_prefetch(scales + kScalesAhead + 128 * unit + i);
-                    GOSSAMER_UNROLL(8)
-                    for (int r = 0; r < 8; r++) {
-                        const int o = 128 * unit + 16 * r;
-                        const Floats scale = mul(load_halves(scales + o), floats(scale_x));
-                        store_floats(y + o, mul_add(scale, to_floats(sums[unit][r]), load_floats(y + o, 16)),
-                                     16);
-                    }
+                    scale(sums[unit], scales + 128 * unit, scale_x, y + 128 * unit);
                 }
             }
         }
+    }
+
+    // Groups [begin, end) of one unit, all inputs in order.
+    static void expand(const Piece& piece, int unit, int64_t begin, int64_t end, uint8_t* to) {
+        const int64_t stride = piece.stride;
+        for (int64_t i = kGroup * begin; i < kGroup * end; i += 4, to += kExpanded) {
+            Bytes steps[8];
+            quad(piece.values + unit * kBytes + i * stride, {0, stride, 2 * stride, 3 * stride}, steps);
+            GOSSAMER_UNROLL(8)
+            for (int r = 0; r < 8; r++) store(to + 64 * r, steps[r]);
+        }
+    }
+
+    // The same groups, expanded, for R rows whose sums lie kColumnPanel floats apart.
+    template <int R>
+    static __attribute__((noinline)) void add_expanded(const Packed& w, const Piece& piece, int unit,
+                                                       const Row* rows, int64_t begin, int64_t end,
+                                                       const uint8_t* steps, float* y) {
+        const int quads = kSteps / w.parts;
+        for (int64_t part = begin * w.parts; part < end * w.parts; part++) {
+            const int64_t g = part / w.parts, first = part % w.parts * (kGroup / w.parts);
+            Ints sum[R][8];
+            const int8_t* codes[R];
+            GOSSAMER_UNROLL(2)
+            for (int n = 0; n < R; n++) {
+                codes[n] = (const int8_t*)rows[n].codes + kGroup * g * rows[n].step + first;
+                GOSSAMER_UNROLL(8)
+                for (int r = 0; r < 8; r++) sum[n][r] = ints(rows[n].negatives[part * rows[n].step]);
+            }
+            for (int q = 0; q < quads; q++, steps += kExpanded) {
+                GOSSAMER_UNROLL(8)
+                for (int r = 0; r < 8; r++) {
+                    const Bytes weights = load(steps + 64 * r);
+                    GOSSAMER_UNROLL(2)
+                    for (int n = 0; n < R; n++)
+                        sum[n][r] = dot8<V == kInt8>(sum[n][r], weights, codes[n] + 4 * q);
+                }
+            }
+            for (int n = 0; n < R; n++)
+                scale(sum[n], piece.scales + part * piece.width + 128 * unit,
+                      rows[n].scales[g * rows[n].step], y + n * kColumnPanel + 128 * unit);
+        }
+    }
+
+    // Many rows, on all inputs.
+    static void sweep(const Packed& w, const Piece& piece, const Activations& x, float* sums,
+                      uint8_t* steps) {
+        for (int64_t g = 0; g < w.groups; g += kColumnSpan)
+            for (int unit = 0; unit < piece.units; unit++) {
+                const int64_t end = g + kColumnSpan < w.groups ? g + kColumnSpan : w.groups;
+                expand(piece, unit, g, end, steps);
+                int64_t row = 0;
+                for (; row + kRows <= x.rows; row += kRows) {
+                    Row rows[kRows];
+                    for (int n = 0; n < kRows; n++) rows[n] = row_of(w, x, row + n);
+                    add_expanded<kRows>(w, piece, unit, rows, g, end, steps, sums + row * kColumnPanel);
+                }
+                for (; row < x.rows; row++) {
+                    const Row one = row_of(w, x, row);
+                    add_expanded<1>(w, piece, unit, &one, g, end, steps, sums + row * kColumnPanel);
+                }
+            }
     }
 };
 
 template <int V>
 struct Floats128 {
     static constexpr int kBytes = V == kBFloat16 ? 256 : 512;
+    static constexpr bool kSweeps = false;
 
     static GOSSAMER_INLINE void add_input(const uint8_t* values, Floats x, Floats (&sum)[8]) {
         GOSSAMER_UNROLL(8)
@@ -267,10 +349,11 @@ struct Floats128 {
         }
     }
 
+    template <bool kOn>
     static GOSSAMER_INLINE void add(const Packed&, const Piece& piece, const Row& row, int64_t begin,
                                     int64_t end, float* y) {
         const int64_t first = begin ? row.ends[begin - 1] : 0, last = row.ends[end - 1];
-        Ahead ahead(piece, row.inputs, first, kBytes);
+        Ahead<kOn> ahead(piece, row.inputs, first, kBytes);
         for (int64_t from = first; from < last; from += kInputs) {
             const int64_t to = from + kInputs < last ? from + kInputs : last;
             for (int unit = 0; unit < piece.units; unit++) {
@@ -302,6 +385,14 @@ void write(const Packed& w, const float* sums, int64_t row, int64_t output, int 
     }
 }
 
+// Inputs that are read, of all rows together.
+double listed(const Packed& w, const Activations& x) {
+    const int64_t parts = w.groups * w.parts;
+    double sum = 0;
+    for (int64_t row = 1; row <= x.rows; row++) sum += x.active.ends[row * parts - 1];
+    return sum;
+}
+
 template <class Kernel>
 void multiply_values(const Packed& w, const Activations& x, void* y, int dtype, int64_t begin, int64_t end,
                      float* scratch) {
@@ -311,15 +402,26 @@ void multiply_values(const Packed& w, const Activations& x, void* y, int dtype, 
         const int64_t of_panel = all - panel < kUnits ? all - panel : kUnits;
         const int64_t to = end - panel < of_panel ? end : panel + of_panel, before = begin - panel;
         const Piece piece{w.data + (panel * inputs + before) * Kernel::kBytes, of_panel * Kernel::kBytes,
-                          w.scales + (panel * w.groups * w.parts + before) * 128, of_panel * 128,
-                          int(to - begin)};
+                          w.scales ? w.scales + (panel * w.groups * w.parts + before) * 128 : nullptr,
+                          of_panel * 128, int(to - begin)};
         const int64_t bytes = kGroup * piece.units * Kernel::kBytes;  // of a group
         const int64_t step = bytes < kBlockBytes ? kBlockBytes / bytes : 1;
         for (int64_t i = 0; i < x.rows * kColumnPanel; i += 16) store_floats(scratch + i, floats(0), 16);
-        for (int64_t g = 0; g < w.groups; g += step)
-            for (int64_t row = 0; row < x.rows; row++)
-                Kernel::add(w, piece, row_of(w, x, row), g, g + step < w.groups ? g + step : w.groups,
-                            scratch + row * kColumnPanel);
+        bool swept = false;
+        if constexpr (Kernel::kSweeps) {
+            swept = x.rows > kSingleRows && listed(w, x) > kMostListed * double(x.rows * inputs);
+            if (swept) Kernel::sweep(w, piece, x, scratch, (uint8_t*)(scratch + x.padded * kColumnPanel));
+        }
+        for (int64_t g = 0; g < w.groups && !swept; g += step) {
+            const int64_t last = g + step < w.groups ? g + step : w.groups;
+            for (int64_t row = 0; row < x.rows; row++) {
+                float* sums = scratch + row * kColumnPanel;
+                if (x.rows <= kFewRows)
+                    Kernel::template add<true>(w, piece, row_of(w, x, row), g, last, sums);
+                else
+                    Kernel::template add<false>(w, piece, row_of(w, x, row), g, last, sums);
+            }
+        }
         for (int64_t row = 0; row < x.rows; row++)
             write(w, scratch + row * kColumnPanel, row, 128 * begin, piece.units, y, dtype);
         begin = to;

@@ -35,6 +35,7 @@ constexpr int kPrefetch = 4096;
 constexpr int kColumnPanel = 256;
 constexpr int kColumnUnit = 128 / kPanel;  // in panels of 16
 constexpr int kAhead = 128;                // most inputs ahead that are prefetched
+constexpr int kColumnSpan = 4;             // groups that many rows meet expanded: 32 KiB of 128 outputs
 
 // The gate: of a row with more than this share of inputs that are not zero, all are read. Memory gives what
 // lies in a row about twice as fast as what lies scattered; measured on a Zen 5
@@ -128,7 +129,7 @@ static inline int64_t span_groups(const Packed& w) {
 
 // Bytes that a thread needs to multiply `padded` rows: one expanded span, and sums of all rows between spans.
 static inline int64_t scratch_bytes(const Packed& w, int64_t padded) {
-    if (w.layout == kColumns) return padded * kColumnPanel * 4;
+    if (w.layout == kColumns) return padded * kColumnPanel * 4 + kColumnSpan * kGroup * 128;
     int64_t sums = element_bytes(w.values) * kPanel * 4;
     return span_groups(w) * kWeights * element_bytes(w.values) + padded * sums;
 }
