@@ -62,8 +62,8 @@ def any_weight(layout: str, values: str, group: int, out: int, cols: int, rng: n
 
 
 def any_rows(rows: int, cols: int, rng: np.random.Generator) -> Tensor:
-    """float32 activations ``(rows, cols)``: each row of usual, tied, tiny, huge, few or no numbers, one with an
-    infinity or a NaN now and then."""
+    """float32 activations ``(rows, cols)``: each row of usual, tied, tiny, huge, few or no numbers, one
+    with an infinity or a NaN now and then."""
     x = rng.standard_normal((rows, cols))
     for row in x:
         kind = rng.integers(12)
@@ -104,7 +104,8 @@ def exact(w: Weight, x: Tensor, isa: str) -> tuple[Tensor, Tensor]:
     terms, one a scale. A kernel rounds each scale product, each term, and each addition but the first: by the
     usual bound for sums ``(n + 2) * 2**-24`` of the terms' magnitudes, whatever way the roundings point.
     Float values: n products that round (bfloat16's fit float32) in chains of at most n / 2, met by at most
-    two more additions: ``n / 2 + 4``; in the layout columns in one chain of n. Infinite and NaN activations meet the zeros of pruned weights, but not
+    two more additions: ``n / 2 + 4``; in the layout columns in one chain of n.
+    Infinite and NaN activations meet the zeros of pruned weights, but not
     those that the layout skips.
     """
     rows, cols = x.shape

@@ -21,9 +21,21 @@ void plant(int number) { planted_fault = number; }
 void multiply(int64_t out, int64_t in, int layout, int values, int keep, int parts, const uint8_t* data,
               int64_t data_bytes, const uint64_t* masks, const uint16_t* scales, const int64_t* offsets,
               const void* x, int64_t rows, int dtype, void* y) {
-    const gossamer::Packed w{out,   in,   gossamer::panels_of(layout, out),   (in + 63) / 64, layout, values, keep,
-                             parts, data, data + data_bytes, masks,          scales, offsets};
-    const gossamer::Tier tier{"planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float), &GOSSAMER_EXPORT(columns), true};
+    const gossamer::Packed w{out,
+                             in,
+                             gossamer::panels_of(layout, out),
+                             (in + 63) / 64,
+                             layout,
+                             values,
+                             keep,
+                             parts,
+                             data,
+                             data + data_bytes,
+                             masks,
+                             scales,
+                             offsets};
+    const gossamer::Tier tier{"planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float),
+                              &GOSSAMER_EXPORT(columns), true};
     gossamer::matmul(w, tier, x, rows, dtype, y, 1);
 }
 }

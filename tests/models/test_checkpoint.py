@@ -74,6 +74,23 @@ def test_all_formats_load_as_they_were_packed(made):
     assert out.shape == (1, 12)
 
 
+def test_columns_load_as_they_were_packed(tmp_path):
+    formats = [(values, "columns") for values in ("int4", "int8", "bfloat16", "float32")]
+    folder, _, matrices = tiny_checkpoint(tmp_path, formats=formats)
+    loaded = load_checkpoint(folder)
+    layouts = set()
+    for name, matrix in matrices.items():
+        again = loaded.get_submodule(name.removesuffix(".weight")).matrix
+        layouts.add(again.layout)
+        assert again.describe() == matrix.describe()
+        assert torch.equal(again.to_dense(), matrix.to_dense())
+        x = torch.randn(2, matrix.shape[1]) * (torch.rand(2, matrix.shape[1]) < 0.3)
+        assert torch.equal(again.matmul(x), matrix.matmul(x))
+    assert layouts == {"columns", "dense"}  # dense: the embeddings
+    with torch.no_grad():
+        assert loaded(tiny_tokens()).logits.isfinite().all()
+
+
 def test_packed_tensors_are_mapped_not_copied(made):
     loaded = load_checkpoint(made[0])
     matrix = loaded.model.layers[0].self_attn.q_proj.matrix
