@@ -29,7 +29,7 @@ from gossamer.kernels.native import native
 from gossamer.matrices import Packed, Quantized, value_type
 
 SHAPES = ("2048x2048", "8192x2048", "2048x8192")  # layers of Llama-3.2-1B
-ZEROS = (0.0, 0.25, 0.5, 0.7, 0.9, 0.95)
+ZEROS = (0.0, 0.25, 0.5, 0.55, 0.6, 0.7, 0.9, 0.95)
 INPUTS = 16  # different rows of activations, taken in turn
 
 
