@@ -89,8 +89,20 @@ def test_a_plain_model_needs_values(model: Path, checkpoint: Path) -> None:
     refused(run("bench", checkpoint, "--plan", "--values", "int4"), "packed already")
 
 
+def test_zeros_offer_columns(model: Path) -> None:
+    arguments = ("bench", model, "--plan", "--values", "int4", "--json")
+    for more, layouts in (((), ["dense"]), (("--zeros", "0.7"), ["dense", "columns"])):
+        done = run(*arguments, *more)
+        assert done.code == 0, done.err
+        measured = done.document["rows"][0]["measured"]
+        assert [form["form"] for form in measured] == [*layouts, TORCH]
+        assert done.document["zeros"] == (0.7 if more else None)
+
+
 def test_options_that_do_not_go_together(model: Path, checkpoint: Path) -> None:
     refused(run("bench", model, checkpoint, "--plan"), "one model", "2")
-    for option in (("--refresh",), ("--values", "int4"), ("--pattern", "2:4"), ("--sparsity", "0.5")):
+    for option in (("--values", "int4"), ("--pattern", "2:4"), ("--sparsity", "0.5"), ("--zeros", "0.5")):
         refused(run("bench", model, *option), "--plan")
+    refused(run("bench", model, "--refresh"), "--plan")
+    refused(run("bench", checkpoint, "--plan", "--zeros", "70"), "from 0 to 1", "70")
     refused(run("bench", model, "--plan", "--values", "int5"), "int5")
