@@ -12,7 +12,8 @@
 namespace gossamer {
 namespace {
 
-constexpr int64_t kChunkBytes = 512 << 10;  // activations of a chunk of rows: they should stay in L2
+constexpr int64_t kChunkBytes =
+    8 << 20;  // activations of a chunk of rows: weights are expanded once for each
 constexpr int64_t kAloneBytes = 200 << 10;  // one thread reads these before others could start
 
 // Memory that a calling thread keeps between calls.

@@ -51,38 +51,58 @@ struct FloatKernel {
     static constexpr int kValues = V;
     static constexpr int kSums = kPieces<V> / kSteps;
     static constexpr int kRowBlock = kRegisters / 2 / kSums;
+    static constexpr int kSweepPanels = kRegisters == 32 && V == kBFloat16 ? 2 : 1;
+    static constexpr int sweep_rows(int panels) { return kRowBlock / panels; }
+
+    template <int Q, int R, class Reader>
+    static GOSSAMER_INLINE void add(Reader (&readers)[Q], const Packed& w, const Activations& x, int64_t,
+                                    int64_t row, int64_t begin, int64_t end, Floats (&sums)[Q][R][kSums]) {
+        using T = typename Activation<V>::type;
+        const Place place = place_of(x, w.groups, row);
+        const T* codes = (const T*)x.codes + kGroup * (place.first + begin * place.step);
+        if constexpr (Reader::kListed) {  // one loop over all groups: none of its own to end at a surprising
+                                          // step
+            const StepList& list = *readers[0].list;
+            for (int32_t n = 0; n < list.count; n++) {
+                const int64_t g = list.at[n] / kSteps, s = list.at[n] % kSteps;
+                GOSSAMER_UNROLL(2)
+                for (int q = 0; q < Q; q++) {
+                    GOSSAMER_UNROLL(4)
+                    for (int i = 0; i < kSums; i++)
+                        meet<R>(readers[q].take(), codes + kGroup * place.step * g + 4 * s, i, sums[q]);
+                }
+            }
+            return;
+        }
+        for (int64_t g = begin; g < end; g++) {
+            GOSSAMER_UNROLL(2)
+            for (int q = 0; q < Q; q++) readers[q].next();
+            if constexpr (Reader::kBySteps) {
+                for (uint32_t kept = readers[0].steps(); kept; kept &= kept - 1) {
+                    GOSSAMER_UNROLL(4)
+                    for (int i = 0; i < kSums; i++)
+                        meet<R>(readers[0].take(), codes + 4 * __builtin_ctz(kept), i, sums[0]);
+                }
+            } else {
+                GOSSAMER_UNROLL(16)
+                for (int s = 0; s < kSteps; s++) {
+                    GOSSAMER_UNROLL(2)
+                    for (int q = 0; q < Q; q++) {
+                        GOSSAMER_UNROLL(4)
+                        for (int i = 0; i < kSums; i++)
+                            meet<R>(readers[q].piece(kSums * s + i), codes + 4 * s, i, sums[q]);
+                    }
+                }
+            }
+            codes += kGroup * place.step;
+        }
+    }
 
     // One piece of a step, its activations at `codes`, for R rows.
     template <int R, class T>
     static GOSSAMER_INLINE void meet(Bytes weights, const T* codes, int i, Floats (&sums)[R][kSums]) {
         GOSSAMER_UNROLL(8)
         for (int r = 0; r < R; r++) sums[r][i] = dot(sums[r][i], weights, codes + kGroup * r);
-    }
-
-    template <int R, class Reader>
-    static GOSSAMER_INLINE void add(Reader& reader, const Packed& w, const Activations& x, int64_t,
-                                    int64_t row, int64_t begin, int64_t end, Floats (&sums)[R][kSums]) {
-        using T = typename Activation<V>::type;
-        const Place place = place_of(x, w.groups, row);
-        const T* codes = (const T*)x.codes + kGroup * (place.first + begin * place.step);
-        for (int64_t g = begin; g < end; g++) {
-            reader.next();
-            if constexpr (Reader::kBySteps) {
-                for (uint32_t kept = reader.steps(); kept; kept &= kept - 1) {
-                    GOSSAMER_UNROLL(4)
-                    for (int i = 0; i < kSums; i++)
-                        meet<R>(reader.take(), codes + 4 * __builtin_ctz(kept), i, sums);
-                }
-            } else {
-                GOSSAMER_UNROLL(16)
-                for (int s = 0; s < kSteps; s++) {
-                    GOSSAMER_UNROLL(4)
-                    for (int i = 0; i < kSums; i++)
-                        meet<R>(reader.piece(kSums * s + i), codes + 4 * s, i, sums);
-                }
-            }
-            codes += kGroup * place.step;
-        }
     }
 
     static GOSSAMER_INLINE Floats result(const Floats (&sums)[kSums]) {

@@ -58,6 +58,8 @@ struct IntKernel {
     static constexpr int kValues = V;
     static constexpr int kRowBlock = kRegisters == 32 ? 8 : 4;
     static constexpr int kSums = 1;
+    static constexpr int kSweepPanels = kRegisters == 32 ? 2 : 1;
+    static constexpr int sweep_rows(int) { return kRowBlock; }
 
     static constexpr int kHalf = kSteps / 2;  // a scale of 32 inputs
 
@@ -74,26 +76,30 @@ struct IntKernel {
         }
     }
 
-    template <int R, class Reader>
-    static GOSSAMER_INLINE void add(Reader& reader, const Packed& w, const Activations& x, int64_t panel,
-                                    int64_t row, int64_t begin, int64_t end, Floats (&y)[R][1]) {
-        constexpr int kChains = R >= 4 ? 1 : 4 / R;  // independent sums hide the latency of dot products
+    template <int Q, int R, class Reader>
+    static GOSSAMER_INLINE void add(Reader (&readers)[Q], const Packed& w, const Activations& x,
+                                    int64_t panel, int64_t row, int64_t begin, int64_t end,
+                                    Floats (&y)[Q][R][1]) {
+        constexpr int kChains = Q * R >= 4 ? 1 : 4 / R;  // independent sums hide the latency of dot products
         const Place place = place_of(x, w.groups, row);
         const int64_t row_of_block = row % kMaxRowBlock, at = place.first + begin * place.step;
         const uint16_t* scales = w.scales + (panel * w.groups + begin) * w.parts * kPanel;
+        const int64_t panel_scales = w.groups * w.parts * kPanel;  // from one panel's scales to the next's
         const int8_t* codes = (const int8_t*)x.codes + kGroup * at;
         const float* scales_x = x.scales + at;
         const int32_t* negatives = x.negatives + (at - row_of_block) * negatives_of(w) + row_of_block;
         for (int64_t g = begin; g < end; g++) {
-            reader.next();
-            Ints sum[R][kChains];
+            GOSSAMER_UNROLL(2)
+            for (int q = 0; q < Q; q++) readers[q].next();
+            Ints sum[Q][R][kChains];
             if constexpr (Reader::kBySteps) {
                 for (int part = 0; part < w.parts; part++, scales += kPanel) {
-                    uint32_t kept = reader.steps();
+                    uint32_t kept = readers[0].steps();
                     if (w.parts == 2) kept &= part ? 0xff00 : 0x00ff;
                     if (!kept) continue;
-                    add_steps<R>(reader, kept, codes, negatives, place.step, sum);
-                    scale(sum, scales, scales_x, y);
+                    add_steps(readers, kept, codes, negatives, place.step, sum);
+                    GOSSAMER_UNROLL(2)
+                    for (int q = 0; q < Q; q++) scale(sum[q], scales + q * panel_scales, scales_x, y[q]);
                 }
                 negatives += kSteps * place.step;
             } else {
@@ -102,23 +108,30 @@ struct IntKernel {
                     if (half == 0 || w.parts == 2) {
                         GOSSAMER_UNROLL(8)
                         for (int r = 0; r < R; r++) {
-                            sum[r][0] = ints(negatives[r]);
-                            GOSSAMER_UNROLL(4)
-                            for (int c = 1; c < kChains; c++) sum[r][c] = ints(0);
+                            GOSSAMER_UNROLL(2)
+                            for (int q = 0; q < Q; q++) {
+                                sum[q][r][0] = ints(negatives[r]);
+                                GOSSAMER_UNROLL(4)
+                                for (int c = 1; c < kChains; c++) sum[q][r][c] = ints(0);
+                            }
                         }
                         negatives += place.step;
                     }
                     GOSSAMER_UNROLL(8)
                     for (int i = 0; i < kHalf; i++) {
                         int s = kHalf * half + i;
-                        Bytes weights = reader.piece(s);
-                        GOSSAMER_UNROLL(8)
-                        for (int r = 0; r < R; r++)
-                            sum[r][s % kChains] =
-                                dot8<V == kInt8>(sum[r][s % kChains], weights, codes + kGroup * r + 4 * s);
+                        GOSSAMER_UNROLL(2)
+                        for (int q = 0; q < Q; q++) {
+                            Bytes weights = readers[q].piece(s);
+                            GOSSAMER_UNROLL(8)
+                            for (int r = 0; r < R; r++)
+                                sum[q][r][s % kChains] = dot8<V == kInt8>(sum[q][r][s % kChains], weights,
+                                                                          codes + kGroup * r + 4 * s);
+                        }
                     }
                     if (half == 1 || w.parts == 2) {
-                        scale(sum, scales, scales_x, y);
+                        GOSSAMER_UNROLL(2)
+                        for (int q = 0; q < Q; q++) scale(sum[q], scales + q * panel_scales, scales_x, y[q]);
                         scales += kPanel;
                     }
                 }
@@ -128,15 +141,18 @@ struct IntKernel {
         }
     }
 
-    // The steps `kept` of a panel-group; `negatives` has kSteps entries of `stride` rows.
-    template <int R, int C, class Reader>
-    static GOSSAMER_INLINE void add_steps(Reader& reader, uint32_t kept, const int8_t* codes,
-                                          const int32_t* negatives, int64_t stride, Ints (&sum)[R][C]) {
-        int32_t negative[R] = {};
-        GOSSAMER_UNROLL(8)
-        for (int r = 0; r < R; r++) {
-            GOSSAMER_UNROLL(4)
-            for (int c = 0; c < C; c++) sum[r][c] = ints(0);
+    // The steps `kept` of a group in Q panels; `negatives` has kSteps entries of `stride` rows.
+    template <int Q, int R, int C, class Reader>
+    static GOSSAMER_INLINE void add_steps(Reader (&readers)[Q], uint32_t kept, const int8_t* codes,
+                                          const int32_t* negatives, int64_t stride, Ints (&sum)[Q][R][C]) {
+        Ints negative = ints(0);  // lane r: of row r
+        GOSSAMER_UNROLL(2)
+        for (int q = 0; q < Q; q++) {
+            GOSSAMER_UNROLL(8)
+            for (int r = 0; r < R; r++) {
+                GOSSAMER_UNROLL(4)
+                for (int c = 0; c < C; c++) sum[q][r][c] = ints(0);
+            }
         }
         while (kept) {
             GOSSAMER_UNROLL(4)
@@ -144,16 +160,23 @@ struct IntKernel {
                 if (c > 0 && !kept) break;
                 const int s = __builtin_ctz(kept);
                 kept &= kept - 1;
-                Bytes weights = reader.take();
-                GOSSAMER_UNROLL(8)
-                for (int r = 0; r < R; r++) {
-                    sum[r][c] = dot8<V == kInt8>(sum[r][c], weights, codes + kGroup * r + 4 * s);
-                    negative[r] += negatives[s * stride + r];
+                GOSSAMER_UNROLL(2)
+                for (int q = 0; q < Q; q++) {
+                    Bytes weights = readers[q].take();
+                    GOSSAMER_UNROLL(8)
+                    for (int r = 0; r < R; r++)
+                        sum[q][r][c] = dot8<V == kInt8>(sum[q][r][c], weights, codes + kGroup * r + 4 * s);
                 }
+                negative = gossamer::add(negative, load_ints(negatives + s * stride, R));
             }
         }
+        int32_t of_row[16];
+        store_ints(of_row, negative);
         GOSSAMER_UNROLL(8)
-        for (int r = 0; r < R; r++) sum[r][0] = gossamer::add(sum[r][0], ints(negative[r]));
+        for (int r = 0; r < R; r++) {
+            GOSSAMER_UNROLL(2)
+            for (int q = 0; q < Q; q++) sum[q][r][0] = gossamer::add(sum[q][r][0], ints(of_row[r]));
+        }
     }
 
     static GOSSAMER_INLINE Floats result(const Floats (&y)[1]) { return y[0]; }

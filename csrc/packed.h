@@ -121,17 +121,23 @@ static inline int64_t mask_bytes(const Packed& w) {
 // Entries of `negatives` for a row and group.
 static inline int64_t negatives_of(const Packed& w) { return w.layout == kBySteps ? kSteps : w.parts; }
 
-// Groups of a panel that are expanded and swept by all rows at a time: 32 KiB, so that they stay in L1.
-static inline int64_t span_groups(const Packed& w) {
-    int64_t most = (32 << 10) / (kWeights * element_bytes(w.values));
-    return w.groups < most ? w.groups : most;
+// Many rows sweep over a tile of weights at a time: some groups of a few panels, expanded, so few that they
+// stay in the first-level cache.
+constexpr int kTilePanels = 2;  // at most
+constexpr int64_t kTileBytes = 32 << 10;
+constexpr int64_t kListBytes = 1 << 10;  // 16x4: which steps a tile has
+
+static inline int64_t tile_groups(const Packed& w) {
+    int64_t most = kTileBytes / (kTilePanels * kWeights * element_bytes(w.values));
+    int64_t tiles = (w.groups + most - 1) / most;
+    return (w.groups + tiles - 1) / tiles;
 }
 
-// Bytes that a thread needs to multiply `padded` rows: one expanded span, and sums of all rows between spans.
+// Bytes that a thread needs to multiply `padded` rows: an expanded tile, its list of steps, and sums of all
+// rows between tiles.
 static inline int64_t scratch_bytes(const Packed& w, int64_t padded) {
     if (w.layout == kColumns) return padded * kColumnPanel * 4 + kColumnSpan * kGroup * 128;
-    int64_t sums = element_bytes(w.values) * kPanel * 4;
-    return span_groups(w) * kWeights * element_bytes(w.values) + padded * sums;
+    return kTileBytes + kListBytes + kTilePanels * padded * element_bytes(w.values) * kPanel * 4;
 }
 
 // Panels of 16 outputs, padding included.

@@ -52,10 +52,12 @@ GOSSAMER_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
 template <int V>
 struct Expanded {
     static constexpr bool kBySteps = false;
+    static constexpr bool kListed = false;
 
-    const uint8_t* ahead;
+    const uint8_t* ahead = nullptr;
     const uint8_t* at = nullptr;
 
+    Expanded() = default;
     // From group `begin` of a panel on.
     GOSSAMER_INLINE Expanded(const uint8_t* weights, const Packed&, int64_t, int64_t) : ahead(weights) {}
     GOSSAMER_INLINE void next() {
@@ -70,6 +72,7 @@ struct Expanded {
 template <int V>
 struct Dense {
     static constexpr bool kBySteps = false;
+    static constexpr bool kListed = false;
     using Swept = Expanded<V>;
 
     const uint8_t* ahead;
@@ -179,6 +182,7 @@ struct Stored {
 template <int V, bool kOffsets>
 struct Sparse {
     static constexpr bool kBySteps = false;
+    static constexpr bool kListed = false;
     using Swept = Expanded<V>;
 
     Stored<V> stored;
@@ -241,17 +245,28 @@ struct Sparse {
     }
 };
 
-// Kept steps of a panel-group, expanded one after the other.
+// Kept steps of a panel's part of a tile, expanded one after the other. The list behind the tile has kSteps
+// times the group, counted from the tile's first, plus the step.
+struct StepList {
+    int32_t count;
+    uint16_t at[kListBytes / 2 - 2];
+};
+
 template <int V>
 struct ExpandedSteps {
     static constexpr bool kBySteps = true;
+    static constexpr bool kListed = true;
 
-    const uint8_t* at;
-    const uint16_t* words;
+    const uint8_t* at = nullptr;
+    const uint16_t* words = nullptr;
+    const StepList* list = nullptr;
     uint32_t kept = 0;
 
+    ExpandedSteps() = default;
     GOSSAMER_INLINE ExpandedSteps(const uint8_t* weights, const Packed& w, int64_t panel, int64_t begin)
-        : at(weights), words((const uint16_t*)w.masks + panel * w.groups + begin) {}
+        : at(weights),
+          words((const uint16_t*)w.masks + panel * w.groups + begin),
+          list((const StepList*)(weights + kTileBytes)) {}
     GOSSAMER_INLINE void next() { kept = *words++; }
     GOSSAMER_INLINE uint32_t steps() const { return kept; }
     GOSSAMER_INLINE Bytes take() {
@@ -264,6 +279,7 @@ struct ExpandedSteps {
 template <int V>
 struct Steps {
     static constexpr bool kBySteps = true;
+    static constexpr bool kListed = false;
     using Swept = ExpandedSteps<V>;
 
     Stored<V> stored;

@@ -240,6 +240,15 @@ GOSSAMER_INLINE Floats load_floats(const float* p, int n) {
     return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))};
 }
 
+GOSSAMER_INLINE Ints load_ints(const int32_t* p, int n) {
+    return {_mm256_maskload_epi32(p, first(n)), _mm256_maskload_epi32(p + 8, first(n - 8))};
+}
+
+GOSSAMER_INLINE void store_ints(int32_t* p, Ints v) {
+    _mm256_storeu_si256((__m256i*)p, v.a);
+    _mm256_storeu_si256((__m256i*)p + 1, v.b);
+}
+
 GOSSAMER_INLINE void store_floats(float* p, Floats v, int n) {
     _mm256_maskstore_ps(p, first(n), v.a);
     _mm256_maskstore_ps(p + 8, first(n - 8), v.b);

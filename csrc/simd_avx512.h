@@ -112,6 +112,9 @@ GOSSAMER_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 
 GOSSAMER_INLINE Floats load_floats(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
 
+GOSSAMER_INLINE Ints load_ints(const int32_t* p, int n) { return _mm512_maskz_loadu_epi32(first(n), p); }
+GOSSAMER_INLINE void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a); }
+
 GOSSAMER_INLINE Floats load_bfloat16(const uint16_t* p, int n) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -221,6 +221,14 @@ GOSSAMER_INLINE Floats load_floats(const float* p, int n) {
     return r;
 }
 
+GOSSAMER_INLINE Ints load_ints(const int32_t* p, int n) {
+    Ints r;
+    for (int i = 0; i < 16; i++) r.v[i] = i < n ? p[i] : 0;
+    return r;
+}
+
+GOSSAMER_INLINE void store_ints(int32_t* p, const Ints& a) { __builtin_memcpy(p, &a, 64); }
+
 GOSSAMER_INLINE Floats load_bfloat16(const uint16_t* p, int n) {
     Floats r;
     for (int i = 0; i < 16; i++) r.v[i] = i < n ? float_of_bfloat16(p[i]) : 0.0f;

@@ -51,7 +51,10 @@ def any_weight(layout: str, values: str, group: int, out: int, cols: int, rng: n
         ]
     )
     choice = rng.integers(4, size=(-(-out // 16), -(-cols // 64))).repeat(16, 0).repeat(64, 1)[:out, :cols]
-    w = with_mask(layout, values, np.take_along_axis(masks, choice[None], 0)[0], group, rng)
+    mask = np.take_along_axis(masks, choice[None], 0)[0]
+    if rng.random() < 0.3:  # panels in pairs of one mask, as blocks of 32 outputs have them
+        mask = mask[np.arange(out) & ~16]
+    w = with_mask(layout, values, mask, group, rng)
     numbers = w.stored if w.scales is None else w.scales
     hard = [-0.0, 1e-40, -3e-39, 1e12] if w.scales is None else [-0.0, 6e-8, -5e-5, 6e4]
     numbers[...] = np.where(rng.random(numbers.shape) < 0.05, rng.choice(hard, numbers.shape), numbers)

@@ -34,7 +34,7 @@ static_assert(
     "rows of a product");
 static_assert(kSame<decltype(stored_bytes(0, int64_t())), int64_t> &&
                   kSame<decltype(mask_bytes(Packed())), int64_t> &&
-                  kSame<decltype(span_groups(Packed())), int64_t> &&
+                  kSame<decltype(tile_groups(Packed())), int64_t> &&
                   kSame<decltype(scratch_bytes(Packed(), int64_t())), int64_t> &&
                   kSame<decltype(padded_rows(int64_t())), int64_t>,
               "functions of sizes");
@@ -141,8 +141,8 @@ void test_types() {
     CHECK(mask_bytes(w) == int64_t(1) << 47, "a mask bit a weight");
     w.layout = kBySteps;
     CHECK(mask_bytes(w) == int64_t(1) << 41, "a mask bit a step");
-    CHECK(span_groups(w) == 8, "32 KiB of float32");
-    CHECK(scratch_bytes(w, huge) == 32768 + huge * 256, "64 float32 sums a row, and a span");
+    CHECK(tile_groups(w) == 4, "16 KiB of float32 a panel");
+    CHECK(scratch_bytes(w, huge) == 33792 + huge * 512, "128 float32 sums a row, a tile and its list");
 
     const Activations x{huge + 4, huge + 4, nullptr, nullptr, nullptr};
     for (int64_t row : {int64_t(0), int64_t(13), huge - 1, huge, huge + 3}) {
