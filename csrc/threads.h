@@ -12,30 +12,44 @@ void run_team(int threads, void (*body)(void*), void* data);
 // "openmp" or "pool": which of the two run_team uses now.
 const char* team_kind();
 
-// Calls f(worker, begin, end) for consecutive ranges of at most `step` items; workers take the next range
-// when they are free. `worker` < threads.
+// Calls f(worker, begin, end) for all items, in ranges of at most `step`; `worker` < threads. Each worker has
+// a part of its own, which it walks from end to end, so that it reads memory as one stream (two threads that
+// take turns at ranges of 32 KiB read at 60 % of the rate); who is done early helps the others.
 template <class F>
 void parallel_ranges(int threads, int64_t items, int64_t step, const F& f) {
+    constexpr int kMostParts = 64;
     if (threads <= 1 || items <= step) {
         if (items > 0) f(0, int64_t(0), items);
         return;
     }
+    struct alignas(64) Part {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
     struct Shared {
         const F& f;
-        int64_t items, step;
-        std::atomic<int64_t> next{0};
-        std::atomic<int> workers{0};
-    } shared{f, items, step};
+        int64_t step;
+        int parts;
+        std::atomic<int> workers;
+        Part part[kMostParts];
+    };
+    Shared shared{f, step, threads < kMostParts ? threads : kMostParts, {0}, {}};
+    for (int i = 0; i < shared.parts; i++) {
+        shared.part[i].next.store(items * i / shared.parts, std::memory_order_relaxed);
+        shared.part[i].end = items * (i + 1) / shared.parts;
+    }
     run_team(
         threads,
         [](void* data) {
             Shared& s = *static_cast<Shared*>(data);
-            int worker = s.workers.fetch_add(1, std::memory_order_relaxed);
-            for (;;) {
-                int64_t begin = s.next.fetch_add(s.step, std::memory_order_relaxed);
-                if (begin >= s.items) return;
-                int64_t end = begin + s.step < s.items ? begin + s.step : s.items;
-                s.f(worker, begin, end);
+            const int worker = s.workers.fetch_add(1, std::memory_order_relaxed);
+            for (int i = 0; i < s.parts; i++) {
+                Part& part = s.part[(worker + i) % s.parts];
+                for (;;) {
+                    const int64_t begin = part.next.fetch_add(s.step, std::memory_order_relaxed);
+                    if (begin >= part.end) break;
+                    s.f(worker, begin, begin + s.step < part.end ? begin + s.step : part.end);
+                }
             }
         },
         &shared);
