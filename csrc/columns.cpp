@@ -17,8 +17,7 @@
 // Rows are multiplied one after the other, by as many groups as stay in a cache together; sums wait in
 // `scratch` in between. Many rows of codes meet all inputs, interleaved once for all of them, which gives the
 // same bits. A row's result does not depend on the others.
-#include "packed.h"
-#include "simd.h"
+#include "outputs.h"
 
 namespace gossamer {
 namespace {
@@ -374,14 +373,11 @@ struct Floats128 {
 };
 
 // 128 x units outputs of one row.
-void write(const Packed& w, const float* sums, int64_t row, int64_t output, int units, void* y, int dtype) {
+void write(const Packed& w, const float* sums, int64_t row, int64_t output, int units, const Output& out) {
     for (int i = 0; i < 128 * units && output + i < w.out; i += 16) {
         const int64_t left = w.out - output - i, at = row * w.out + output + i;
         const int n = left < 16 ? int(left) : 16;
-        if (dtype == kF32)
-            store_floats((float*)y + at, load_floats(sums + i, 16), n);
-        else
-            store_bfloat16((uint16_t*)y + at, load_floats(sums + i, 16), n);
+        store_outputs(out, at, load_floats(sums + i, 16), n);
     }
 }
 
@@ -394,7 +390,7 @@ double listed(const Packed& w, const Activations& x) {
 }
 
 template <class Kernel>
-void multiply_values(const Packed& w, const Activations& x, void* y, int dtype, int64_t begin, int64_t end,
+void multiply_values(const Packed& w, const Activations& x, const Output& out, int64_t begin, int64_t end,
                      float* scratch) {
     const int64_t all = w.panels / kColumnUnit, inputs = kGroup * w.groups;
     while (begin < end) {
@@ -423,22 +419,22 @@ void multiply_values(const Packed& w, const Activations& x, void* y, int dtype, 
             }
         }
         for (int64_t row = 0; row < x.rows; row++)
-            write(w, scratch + row * kColumnPanel, row, 128 * begin, piece.units, y, dtype);
+            write(w, scratch + row * kColumnPanel, row, 128 * begin, piece.units, out);
         begin = to;
     }
 }
 
-void multiply(const Packed* w, const Activations* x, void* y, int dtype, int64_t begin, int64_t end,
+void multiply(const Packed* w, const Activations* x, const Output* out, int64_t begin, int64_t end,
               uint8_t* scratch) {
     float* sums = (float*)scratch;
     if (w->values == kInt4)
-        multiply_values<Ints128<kInt4>>(*w, *x, y, dtype, begin, end, sums);
+        multiply_values<Ints128<kInt4>>(*w, *x, *out, begin, end, sums);
     else if (w->values == kInt8)
-        multiply_values<Ints128<kInt8>>(*w, *x, y, dtype, begin, end, sums);
+        multiply_values<Ints128<kInt8>>(*w, *x, *out, begin, end, sums);
     else if (w->values == kBFloat16)
-        multiply_values<Floats128<kBFloat16>>(*w, *x, y, dtype, begin, end, sums);
+        multiply_values<Floats128<kBFloat16>>(*w, *x, *out, begin, end, sums);
     else
-        multiply_values<Floats128<kFloat32>>(*w, *x, y, dtype, begin, end, sums);
+        multiply_values<Floats128<kFloat32>>(*w, *x, *out, begin, end, sums);
 }
 
 }  // namespace

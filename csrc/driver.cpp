@@ -1,5 +1,9 @@
-// Splits a product over rows and threads. The split never changes a result: each output row is a function of
-// its input row and of the weight (multiply.h).
+// Splits a program over rows, stages and threads. The split never changes a result: each output row is a
+// function of its input row and of the weights (multiply.h), and terms are added in their order.
+//
+// Memory of a call: results of stages in float32 (of the last one too, where its terms are summed for
+// bfloat16 outputs) | activations of a stage, made ready | of each thread: scratch, and the activations of
+// one block of a block-diagonal term, which the thread that multiplies it makes ready.
 #include "driver.h"
 
 #include <algorithm>
@@ -12,8 +16,8 @@
 namespace gossamer {
 namespace {
 
-constexpr int64_t kChunkBytes =
-    8 << 20;  // activations of a chunk of rows: weights are expanded once for each
+// Activations of a chunk of rows: weights are expanded once for each.
+constexpr int64_t kChunkBytes = 8 << 20;
 constexpr int64_t kAloneBytes = 200 << 10;  // one thread reads these before others could start
 
 // Memory that a calling thread keeps between calls.
@@ -41,62 +45,207 @@ thread_local Workspace workspace;
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-}  // namespace
+const Family& family(const Tier& tier, const Packed& w) {
+    return w.values == kFloat32 || w.values == kBFloat16 ? *tier.floats : *tier.ints;
+}
 
-void matmul(const Packed& w, const Tier& tier, const void* x, int64_t rows, int dtype, void* y, int threads) {
-    if (rows == 0) return;
-    const Family& kernels = w.values == kFloat32 || w.values == kBFloat16 ? *tier.floats : *tier.ints;
-    const int64_t row_bytes = w.groups * kGroup * element_bytes(w.values);
-    int64_t chunk = std::max<int64_t>(64, kChunkBytes / row_bytes / kMaxRowBlock * kMaxRowBlock);
-    chunk = std::min(chunk, rows);
-    const int64_t padded = padded_rows(chunk);
-    const int64_t weights = w.panels * w.groups * kWeights;
-    const int64_t bytes = w.data_end - w.data + mask_bytes(w);
-    if (bytes + rows * weights / 16 <= kAloneBytes)
-        threads = 1;  // sixteen multiplications take as long as a byte
-    const bool columns = w.layout == kColumns;
-    const int64_t units = columns ? w.panels / kColumnUnit : w.panels;  // that threads share
+// Bytes of the activations of one block, made ready: those of every layout, and the lists of columns.
+struct Sizes {
+    int64_t codes, scales, negatives, ends = 0, inputs = 0, values = 0;
+
+    Sizes(const Packed& w, int64_t padded)
+        : codes(padded * row_bytes(w)),
+          scales(aligned(padded * w.groups * 4)),
+          negatives(aligned(padded * w.groups * negatives_of(w) * 4)) {
+        if (w.layout != kColumns) return;
+        const int64_t listed = padded * active_room(w.groups);
+        ends = aligned(padded * w.groups * w.parts * 4);
+        inputs = aligned(listed * 4);
+        values = aligned(listed * (w.values >= kInt8 ? 1 : 4));
+    }
+    int64_t all() const { return codes + scales + negatives + ends + inputs + values; }
+    static int64_t row_bytes(const Packed& w) { return w.groups * kGroup * element_bytes(w.values); }
+};
+
+int64_t activation_bytes(const Packed& w, int64_t padded) { return Sizes(w, padded).all(); }
+
+// Of all terms of a stage that see all inputs.
+int64_t activation_bytes(const Stage& stage, int64_t padded) {
+    int64_t bytes = 0;
+    for (const Term& term : stage.terms)
+        if (term.blocks == 1) bytes += activation_bytes(term.w, padded);
+    return bytes;
+}
+
+Activations activations_at(uint8_t* memory, const Packed& w, int64_t rows) {
+    const int64_t padded = padded_rows(rows);
+    const Sizes sizes(w, padded);
+    uint8_t* scales = memory + sizes.codes;
+    uint8_t* negatives = scales + sizes.scales;
+    uint8_t* ends = negatives + sizes.negatives;
+    uint8_t* inputs = ends + sizes.ends;
+    const Active active{reinterpret_cast<int32_t*>(ends), reinterpret_cast<int32_t*>(inputs),
+                        inputs + sizes.inputs};
+    return {rows,  padded, memory, reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(negatives),
+            active};
+}
+
+// Rows that a program takes at a time.
+int64_t chunk_rows(const Program& program, int64_t rows) {
+    for (int64_t s = 0; s < program.stages(); s++)
+        for (const Term& term : program.stage(s).terms) {
+            const int64_t most = kChunkBytes / Sizes::row_bytes(term.w);
+            rows = std::min(rows, std::max<int64_t>(64, most / kMaxRowBlock * kMaxRowBlock));
+        }
+    return rows;
+}
+
+// What a stage takes for `rows` rows, in bytes that are read: sixteen multiplications take as long as one.
+int64_t cost_of(const Stage& stage, int64_t rows) {
+    int64_t cost = 0;
+    for (const Term& term : stage.terms) {
+        const Packed& w = term.w;
+        cost += w.data_end - w.data + mask_bytes(w) + rows * w.panels * w.groups * kWeights / 16;
+    }
+    return cost;
+}
+
+// A row-major array of `width` numbers a row.
+struct Array {
+    uint8_t* data;
+    int dtype;
+    int64_t width;
+    int size() const { return dtype == kF32 ? 4 : 2; }
+};
+
+struct Memory {
+    uint8_t* activations;  // of the terms of a stage that see all inputs
+    uint8_t* workers;      // of each thread: scratch | activations of one block
+    int64_t of_worker, scratch;
+};
+
+// Makes rows [begin, end) of `from` ready for one block of a term.
+void prepare(const Tier& tier, const Term& term, int64_t block, const Array& from, int64_t begin, int64_t end,
+             const Activations& to) {
+    const Packed& w = term.w;
+    const int64_t step =
+        term.blocks == 1 ? end - begin : 1;  // kernels take rows of w.in, one after the other
+    for (int64_t row = begin; row < end; row += step) {
+        const int64_t skipped = row * (from.width - w.in) + block * w.in;
+        family(tier, w).prepare(&w, from.data + skipped * from.size(), from.dtype, row, row + step, &to);
+    }
+    if (w.layout == kColumns) tier.columns->prepare(&w, nullptr, kF32, begin, end, &to);
+}
+
+// Multiplies panels [begin, end) of a weight, whole units of its layout.
+void multiply(const Tier& tier, const Packed& w, const Activations& x, const Output& out, int64_t begin,
+              int64_t end, uint8_t* scratch) {
+    const int64_t unit = unit_of(w.layout);
+    const Family& kernels = w.layout == kColumns ? *tier.columns : family(tier, w);
+    kernels.multiply(&w, &x, &out, begin / unit, end / unit, scratch);
+}
+
+// Panels that a stage is split by: the most of any of its terms.
+int64_t stage_unit(const Stage& stage) {
+    int64_t unit = 1;
+    for (const Term& term : stage.terms) unit = std::max(unit, unit_of(term.w.layout));
+    return unit;
+}
+
+// Adds up the terms of a stage for `rows` rows; `input(source)` is what a term multiplies. Sums of several
+// terms wait in `sums`, float32, and may lie in `to`.
+template <class Input>
+void run_stage(const Stage& stage, const Tier& tier, int64_t rows, const Input& input, float* sums,
+               const Array& to, const Memory& memory, int threads) {
+    const int64_t padded = padded_rows(rows), unit = stage_unit(stage);
+    const int64_t units = (stage.out + kPanel * unit - 1) / (kPanel * unit);
+    const bool pads = padded > rows;
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, units)));
 
-    const int64_t codes = padded * row_bytes;
-    const int64_t scales = aligned(padded * w.groups * 4),
-                  negatives = aligned(padded * w.groups * negatives_of(w) * 4);
-    const int64_t listed = columns ? padded * active_room(w.groups) : 0;
-    const int64_t ends = aligned(columns ? padded * w.groups * w.parts * 4 : 0), inputs = listed * 4,
-                  values = listed * (w.values >= kInt8 ? 1 : 4);
-    const int64_t scratch = columns || padded > 4 ? scratch_bytes(w, padded) : 0;
-    const int64_t prepared = codes + scales + negatives, lists = ends + inputs + values;
-    uint8_t* memory = workspace.get(prepared + lists + threads * scratch);
-    uint8_t* scratches = memory + prepared + lists;
-    const Active active{reinterpret_cast<int32_t*>(memory + prepared),
-                        reinterpret_cast<int32_t*>(memory + prepared + ends),
-                        memory + prepared + ends + inputs};
+    if (pads) std::memset(memory.activations, 0, size_t(activation_bytes(stage, padded)));
+    parallel_ranges(rows < 16 ? 1 : threads, rows, 8, [&](int, int64_t begin, int64_t end) {
+        uint8_t* activations = memory.activations;
+        for (const Term& term : stage.terms) {
+            if (term.blocks > 1) continue;
+            prepare(tier, term, 0, input(term.source), begin, end, activations_at(activations, term.w, rows));
+            activations += activation_bytes(term.w, padded);
+        }
+    });
 
-    const int x_bytes = dtype == kF32 ? 4 : 2;
+    const int64_t share = std::max<int64_t>(1, units / (4 * threads));
+    // columns: whole panels, where there is one for each thread
+    const int64_t whole = kColumnPanel / 128,
+                  step = unit > 1 && units >= whole * threads ? (share + whole - 1) / whole * whole : share;
+    parallel_ranges(threads, units, step, [&](int worker, int64_t first_unit, int64_t end_unit) {
+        uint8_t* activations = memory.activations;
+        uint8_t* scratch = memory.workers + worker * memory.of_worker;
+        for (const Term& term : stage.terms) {
+            const Packed& w = term.w;
+            const bool writes = &term == stage.terms.first, last = &term + 1 == stage.terms.last;
+            const Output out{last ? to.data : reinterpret_cast<uint8_t*>(sums), last ? to.dtype : kF32,
+                             writes ? nullptr : sums};
+            const int64_t begin = first_unit * unit, end = std::min(end_unit * unit, w.panels);
+            if (term.blocks == 1) {
+                multiply(tier, w, activations_at(activations, w, rows), out, begin, end, scratch);
+                activations += activation_bytes(w, padded);
+                continue;
+            }
+            const Activations a = activations_at(scratch + memory.scratch, w, rows);
+            const int64_t of_block = w.panels / term.blocks;
+            for (int64_t from = begin, until; from < end; from = until) {
+                const int64_t block = from / of_block;
+                until = std::min(end, (block + 1) * of_block);
+                if (pads) std::memset(a.codes, 0, size_t(activation_bytes(w, padded)));
+                prepare(tier, term, block, input(term.source), 0, rows, a);
+                multiply(tier, w, a, out, from, until, scratch);
+            }
+        }
+    });
+}
+
+}  // namespace
+
+void matmul(const Program& program, const Tier& tier, const void* x, int64_t rows, int dtype, void* y,
+            int threads) {
+    if (rows == 0) return;
+    const int64_t chunk = chunk_rows(program, rows), padded = padded_rows(chunk);
+    const Stage last = program.stage(program.stages() - 1);
+    const bool summed = dtype != kF32 && last.terms.size() > 1;
+    const int64_t results = aligned((last.before + (summed ? last.out : 0)) * chunk * 4);
+    int64_t activations = 0, scratch = 0, block = 0, cost = 0;
+    for (int64_t s = 0; s < program.stages(); s++) {
+        const Stage stage = program.stage(s);
+        activations = std::max(activations, activation_bytes(stage, padded));
+        cost += cost_of(stage, rows);
+        for (const Term& term : stage.terms) {
+            if (padded > 4 || term.w.layout == kColumns)
+                scratch = std::max(scratch, aligned(scratch_bytes(term.w, padded)));
+            if (term.blocks > 1) block = std::max(block, activation_bytes(term.w, padded));
+        }
+    }
+    if (cost <= kAloneBytes) threads = 1;
+    uint8_t* base = workspace.get(results + activations + std::max(1, threads) * (scratch + block));
+    const Memory memory{base + results, base + results + activations, scratch + block, scratch};
+
+    const int64_t size = dtype == kF32 ? 4 : 2;
     for (int64_t first = 0; first < rows; first += chunk) {
         const int64_t n = std::min(chunk, rows - first);
-        Activations a{n,
-                      padded_rows(n),
-                      memory,
-                      reinterpret_cast<float*>(memory + codes),
-                      reinterpret_cast<int32_t*>(memory + codes + scales),
-                      active};
-        if (a.padded > n) std::memset(memory, 0, size_t(prepared));  // padding rows
-        const uint8_t* from = static_cast<const uint8_t*>(x) + first * w.in * x_bytes;
-        uint8_t* to = static_cast<uint8_t*>(y) + first * w.out * x_bytes;
-        parallel_ranges(n < 16 ? 1 : threads, n, 8, [&](int, int64_t begin, int64_t end) {
-            kernels.prepare(&w, from, dtype, begin, end, &a);
-            if (columns) tier.columns->prepare(&w, from, dtype, begin, end, &a);
-        });
-        const Family& multiplying = columns ? *tier.columns : kernels;
-        const int64_t share = std::max<int64_t>(1, units / (4 * threads));
-        // columns: whole panels, where there is one for each thread
-        const int64_t whole = kColumnPanel / 128, step = columns && units >= whole * threads
-                                                             ? (share + whole - 1) / whole * whole
-                                                             : share;
-        parallel_ranges(threads, units, step, [&](int worker, int64_t begin, int64_t end) {
-            multiplying.multiply(&w, &a, to, dtype, begin, end, scratches + worker * scratch);
-        });
+        const Array from{static_cast<uint8_t*>(const_cast<void*>(x)) + first * program.in() * size, dtype,
+                         program.in()};
+        const Array to{static_cast<uint8_t*>(y) + first * program.out() * size, dtype, program.out()};
+        auto sums = [&](const Stage& stage) { return reinterpret_cast<float*>(base) + stage.before * chunk; };
+        auto input = [&](int64_t source) {
+            if (source < 0) return from;
+            const Stage stage = program.stage(source);
+            return Array{reinterpret_cast<uint8_t*>(sums(stage)), kF32, stage.out};
+        };
+        for (int64_t s = 0; s < program.stages(); s++) {
+            const Stage stage = program.stage(s);
+            float* waiting = stage.last && dtype == kF32 ? reinterpret_cast<float*>(to.data) : sums(stage);
+            const Array written =
+                stage.last ? to : Array{reinterpret_cast<uint8_t*>(waiting), kF32, stage.out};
+            run_stage(stage, tier, n, input, waiting, written, memory, threads);
+        }
     }
 }
 

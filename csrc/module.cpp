@@ -10,6 +10,7 @@
 
 namespace nb = nanobind;
 using gossamer::Packed;
+using gossamer::Program;
 
 namespace {
 
@@ -56,6 +57,14 @@ NB_MODULE(_native, m) {
              })
         .def("check", &gossamer::check, nb::call_guard<nb::gil_scoped_release>(),
              "An empty string, or what is wrong with the packed bytes.");
+    nb::class_<Program>(m, "Program")
+        .def(nb::init<>())
+        .def("begin_stage", &Program::begin_stage)
+        .def("add_term", &Program::add_term,
+             "To the stage begun last; the weight's sections must outlive it.")
+        .def("check", &Program::check, "An empty string, or which term does not fit.")
+        .def_prop_ro("in_features", &Program::in)
+        .def_prop_ro("out_features", &Program::out);
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def("available", [] { return tier_names(false); }, "Those of them that this processor runs.");
@@ -66,13 +75,14 @@ NB_MODULE(_native, m) {
     m.def("stored_bytes", &gossamer::stored_bytes, "Bytes of `count` values of a panel-group.");
     m.def(
         "matmul",
-        [](const Packed& w, int tier, uintptr_t x, int64_t rows, int dtype, uintptr_t y, int threads) {
+        [](const Program& program, int tier, uintptr_t x, int64_t rows, int dtype, uintptr_t y, int threads) {
             int count;
             const gossamer::Tier* tiers = gossamer::tiers(&count);
             if (tier < 0 || tier >= count || !tiers[tier].runs_here) throw nb::value_error("no such tier");
             nb::gil_scoped_release release;
-            gossamer::matmul(w, tiers[tier], reinterpret_cast<const void*>(x), rows, dtype,
+            gossamer::matmul(program, tiers[tier], reinterpret_cast<const void*>(x), rows, dtype,
                              reinterpret_cast<void*>(y), threads);
         },
-        "y = x Wᵀ; x and y are addresses of row-major arrays (dtype 0: float32, 1: bfloat16).");
+        "y = x Wᵀ by a checked program; x and y are addresses of row-major arrays (dtype 0: float32, 1: "
+        "bfloat16).");
 }

@@ -10,25 +10,18 @@
 // All ways run the same add, which adds in the same order for every Q and R; sums that wait in memory between
 // two calls are kept as they are. So a row's result does not depend on how many rows there are.
 #pragma once
+#include "outputs.h"
 #include "readers.h"
 
 namespace gossamer {
 namespace {
-
-struct Output {
-    void* y;
-    int dtype;
-};
 
 template <class Kernel>
 GOSSAMER_INLINE void write(const Output& out, const Packed& w, int64_t row, int64_t panel,
                            const Floats (&sums)[Kernel::kSums]) {
     const int64_t left = w.out - panel * kPanel, at = row * w.out + panel * kPanel;
     const int n = left < kPanel ? int(left) : kPanel;
-    if (out.dtype == kF32)
-        store_floats((float*)out.y + at, Kernel::result(sums), n);
-    else
-        store_bfloat16((uint16_t*)out.y + at, Kernel::result(sums), n);
+    store_outputs(out, at, Kernel::result(sums), n);
 }
 
 // ---- few rows
@@ -203,10 +196,9 @@ void multiply_values(const Packed& w, const Activations& x, const Output& out, i
 }
 
 template <class... Kernels>
-void multiply(const Packed* w, const Activations* x, void* y, int dtype, int64_t begin, int64_t end,
+void multiply(const Packed* w, const Activations* x, const Output* out, int64_t begin, int64_t end,
               uint8_t* scratch) {
-    const Output out{y, dtype};
-    ((w->values == Kernels::kValues ? multiply_values<Kernels>(*w, *x, out, begin, end, scratch) : void()),
+    ((w->values == Kernels::kValues ? multiply_values<Kernels>(*w, *x, *out, begin, end, scratch) : void()),
      ...);
 }
 

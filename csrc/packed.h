@@ -80,15 +80,22 @@ struct Activations {
     Active active{};
 };
 
+// Where outputs go: `y`, a row-major array of `dtype`. Where `base` is not null, the float32 numbers there,
+// which lie as those of `y` do and may be the same, are added before rounding.
+struct Output {
+    void* y;
+    int dtype;
+    const float* base;
+};
+
 // The kernels of one value family in one instruction set; those of the layout columns list what the family's
 // own prepare() made ready, and count panels in units of kColumnUnit.
 struct Family {
     // Fills rows [begin, end) of `to` from row-major `x`, an array of `dtype`.
     void (*prepare)(const Packed* w, const void* x, int dtype, int64_t begin, int64_t end,
                     const Activations* to);
-    // Writes outputs of panels [begin, end) for all rows of `x` into row-major `y`, an array of `dtype`.
-    // `scratch`: scratch_bytes(), aligned to 64.
-    void (*multiply)(const Packed* w, const Activations* x, void* y, int dtype, int64_t begin, int64_t end,
+    // Writes outputs of panels [begin, end) for all rows of `x`. `scratch`: scratch_bytes(), aligned to 64.
+    void (*multiply)(const Packed* w, const Activations* x, const Output* out, int64_t begin, int64_t end,
                      uint8_t* scratch);
 };
 
@@ -140,9 +147,12 @@ static inline int64_t scratch_bytes(const Packed& w, int64_t padded) {
     return kTileBytes + kListBytes + kTilePanels * padded * element_bytes(w.values) * kPanel * 4;
 }
 
+// Panels of 16 outputs that a layout counts, and is split, by.
+static inline int64_t unit_of(int layout) { return layout == kColumns ? kColumnUnit : 1; }
+
 // Panels of 16 outputs, padding included.
 static inline int64_t panels_of(int layout, int64_t out) {
-    const int64_t unit = layout == kColumns ? kColumnUnit : 1;
+    const int64_t unit = unit_of(layout);
     return (out + kPanel * unit - 1) / (kPanel * unit) * unit;
 }
 

@@ -55,7 +55,7 @@ def main(side: str) -> None:
                         x = guarded_copy(any_rows(rows, cols, rng).to(dtype), side)
                         y = guarded_copy(torch.zeros(rows, out, dtype=dtype), side)
                         code = 0 if dtype == torch.float32 else 1
-                        native().matmul(handle.packed, tier(isa), x.data_ptr(), rows, code, y.data_ptr(), 1)
+                        native().matmul(handle.program, tier(isa), x.data_ptr(), rows, code, y.data_ptr(), 1)
                         check_same(y, kernels.matmul(handle, x, isa), "other bits beside a guard page")
     print("untouched")
 

@@ -17,7 +17,7 @@ const char* faults() {
 // Plants the fault of a number: 0 for none, then as faults() lists them.
 void plant(int number) { planted_fault = number; }
 
-// y = x Wᵀ, as _native.matmul; the weight as _native.Packed takes it.
+// y = x Wᵀ, as _native.matmul of a program of one term; the weight as _native.Packed takes it.
 void multiply(int64_t out, int64_t in, int layout, int values, int keep, int parts, const uint8_t* data,
               int64_t data_bytes, const uint64_t* masks, const uint16_t* scales, const int64_t* offsets,
               const void* x, int64_t rows, int dtype, void* y) {
@@ -36,6 +36,8 @@ void multiply(int64_t out, int64_t in, int layout, int values, int keep, int par
                              offsets};
     const gossamer::Tier tier{"planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float),
                               &GOSSAMER_EXPORT(columns), true};
-    gossamer::matmul(w, tier, x, rows, dtype, y, 1);
+    gossamer::Program program;
+    program.add_term(w, 1, -1);
+    gossamer::matmul(program, tier, x, rows, dtype, y, 1);
 }
 }

@@ -35,7 +35,8 @@ class Planted:
     def __init__(self, isa: str, folder: Path) -> None:
         flags = ["-O0", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *flags_of(isa)]
         units = [ROOT / "csrc" / f"{name}.cpp" for name in ("matmul_int", "matmul_float", "columns")]
-        rest = [HERE / "planted.cpp", ROOT / "csrc" / "driver.cpp", ROOT / "csrc" / "threads.cpp"]
+        host = [ROOT / "csrc" / f"{name}.cpp" for name in ("driver", "program", "threads")]
+        rest = [HERE / "planted.cpp", *host]
         objects = compile_units(units, [*flags, "-include", str(HERE / "planted.h")], folder)
         compile_cpp(*flags, "-shared", *objects, *rest, "-o", "planted.so", "-pthread", "-ldl", into=folder)
         self.library = ctypes.CDLL(str(folder / "planted.so"))

@@ -27,10 +27,10 @@ static_assert(kSame<decltype(Family::prepare),
                     void (*)(const Packed*, const void*, int, int64_t, int64_t, const Activations*)>,
               "ranges of rows");
 static_assert(kSame<decltype(Family::multiply),
-                    void (*)(const Packed*, const Activations*, void*, int, int64_t, int64_t, uint8_t*)>,
+                    void (*)(const Packed*, const Activations*, const Output*, int64_t, int64_t, uint8_t*)>,
               "ranges of panels");
 static_assert(
-    kSame<decltype(&matmul), void (*)(const Packed&, const Tier&, const void*, int64_t, int, void*, int)>,
+    kSame<decltype(&matmul), void (*)(const Program&, const Tier&, const void*, int64_t, int, void*, int)>,
     "rows of a product");
 static_assert(kSame<decltype(stored_bytes(0, int64_t())), int64_t> &&
                   kSame<decltype(mask_bytes(Packed())), int64_t> &&
@@ -175,13 +175,13 @@ void test_far_weights() {
                     const Rows want = run(w, *tier, x, 0, rows, kF32, 1, random);
                     const Family& kernels = family(*tier, w.values);
                     kernels.prepare(&w, x.data(), kF32, 0, rows, &made.of);
+                    const Output out{y.data(), kF32, nullptr};
                     if (layout.layout == kColumns) {
                         tier->columns->prepare(&w, x.data(), kF32, 0, rows, &made.of);
-                        tier->columns->multiply(&vast, &made.of, y.data(), kF32, far.first / kColumnUnit,
+                        tier->columns->multiply(&vast, &made.of, &out, far.first / kColumnUnit,
                                                 vast.panels / kColumnUnit, scratch.data());
                     } else {
-                        kernels.multiply(&vast, &made.of, y.data(), kF32, far.first, vast.panels,
-                                         scratch.data());
+                        kernels.multiply(&vast, &made.of, &out, far.first, vast.panels, scratch.data());
                     }
                     for (int64_t row = 0; row < rows; row++) {
                         float* far_row = y.as<float>() + row * vast.out + 16 * far.first;

@@ -50,9 +50,10 @@ struct Test {
 };
 
 constexpr Test kTests[] = {
-    {"types", test_types},      {"tiers", test_tiers},       {"products", test_products},
-    {"exact", test_exact_sums}, {"threads", test_threads},   {"damage", test_damage},
-    {"far", test_far_weights},  {"far-rows", test_far_rows},
+    {"types", test_types},       {"tiers", test_tiers},         {"products", test_products},
+    {"exact", test_exact_sums},  {"threads", test_threads},     {"damage", test_damage},
+    {"programs", test_programs}, {"lies", test_lying_programs}, {"far", test_far_weights},
+    {"far-rows", test_far_rows},
 };
 
 bool choose_tier(const char* name) {

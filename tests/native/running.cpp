@@ -6,19 +6,27 @@ using namespace gossamer;
 
 Rows run(const Packed& w, const Tier& tier, const Rows& x, int64_t first, int64_t rows, int dtype,
          int threads, Random& random) {
+    Program program;
+    program.add_term(w, 1, -1);
+    return run(program, tier, x, first, rows, dtype, threads, random);
+}
+
+Rows run(const Program& program, const Tier& tier, const Rows& x, int64_t first, int64_t rows, int dtype,
+         int threads, Random& random) {
     const int size = dtype == kF32 ? 4 : 2;
-    Buffer from(rows * w.in * size, random), to(rows * w.out * size, random);
-    for (int64_t i = 0; i < rows * w.in; i++) {
-        const float f = x[size_t(first * w.in + i)];
+    const int64_t in = program.in(), out = program.out();
+    Buffer from(rows * in * size, random), to(rows * out * size, random);
+    for (int64_t i = 0; i < rows * in; i++) {
+        const float f = x[size_t(first * in + i)];
         if (dtype == kF32)
             from.as<float>()[i] = f;
         else
             from.as<uint16_t>()[i] = to_bfloat16(f);
     }
     memset(to.data(), 0x5a, size_t(to.size()));  // a number that no product gives: what is not written shows
-    matmul(w, tier, from.data(), rows, dtype, to.data(), threads);
+    matmul(program, tier, from.data(), rows, dtype, to.data(), threads);
     Rows y;
-    for (int64_t i = 0; i < rows * w.out; i++)
+    for (int64_t i = 0; i < rows * out; i++)
         y.push_back(dtype == kF32 ? to.as<float>()[i] : of_bfloat16(to.as<uint16_t>()[i]));
     return y;
 }

@@ -15,6 +15,8 @@ using Rows = std::vector<float>;
 // first, and the result is given in float32.
 Rows run(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, int64_t first, int64_t rows,
          int dtype, int threads, Random& random);
+Rows run(const gossamer::Program& program, const gossamer::Tier& tier, const Rows& x, int64_t first,
+         int64_t rows, int dtype, int threads, Random& random);
 
 // Random rows, among them such of zeros alone or partly, -0.0, subnormal, huge, infinite and NaN inputs.
 Rows random_rows(Random& random, int64_t rows, int64_t in);

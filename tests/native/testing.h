@@ -84,5 +84,7 @@ void test_damage();
 void test_types();
 void test_far_weights();
 void test_far_rows();
+void test_programs();
+void test_lying_programs();
 
 }  // namespace testing

@@ -1,14 +1,19 @@
 """The Python face of the native kernels, and a plain-PyTorch reference of each (``reference``)."""
 
-from gossamer.kernels.handle import Handle, make_handle, section_bytes
+from gossamer.kernels.handle import Handle, Operand, make_handle, section_bytes
 from gossamer.kernels.native import available, isa, native_available
 from gossamer.kernels.ops import matmul
+from gossamer.kernels.program import Program, Term, make_program
 
 __all__ = [
     "Handle",
+    "Operand",
+    "Program",
+    "Term",
     "available",
     "isa",
     "make_handle",
+    "make_program",
     "matmul",
     "native_available",
     "section_bytes",

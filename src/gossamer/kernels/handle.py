@@ -27,57 +27,53 @@ _DTYPES = {
 }
 
 _ids = itertools.count(1)
-_live: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[int, Operand] = weakref.WeakValueDictionary()
 
 
-class Handle:
-    """A validated packed weight ``(out_features, in_features)``; made by ``make_handle``, opaque to callers.
+class Operand:
+    """What kernels multiply by: a matrix ``(out_features, in_features)`` as a native program that passed its
+    check.
 
     ``id`` names it in ``torch.ops.gossamer.packed_matmul`` as long as it lives; ids are never used again.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "group",
-        "id",
-        "in_features",
-        "layout",
-        "out_features",
-        "packed",
-        "sections",
-        "values",
-    )
+    __slots__ = ("__weakref__", "id", "in_features", "out_features", "program")
+
+    def __init__(self, program: Any) -> None:
+        self.program = program
+        self.in_features: int = program.in_features
+        self.out_features: int = program.out_features
+        self.id = next(_ids)
+        _live[self.id] = self
+
+
+class Handle(Operand):
+    """A validated packed weight; made by ``make_handle``, opaque to callers."""
+
+    __slots__ = ("group", "layout", "packed", "sections", "values")
 
     def __init__(
-        self,
-        packed: Any,
-        layout: str,
-        values: str,
-        out_features: int,
-        in_features: int,
-        group: int,
-        sections: dict[str, Tensor],
+        self, packed: Any, layout: str, values: str, group: int, sections: dict[str, Tensor]
     ) -> None:
+        program = native().Program()
+        program.add_term(packed, 1, -1)
+        super().__init__(program)
         self.packed = packed
         self.layout = layout
         self.values = values
-        self.out_features = out_features
-        self.in_features = in_features
         self.group = group
         self.sections = sections
-        self.id = next(_ids)
-        _live[self.id] = self
 
     def __repr__(self) -> str:
         return f"Handle({self.layout} {self.values}, {self.out_features} x {self.in_features})"
 
 
-def live_handle(number: int) -> Handle:
-    """The handle of this id; raises KernelError where it is gone."""
-    handle = _live.get(number)
-    if handle is None:
+def live_operand(number: int) -> Operand:
+    """The operand of this id; raises KernelError where it is gone."""
+    operand = _live.get(number)
+    if operand is None:
         raise KernelError(f"packed weight number {number} does not exist any more")
-    return handle
+    return operand
 
 
 def _layout(layout: str) -> tuple[int, int]:
@@ -209,4 +205,4 @@ def make_handle(
     fault = packed.check(torch.get_num_threads())
     if fault:
         raise MatrixError(f"a {what} is damaged: {fault}")
-    return Handle(packed, layout, values, out_features, in_features, group, kept)
+    return Handle(packed, layout, values, group, kept)

@@ -1,4 +1,4 @@
-"""``y = x Wᵀ`` with a packed weight, as a function and as an op that PyTorch can trace."""
+"""``y = x Wᵀ`` with a packed weight or several, as a function and as an op that PyTorch can trace."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import KernelError
-from gossamer.kernels.handle import Handle, live_handle
+from gossamer.kernels.handle import Operand, live_operand
 from gossamer.kernels.native import native, tier
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def matmul(handle: Handle, x: Tensor, isa: str | None = None) -> Tensor:
+def matmul(operand: Operand, x: Tensor, isa: str | None = None) -> Tensor:
     """``x (..., in_features)`` times the transposed weight: ``(..., out_features)``, of x's dtype.
 
     ``x``: float32 or bfloat16 on the CPU. Integer values meet int8 activations (one scale a row and 64
@@ -22,6 +22,7 @@ def matmul(handle: Handle, x: Tensor, isa: str | None = None) -> Tensor:
     depends on its row of ``x`` only, bit for bit, on one instruction set. Between instruction sets integer
     sums are equal, and float32 sums round differently: each result lies within ``(n + 2) * 2**-24`` of the
     sum of magnitudes of its n terms from the exact one. A term is what one scale covers, or a float product.
+    The weights of a program (`make_program`) each hold to this, for the float32 numbers that they are given.
 
     Runs on ``torch.get_num_threads()`` threads at most, those of PyTorch where they are OpenMP's.
     ``isa`` forces an instruction set for this call (one of ``available()``).
@@ -31,30 +32,32 @@ def matmul(handle: Handle, x: Tensor, isa: str | None = None) -> Tensor:
     # Straight to the kernel in eager mode: the dispatcher costs more than a small product.
     traced = type(x) is not Tensor or torch.compiler.is_compiling()
     if not traced and not (x.requires_grad and torch.is_grad_enabled()):
-        return _run(handle, x, isa)
+        return _run(operand, x, isa)
     if isa is not None:
         raise KernelError("an instruction set can be forced for eager calls without gradients only")
-    y: Tensor = torch.ops.gossamer.packed_matmul(x, handle.id, handle.out_features)
+    y: Tensor = torch.ops.gossamer.packed_matmul(x, operand.id, operand.out_features)
     return y
 
 
-def _run(handle: Handle, x: Tensor, isa: str | None) -> Tensor:
+def _run(operand: Operand, x: Tensor, isa: str | None) -> Tensor:
     dtype = _DTYPES.get(x.dtype)
     if dtype is None:
         raise KernelError(f"packed weights take float32 or bfloat16 activations, not {x.dtype}")
     shape = x.shape
-    if not shape or shape[-1] != handle.in_features:
-        raise KernelError(f"activations {tuple(shape)} do not end in {handle.in_features} inputs of {handle}")
+    if not shape or shape[-1] != operand.in_features:
+        raise KernelError(
+            f"activations {tuple(shape)} do not end in {operand.in_features} inputs of {operand}"
+        )
     if not x.is_cpu:
         raise KernelError(f"packed weights run on the CPU, the activations are on {x.device}")
     if not x.is_contiguous():
         x = x.contiguous()
-    y = x.new_empty((*shape[:-1], handle.out_features))
+    y = x.new_empty((*shape[:-1], operand.out_features))
     native().matmul(
-        handle.packed,
+        operand.program,
         tier(isa),
         x.data_ptr(),
-        x.numel() // handle.in_features,
+        x.numel() // operand.in_features,
         dtype,
         y.data_ptr(),
         torch.get_num_threads(),
@@ -69,7 +72,7 @@ _library.define("packed_matmul(Tensor x, int handle, int out_features) -> Tensor
 
 
 def _packed_matmul(x: Tensor, handle: int, out_features: int) -> Tensor:
-    return _run(live_handle(handle), x, None)
+    return _run(live_operand(handle), x, None)
 
 
 def _fake(x: Tensor, handle: int, out_features: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -58,3 +61,41 @@ def matmul_float(weight: Tensor, x: Tensor) -> Tensor:
     if weight.dtype == torch.bfloat16:
         x = x.to(torch.bfloat16)
     return x.float() @ weight.float().T
+
+
+class Weight(NamedTuple):
+    """A packed weight as plain tensors: ``weight`` as `matmul_float` or, with ``scales`` in groups of
+    ``group``, as `matmul_int` takes it."""
+
+    weight: Tensor
+    scales: Tensor | None = None
+    group: int = GROUP
+
+
+def matmul(w: Weight, x: Tensor) -> Tensor:
+    """``y = x Wᵀ``: float32 ``(rows, out)``."""
+    if w.scales is None:
+        return matmul_float(w.weight, x)
+    return matmul_int(w.weight, w.scales, x, w.group)
+
+
+def matmul_blocks(w: Weight, blocks: int, x: Tensor) -> Tensor:
+    """``y = x Wᵀ`` for the block-diagonal W whose blocks ``w`` holds below each other: block b gives the b-th
+    part of the outputs from the b-th part of the inputs."""
+    scales = [None] * blocks if w.scales is None else w.scales.chunk(blocks)
+    parts = zip(w.weight.chunk(blocks), scales, x.chunk(blocks, dim=1), strict=True)
+    return torch.cat([matmul(Weight(weight, scale, w.group), part) for weight, scale, part in parts], dim=1)
+
+
+def run_program(stages: Sequence[Iterable[tuple[Weight, int, int]]], x: Tensor) -> Tensor:
+    """The result of a program (`gossamer.kernels.make_program`) whose terms are (weight, blocks, source), for
+    ``x`` ``(rows, in)``: float32 ``(rows, out)``. Terms are added in order."""
+    sums: list[Tensor] = []
+    for stage in stages:
+        first, *rest = (
+            matmul_blocks(w, blocks, x if source < 0 else sums[source]) for w, blocks, source in stage
+        )
+        for term in rest:
+            first = first + term
+        sums.append(first)
+    return sums[-1]
