@@ -19,7 +19,7 @@ from gossamer.version import VERSION as __version__  # noqa: N811 - the name tha
 if TYPE_CHECKING:
     from gossamer.errors import GossamerError
     from gossamer.kernels import isa
-    from gossamer.matrices import Dense, LowRank, Matrix, Packed, Product, Sparse, Sum, pack
+    from gossamer.matrices import BlockDiagonal, Dense, LowRank, Matrix, Packed, Product, Sparse, Sum, pack
     from gossamer.models.export import export_dense
     from gossamer.models.verify import verify_checkpoint
     from gossamer.nn import StructuredEmbedding, StructuredLinear
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.quickstart import quickstart
 
 __all__ = [
+    "BlockDiagonal",
     "Dense",
     "GossamerError",
     "LowRank",
@@ -59,7 +60,17 @@ __all__ = [
 _PLACES = {
     "gossamer.errors": ("GossamerError",),
     "gossamer.kernels": ("isa",),
-    "gossamer.matrices": ("Dense", "LowRank", "Matrix", "Packed", "Product", "Sparse", "Sum", "pack"),
+    "gossamer.matrices": (
+        "BlockDiagonal",
+        "Dense",
+        "LowRank",
+        "Matrix",
+        "Packed",
+        "Product",
+        "Sparse",
+        "Sum",
+        "pack",
+    ),
     "gossamer.models.export": ("export_dense",),
     "gossamer.models.verify": ("verify_checkpoint",),
     "gossamer.nn": ("StructuredEmbedding", "StructuredLinear"),

@@ -19,7 +19,7 @@ from gossamer.bench.plan_cache import PlanCache
 from gossamer.bench.speed import decode_bytes
 from gossamer.bench.timing import TORCH, Times
 from gossamer.errors import EvaluationError, ModelError, PatternError
-from gossamer.matrices import Dense, LowRank, Packed, Sparse, Sum, pack_tree
+from gossamer.matrices import BlockDiagonal, Dense, LowRank, Packed, Product, Sparse, Sum, pack_tree
 from gossamer.models.place import place_matrix
 from gossamer.models.walk import find_parts, prunable
 from gossamer.nn import StructuredLinear
@@ -301,6 +301,23 @@ def test_composites_count_by_their_packed_leaves() -> None:
     assert found.apply(model)[f"{place}.parts.1"] == "dense"
     assert tree.parts[1].layout == "dense"
     assert torch.equal(logits(model), expected)
+
+
+def test_blocks_beside_a_core_are_planned_by_leaf() -> None:
+    model = packed_model()
+    core = Sparse.fit(torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), pattern="32:64")
+    sides = [BlockDiagonal.from_blocks(torch.eye(32).repeat(n // 32, 1, 1)) for n in core.shape]
+    tree = pack_tree(Product(sides[0], core, sides[1]), "int4")
+    model.get_submodule("model.layers.2.mlp").down_proj = StructuredLinear(tree)
+    found = plan(model, prompt=512, decode=1)
+    rows = {name: row for row in found.rows for name in row.names}
+    place = "model.layers.2.mlp.down_proj.matrix.parts"
+    assert rows[f"{place}.0.parts.0"].kind.shape == (64, 32)  # blocks below each other
+    assert rows[f"{place}.2.parts.0"].kind.shape == (128, 32)
+    assert "down_proj" in found.explain()
+    assert found.apply(model)[f"{place}.1"] == "dense"
+    x = torch.randn(3, 128)
+    assert torch.equal(tree(x), pack_tree(Product(sides[0], core, sides[1]), "int4")(x))
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_changes() -> None:

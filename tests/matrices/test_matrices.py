@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from gossamer.errors import MatrixError
 from gossamer.matrices import (
+    BlockDiagonal,
     Dense,
     LowRank,
     Matrix,
@@ -60,6 +62,11 @@ MAKERS: dict[str, Callable[[], Matrix]] = {
     "product": lambda: Product(
         Dense(random(7, 4)), Sparse(half_mask(4, 5), random(4, 5, seed=1)), Dense(random(5, 10, seed=2))
     ),
+    "block_diagonal": lambda: Product(
+        BlockDiagonal.from_blocks(random(7, 1, 2)),
+        Sum(Dense(random(14, 6)), BlockDiagonal(Sparse(half_mask(14, 3), random(14, 3, seed=1)), 2)),
+        BlockDiagonal.from_blocks(random(2, 3, 5, seed=2)),
+    ),
     "packed": lambda: pack(random(7, 10), "float32", mask=half_mask(7, 10)),
     "mixed": lambda: Sum(pack(random(7, 10), "float32"), Dense(random(7, 10, seed=1))),
 }
@@ -80,6 +87,8 @@ def dense_of(matrix: Matrix) -> np.ndarray:
     if isinstance(matrix, Packed):
         return matrix.unpack().weight.double().numpy()
     inner = [dense_of(part) for part in matrix]
+    if isinstance(matrix, BlockDiagonal):
+        return scipy.linalg.block_diag(*np.split(inner[0], matrix.count))
     return sum(inner) if isinstance(matrix, Sum) else np.linalg.multi_dot(inner)
 
 
@@ -140,7 +149,7 @@ def test_state_dict_and_deepcopy(kind: str) -> None:
     assert torch.equal(copied(x), before)
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "low_rank", "sum", "product"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "low_rank", "sum", "product", "block_diagonal"])
 def test_gradients(kind: str) -> None:
     matrix = MAKERS[kind]().double()
     x = random(2, 10, seed=5).double().requires_grad_()
@@ -254,6 +263,20 @@ def test_sum_fit_finds_planted_parts() -> None:
     assert error <= fit_error(target, once.to_dense())
 
 
+@pytest.mark.parametrize("samples", [None, 50, 3])  # 3: a singular Gram matrix
+def test_block_diagonal_fit_is_the_best(samples: int | None) -> None:
+    w = random(6, 9).double()
+    gram = None if samples is None else gram_of(9, samples).double()
+    fitted = BlockDiagonal.fit(w, gram, count=3)
+    best = fit_error(w, fitted.to_dense(), gram)
+    if gram is None:
+        assert torch.equal(fitted.blocks()[1].detach(), w[2:4, 3:6])
+    draws = generator(7)
+    for trial in range(100):
+        moved = fitted.blocks() + 10.0 ** -(trial % 5) * torch.randn(3, 2, 3, generator=draws)
+        assert fit_error(w, BlockDiagonal.from_blocks(moved).to_dense(), gram) >= best * (1 - 1e-9)
+
+
 def test_dense_fit_is_the_target() -> None:
     w = random(3, 4)
     fitted = Dense.fit(w)
@@ -322,6 +345,14 @@ def test_bad_input() -> None:
         Dense.fit(w, rank=3)
     with pytest.raises(MatrixError, match="cannot be fitted"):
         Product.fit(w)
+    with pytest.raises(MatrixError, match="not 3 equal blocks"):
+        BlockDiagonal(Dense(w), 3)
+    with pytest.raises(MatrixError, match="one leaf, not a sum"):
+        BlockDiagonal(Sum(Dense(w)), 2)
+    with pytest.raises(MatrixError, match="no 4 equal blocks"):
+        BlockDiagonal.fit(w, count=4)
+    with pytest.raises(MatrixError, match="lead to no part: 2"):
+        pack_tree(Sum(Dense(w), Dense(w)), overrides={"2": {"values": "int8"}})
 
 
 @pytest.mark.parametrize(
@@ -336,6 +367,14 @@ def test_bad_input() -> None:
         {"kind": "dense", "shape": [4, 5]},
         {"kind": "sum", "shape": [4, 4], "parts": []},
         {"kind": "sum", "shape": [4, 4], "parts": ["dense"]},
+        {"kind": "block_diagonal", "shape": [4, 4], "count": 2, "parts": []},
+        {"kind": "block_diagonal", "shape": [4, 4], "parts": [{"kind": "dense", "shape": [4, 4]}]},
+        {
+            "kind": "block_diagonal",
+            "shape": [4, 4],
+            "count": 3,
+            "parts": [{"kind": "dense", "shape": [4, 4]}],
+        },
         {"kind": "packed", "shape": [4, 4], "layout": "dense", "values": 4},
         {"kind": "packed", "shape": [4, 4], "layout": "dense", "values": "int4", "group": "64"},
         {"kind": "packed", "shape": [4, 4], "layout": "dense", "values": "int4", "group": 0},

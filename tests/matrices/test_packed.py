@@ -249,7 +249,11 @@ def test_bad_input() -> None:
     with pytest.raises(MatrixError, match="NaN"):
         pack(w * float("nan"), "float32")
     with pytest.raises(MatrixError, match="use pack_tree"):
-        pack(Sum(Dense(w), Dense(w)))
+        Packed.pack(Sum(Dense(w), Dense(w)))
+    with pytest.raises(MatrixError, match="a sum has no one mask"):
+        pack(Sum(Dense(w), Dense(w)), mask=w > 0)
+    with pytest.raises(MatrixError, match="overrides are for"):
+        pack(w, overrides={"0": {"values": "int8"}})
     with pytest.raises(MatrixError, match="unknown values"):
         pack(w, "int5")
     with pytest.raises(MatrixError, match="64 or 32"):

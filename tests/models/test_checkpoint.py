@@ -25,7 +25,7 @@ from checkpoint_maker import (
 )
 
 from gossamer.errors import CheckpointError, ModelError, OutputError
-from gossamer.matrices import LowRank, Packed, Sparse, Sum, pack
+from gossamer.matrices import BlockDiagonal, LowRank, Packed, Product, Sparse, Sum, pack
 from gossamer.models import CheckpointWriter, is_checkpoint, load_checkpoint, read_part, write_part
 from gossamer.models.manifest import read_manifest
 from gossamer.models.place import place_matrix, takes_matrix
@@ -223,11 +223,20 @@ def test_any_kind_of_matrix(tmp_path):
     both = Sum(LowRank.fit(weight, rank=4), Sparse(half_mask(weight), weight), pack(weight, values="int8"))
     matrices["model.layers.0.mlp.up_proj.weight"] = low_rank
     matrices["model.layers.0.mlp.gate_proj.weight"] = both
+    down = layers.mlp.down_proj.weight.detach()
+    core = Sparse(half_mask(down), down)
+    sides = [BlockDiagonal.from_blocks(torch.randn(2, n // 2, n // 2)) for n in down.shape]
+    tree = Sum(LowRank.fit(down, rank=4), Product(sides[0], core, sides[1]))
+    packed = pack(tree, "int4", overrides={"0": {"values": "bfloat16"}})
+    matrices["model.layers.0.mlp.down_proj.weight"] = packed
     base = base_folder(tmp_path / "base", num_hidden_layers=1)
     loaded = load_checkpoint(filled_writer(tmp_path / "out", base, model, matrices).finish(MADE))
     mlp = loaded.model.layers[0].mlp
     assert torch.equal(mlp.up_proj.matrix.to_dense(), low_rank.to_dense())
     assert torch.equal(mlp.gate_proj.matrix.to_dense(), both.to_dense())
+    x = torch.randn(3, down.shape[1])
+    assert mlp.down_proj.matrix.is_packed
+    assert torch.equal(mlp.down_proj(x), packed(x))
 
 
 def test_parts_come_back(tmp_path, made):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gossamer import kernels
 from gossamer.errors import MatrixError, ModelError
-from gossamer.matrices import Dense, LowRank, Packed, Sparse, pack
+from gossamer.matrices import Dense, LowRank, Packed, Sparse, Sum, inference, pack
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
 from tiny import tiny_model
 
@@ -115,6 +116,20 @@ def test_linear_with_any_matrix(bias: bool) -> None:
     assert module.bias is linear.bias
     assert f"in_features=20, out_features=12, bias={bias}" in repr(module)
     assert "dense, float32" in repr(module)
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+@torch.no_grad()
+def test_a_packed_composite_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    run = inference.kernels.matmul
+    monkeypatch.setattr(inference.kernels, "matmul", lambda w, x: made.append(w) or run(w, x))
+    weight, bias = random(48, 64), random(48)
+    tree = Sum(LowRank.fit(weight, rank=4), Sparse.fit(weight, sparsity=0.5))
+    module = StructuredLinear(pack(tree, "float32"), bias)
+    x = random(2, 3, 64)
+    torch.testing.assert_close(module(x), tree(x) + bias)
+    assert len(made) == 1
 
 
 def test_linear_trains() -> None:

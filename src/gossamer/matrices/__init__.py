@@ -1,5 +1,6 @@
 """Structured matrices, their packed layouts and number formats, and how they lie on disk."""
 
+from gossamer.matrices.blocks import BlockDiagonal
 from gossamer.matrices.compose import LowRank, Product, Sum
 from gossamer.matrices.dense import Dense
 from gossamer.matrices.layouts import Unpacked, choose_layout, packed_bytes
@@ -18,6 +19,7 @@ from gossamer.matrices.values import (
 
 __all__ = [
     "VALUES",
+    "BlockDiagonal",
     "Dense",
     "LowRank",
     "Matrix",

@@ -11,26 +11,59 @@ from torch import Tensor, nn
 
 from gossamer.errors import MatrixError
 from gossamer.matrices.dense import Dense
+from gossamer.matrices.inference import Compiled, Kept, Stages, Term, product
 from gossamer.matrices.matrix import Description, Matrix, check_target, fit_error, from_description
 
 
 class Composite(Matrix):
-    """A matrix made of others: what Sum and Product share."""
+    """A matrix made of others: what Sum, Product and BlockDiagonal share.
+
+    Where all leaves are packed, a product is one call of the kernels, which keeps float32 numbers inside and
+    rounds to the activations' dtype once; else parts are multiplied one by one, each result in that dtype.
+    """
 
     parts: nn.ModuleList
+    _kept: Kept | None
 
     def __init__(self, *parts: Matrix) -> None:
         super().__init__()
         if not parts:
             raise MatrixError(f"a {self.kind} has at least one part")
         self.parts = nn.ModuleList(parts)
+        self._kept = None
 
     def __iter__(self) -> Iterator[Matrix]:
         return cast("Iterator[Matrix]", iter(self.parts))
 
-    def map_parts(self, change: Callable[[Matrix], Matrix]) -> Matrix:
-        """The same combination of changed parts."""
-        return type(self)(*(change(part) for part in self))
+    def map_parts(self, change: Callable[[int, Matrix], Matrix]) -> Matrix:
+        """The same combination of changed parts; ``change`` takes a part's number and the part."""
+        return type(self)(*(change(index, part) for index, part in enumerate(self)))
+
+    def part_importance(self, index: int, importance: Tensor) -> Tensor | None:
+        """What ``importance`` ``(in,)`` of the inputs means for a part: None where it sees other inputs."""
+        return importance
+
+    def matmul(self, x: Tensor) -> Tensor:
+        self._check_inputs(x)
+        compiled = self.compiled()
+        return self._combined(x) if compiled is None else product(compiled, x, self)
+
+    def _combined(self, x: Tensor) -> Tensor:
+        """`matmul` part by part, with gradients to trainable parts."""
+        raise NotImplementedError
+
+    @property
+    def is_packed(self) -> bool:
+        return all(part.is_packed for part in self)
+
+    def compiled(self) -> Compiled | None:
+        """What kernels run for this matrix, or None where it is not packed."""
+        if self._kept is None or not self._kept.holds():
+            self._kept = Kept(self) if self.is_packed else None
+        return None if self._kept is None else self._kept.compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @property
     def kept(self) -> int:
@@ -57,7 +90,13 @@ class Composite(Matrix):
             if not index.isdecimal() or int(index) >= len(inner):
                 raise MatrixError(f"the tensor {name!r} belongs to no part of this {cls.kind}")
             shares[int(index)][rest] = tensor
-        return cls(*(from_description(part, share) for part, share in zip(inner, shares, strict=True)))
+        made = [from_description(part, share) for part, share in zip(inner, shares, strict=True)]
+        return cls.from_parts(description, made)
+
+    @classmethod
+    def from_parts(cls, description: Description, parts: list[Matrix]) -> Composite:
+        """The matrix from its parts and what else its description says."""
+        return cls(*parts)
 
 
 def _added(terms: Iterable[Tensor]) -> Tensor:
@@ -87,9 +126,11 @@ class Sum(Composite, kind="sum"):
     def shape(self) -> tuple[int, int]:
         return next(iter(self)).shape
 
-    def matmul(self, x: Tensor) -> Tensor:
-        self._check_inputs(x)
+    def _combined(self, x: Tensor) -> Tensor:
         return _added(part.matmul(x) for part in self)
+
+    def terms(self, source: int, stages: Stages) -> list[Term]:
+        return [term for part in self for term in part.terms(source, stages)]
 
     def to_dense(self) -> Tensor:
         return _added(part.to_dense() for part in self)
@@ -152,11 +193,20 @@ class Product(Composite, kind="product"):
         factors = list(self)
         return factors[0].shape[0], factors[-1].shape[1]
 
-    def matmul(self, x: Tensor) -> Tensor:
-        self._check_inputs(x)
+    def _combined(self, x: Tensor) -> Tensor:
         for factor in reversed(list(self)):
             x = factor.matmul(x)
         return x
+
+    def terms(self, source: int, stages: Stages) -> list[Term]:
+        first, *rest = list(self)
+        for factor in reversed(rest):
+            stages.append(factor.terms(source, stages))
+            source = len(stages) - 1
+        return first.terms(source, stages)
+
+    def part_importance(self, index: int, importance: Tensor) -> Tensor | None:
+        return importance if index == len(self.parts) - 1 else None
 
     def to_dense(self) -> Tensor:
         return _multiplied([factor.to_dense() for factor in self])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import MatrixError
+from gossamer.matrices.inference import Stages, Term
 
 KINDS: dict[str, type[Matrix]] = {}
 Description = dict[str, Any]  # what JSON can hold
@@ -59,6 +60,16 @@ class Matrix(nn.Module):
     def rows(self, index: Tensor) -> Tensor:
         """Rows of W, as an embedding looks them up: ``index`` integers ``(...)``, returns ``(..., in)``."""
         return self.to_dense()[index]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether kernels multiply by this matrix as it is, in one call: all of its leaves are packed."""
+        return False
+
+    def terms(self, source: int, stages: Stages) -> list[Term]:
+        """What kernels add up for this matrix times ``source`` (a stage, or -1: the activations). Stages that
+        must run before are appended to ``stages``. Raises MatrixError unless `is_packed`."""
+        raise MatrixError(f"a {self.kind} matrix is not packed")
 
     @property
     def kept(self) -> int:

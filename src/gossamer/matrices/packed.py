@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from gossamer import kernels
 from gossamer.errors import MatrixError
 from gossamer.kernels import reference
 from gossamer.matrices.bitfields import pack_bits
-from gossamer.matrices.compose import Composite, Sum
+from gossamer.matrices.blocks import BlockDiagonal
+from gossamer.matrices.compose import Composite
 from gossamer.matrices.dense import Dense
 from gossamer.matrices.geometry import (
     GROUP,
@@ -25,7 +26,14 @@ from gossamer.matrices.geometry import (
     shape_of,
     to_stream,
 )
-from gossamer.matrices.layouts import Unpacked, choose_layout, pack_sections, unpack_sections
+from gossamer.matrices.inference import Leaf, Stages, Term, product
+from gossamer.matrices.layouts import (
+    Unpacked,
+    choose_layout,
+    pack_sections,
+    packed_bytes,
+    unpack_sections,
+)
 from gossamer.matrices.matrix import Description, Matrix, check_target, described_shape
 from gossamer.matrices.rows import dense_rows
 from gossamer.matrices.sparse import Sparse
@@ -46,8 +54,7 @@ class Packed(Matrix, kind="packed"):
     masks: Tensor | None
     scales: Tensor | None
     offsets: Tensor | None
-    _handle: kernels.Handle | None
-    _plain: Unpacked | None
+    _leaf: Leaf | None
 
     def __init__(
         self,
@@ -247,36 +254,31 @@ class Packed(Matrix, kind="packed"):
 
     def matmul(self, x: Tensor) -> Tensor:
         self._check_inputs(x)
-        if x.requires_grad and torch.is_grad_enabled():
-            y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
-            return y
-        return self._product(x)
+        leaf = self.leaf()
+        return product(leaf if isinstance(leaf, kernels.Handle) else [[(leaf, 1, -1)]], x, self)
 
-    def _product(self, x: Tensor) -> Tensor:
-        """``x Wᵀ`` without a gradient, by the native kernels or, where they are missing, their reference."""
-        if self._handle is None and self._plain is None:
+    @property
+    def is_packed(self) -> bool:
+        return True
+
+    def terms(self, source: int, stages: Stages) -> list[Term]:
+        return [(self.leaf(), 1, source)]
+
+    def leaf(self) -> Leaf:
+        """This weight as kernels hold it or, where they are missing, as their reference takes it."""
+        if self._leaf is None:
             if kernels.native_available():
-                self._handle = kernels.make_handle(
+                self._leaf = kernels.make_handle(
                     self.layout, self.value_type.name, *self._shape, self.group, self.tensors()
                 )
             else:
-                self._plain = self.unpack()
-        if self._handle is not None:
-            if x.dtype in (torch.float32, torch.bfloat16):
-                return kernels.matmul(self._handle, x)
-            return kernels.matmul(self._handle, x.float()).to(x.dtype)
-        assert self._plain is not None
-        plain, flat = self._plain, x.reshape(-1, self._shape[1]).float()
-        if plain.scales is None:
-            y = reference.matmul_float(plain.weight, flat)
-        else:
-            y = reference.matmul_int(plain.weight, plain.scales, flat, self.group)
-        return y.reshape(*x.shape[:-1], self._shape[0]).to(x.dtype)
+                plain = self.unpack()
+                self._leaf = reference.Weight(plain.weight, plain.scales, self.group)
+        return self._leaf
 
     def _forget(self) -> None:
         """Drops what was derived from the buffers: they moved, or hold other bytes."""
-        self._handle = None
-        self._plain = None
+        self._leaf = None
 
     # --- being a module ---
 
@@ -296,7 +298,7 @@ class Packed(Matrix, kind="packed"):
             check_sections(self.tensors(), self.value_type, self.layout, self._shape, self.group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_plain": None}
+        return {**self.__dict__, "_leaf": None}
 
 
 def _leaf(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
@@ -321,39 +323,81 @@ def _same_format(quantized: Quantized, values: str | None, group: int | None) ->
     return kind, quantized.group
 
 
-class _Frozen(torch.autograd.Function):
-    """A packed product whose gradient reaches the activations only, as if they had not been rounded."""
+def pack(
+    weight: Matrix | Tensor | Quantized,
+    values: str | None = None,
+    layout: str = "auto",
+    group: int | None = None,
+    mask: Tensor | None = None,
+    *,
+    importance: Tensor | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Any:
+    """`Packed.pack` of one weight, `pack_tree` of a matrix made of others: a Packed, or a tree of them.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
-        ctx.packed = packed
-        return packed._product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (grad,) = grads
-        return grad @ ctx.packed.to_dense().to(grad.dtype), None
-
-
-pack = Packed.pack
+    ``mask`` is for one weight, ``overrides`` for a tree; raises MatrixError for the other way round too.
+    """
+    if isinstance(weight, Composite):
+        if mask is not None:
+            raise MatrixError(f"a {weight.kind} has no one mask: its Sparse leaves bring their own")
+        return pack_tree(weight, values, layout, group, importance=importance, overrides=overrides)
+    if overrides:
+        raise MatrixError("overrides are for the leaves of a sum, product or block-diagonal matrix")
+    return Packed.pack(weight, values, layout, group, mask, importance=importance)
 
 
 def pack_tree(
     matrix: Matrix,
-    values: str = "int4",
+    values: str | None = None,
     layout: str = "auto",
-    group: int = GROUP,
+    group: int | None = None,
+    *,
     importance: Tensor | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Matrix:
     """``matrix`` with every Dense and Sparse leaf packed; leaves that are packed stay as they are.
 
-    ``importance``: ``(in,)``, for the leaves that see the activations themselves (in a product: the last).
+    ``values``, ``layout``, ``group``: as `Packed.pack`, for every leaf; ``importance``: ``(in,)``, for the
+    leaves that see the activations themselves (in a product: the last). ``overrides``: other values, layout
+    or group for some leaves, by the numbers of the parts that lead to them: ``{"0.1": {"values": "int8"}}``
+    for the second part of the first one, ``{"0": ...}`` for all leaves of the first. Blocks that do not end
+    with a panel of 16 outputs become one sparse leaf; dense leaves with fewer inputs than a group lie in 16x4
+    where that saves their padding. Raises MatrixError as `Packed.pack` does, and for an override that leads
+    nowhere.
     """
-    if isinstance(matrix, Packed):
-        return matrix
-    if not isinstance(matrix, Composite):
-        return Packed.pack(matrix, values, layout, group, importance=importance)
-    sees = list(matrix) if isinstance(matrix, Sum) else list(matrix)[-1:]
-    return matrix.map_parts(
-        lambda part: pack_tree(part, values, layout, group, importance if part in sees else None)
-    )
+    overrides = overrides or {}
+    used = set()
+
+    def visit(matrix: Matrix, place: str, options: dict[str, Any], importance: Tensor | None) -> Matrix:
+        if place in overrides:
+            used.add(place)
+            options = {**options, **overrides[place]}
+        if isinstance(matrix, BlockDiagonal):
+            matrix = matrix.packable()
+        if isinstance(matrix, Packed):
+            return matrix
+        if not isinstance(matrix, Composite):
+            if place and options["layout"] == "auto" and isinstance(matrix, Dense):
+                options = {**options, "layout": _factor_layout(matrix.shape, options["values"])}
+            return Packed.pack(matrix, **options, importance=importance)
+        whole = matrix
+
+        def change(index: int, part: Matrix) -> Matrix:
+            seen = None if importance is None else whole.part_importance(index, importance)
+            return visit(part, f"{place}.{index}" if place else f"{index}", options, seen)
+
+        return whole.map_parts(change)
+
+    packed = visit(matrix, "", {"values": values, "layout": layout, "group": group}, importance)
+    if unused := set(overrides) - used:
+        raise MatrixError(f"overrides lead to no part: {', '.join(sorted(unused))}")
+    return packed
+
+
+def _factor_layout(shape: tuple[int, int], values: str | None) -> str:
+    """How a dense leaf of a tree lies: with fewer inputs than a group in 16x4, which leaves out the padding,
+    where that takes fewer bytes (1 to 7 % faster in all for a rank of 32: benchmarks/composites.py)."""
+    if shape[1] >= GROUP:
+        return "dense"
+    kept, kind = torch.ones(shape, dtype=torch.bool), value_type(values or "int4")
+    return min(("dense", "16x4"), key=lambda layout: packed_bytes(kept, kind, layout))
