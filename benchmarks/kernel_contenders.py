@@ -36,17 +36,17 @@ from benchmarks.kernel_layers import (
 )
 from benchmarks.kernel_protocol import (
     DECODE_ROWS,
-    LAYOUTS,
-    PAST_CACHE,
     PROMPT_PRODUCTS,
+    SLICES,
+    STRUCTURES,
     VALUES,
     Layer,
     Product,
+    Reader,
     Task,
     add_arguments,
     distinct,
     emit,
-    last_level_cache,
     product,
     task_of,
 )
@@ -56,7 +56,6 @@ from gossamer.kernels.native import native
 Inputs = dict[tuple[int, int, torch.dtype], Tensor]  # by rows, columns and dtype
 
 BASELINE = ("dense", "bfloat16")  # always there: what the others' speed is held against
-SLICES = 8  # of a walk, in decoding
 SLICE_MACS = 2e9  # of a prompt's slice at least
 ROOM = 0.7  # of the free memory that contenders may take
 
@@ -73,18 +72,19 @@ class Contender:
     make: Callable[[Layer], Made]
     rows: tuple[int, ...]
     dtype: torch.dtype = torch.bfloat16
-    layout: str | None = None
+    structure: str | None = None
     setting: str = ""
 
 
-def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[Contender]:
+def contenders(task: Task, structures: list[str], values: tuple[str, ...]) -> list[Contender]:
     """All of them, our own dense bfloat16 first, then those that are measured at most row counts."""
     decode = tuple(rows for rows in task.rows if rows <= DECODE_ROWS)
     prompt = tuple(rows for rows in task.rows if rows > DECODE_ROWS)
     found = []
-    for layout, value in dict.fromkeys([BASELINE, *itertools.product(layouts, values)]):
-        rows = decode + prompt if (layout, value) in PROMPT_PRODUCTS else decode
-        found.append(Contender(f"{layout} {value}", value, Packed(layout, value), rows, layout=layout))
+    for name, value in dict.fromkeys([BASELINE, *itertools.product(structures, values)]):
+        rows = decode + prompt if (name, value) in PROMPT_PRODUCTS else decode
+        make = Packed(STRUCTURES[name], value)
+        found.append(Contender(f"{name} {value}", value, make, rows, structure=name))
     for name in ("bfloat16", "float32"):
         if name not in values:
             continue
@@ -104,7 +104,7 @@ def contenders(task: Task, layouts: list[str], values: tuple[str, ...]) -> list[
             Contender("torch int4", "int4", torch_int4, decode, setting="_weight_int4pack_mm_for_cpu")
         )
     found = [c for c in found if c.rows]
-    return sorted(found, key=lambda c: ((c.layout, c.values) != BASELINE, -max(c.rows), -len(c.rows)))
+    return sorted(found, key=lambda c: ((c.structure, c.values) != BASELINE, -max(c.rows), -len(c.rows)))
 
 
 class Walk:
@@ -125,6 +125,7 @@ class Walk:
         self.endless = itertools.cycle(self.blocks)
         self.times: dict[int, list[float]] = defaultdict(list)
         self.ratios: dict[int, list[float]] = defaultdict(list)
+        self.read: dict[int, list[float]] = defaultdict(list)
         self.by_layer: dict[int, list[list[float]]] = {}
 
     def step(self, rows: int, inputs: Inputs, record: bool = True) -> float:
@@ -163,6 +164,7 @@ class Walk:
         c = self.contender
         return product(
             self.times[rows],
+            self.read[rows],
             self.layers,
             self.block_bytes,
             contender=c.name,
@@ -170,28 +172,11 @@ class Walk:
             model=model,
             rows=rows,
             own_bytes=self.own_bytes,
-            layout=c.layout,
+            structure=c.structure,
             setting=c.setting,
             to_dense=statistics.median(ratios) if ratios else None,
             layers={shape: statistics.median(times) for shape, times in shapes.items()},
         )
-
-
-class Reader:
-    """Plain reading of memory, by the fastest sum that PyTorch has: what products are held against."""
-
-    def __init__(self, own_bytes: int) -> None:
-        self.parts = torch.ones(own_bytes // 8, dtype=torch.int64).chunk(SLICES)
-        self.endless = itertools.cycle(self.parts)
-        self.rates: list[float] = []
-
-    def step(self, record: bool = True) -> None:
-        part = next(self.endless)
-        start = time.perf_counter()
-        part.sum()
-        seconds = time.perf_counter() - start
-        if record:
-            self.rates.append(part.nbytes / seconds)
 
 
 def batches(waiting: list[Contender], own_bytes: int) -> Iterator[list[Contender]]:
@@ -211,7 +196,7 @@ def measure(model: str, task: Task, found: list[Contender]) -> None:
         for dtype in (torch.bfloat16, torch.float32)
     }
     others = OtherWork()
-    reader = Reader(max(task.own_bytes, PAST_CACHE * last_level_cache()))
+    reader = task.reader()
     baseline = Walk(found[0], layers, task.own_bytes)
     # whole blocks of dense float32 are the most that a contender takes
     most = max(task.own_bytes, 2 * 4 * sum(out * cols for out, cols in layers))
@@ -241,10 +226,12 @@ def measure_batch(
         reader.step(record=False)
         baseline.step(rows, inputs, record=False)
         for _ in range(task.rounds(rows)):
-            reader.step()
+            read = reader.step()
             dense = baseline.step(rows, inputs)
+            baseline.read[rows].append(read)
             for walk in players:
                 walk.ratios[rows].append(dense / walk.step(rows, inputs))
+                walk.read[rows].append(read)
     for walk in walks:
         report(walk, model)
 
@@ -269,7 +256,7 @@ def report(walk: Walk, model: str) -> None:
 # ---- cycles and calls
 
 
-def cycles(task: Task, layouts: list[str], values: tuple[str, ...]) -> None:
+def cycles(task: Task, structures: list[str], values: tuple[str, ...]) -> None:
     """Cycles of one core for 64 weights of each layout, weights in its second-level cache.
 
     The difference between a larger and a smaller weight of equal inputs, so that the call and the preparation
@@ -280,9 +267,9 @@ def cycles(task: Task, layouts: list[str], values: tuple[str, ...]) -> None:
     cols = 1024
     x = torch.randn(1, cols).bfloat16()
     torch.set_num_threads(1)
-    for layout, value in itertools.product(layouts, values):
-        make = Packed(layout, value)
-        panel_bytes = make((16, cols))[1]
+    for name, value in itertools.product(structures, values):
+        make = Packed(STRUCTURES[name], value)
+        panel_bytes = make((32, cols))[1] / 2
         panels = [max(1, int(room * part / panel_bytes)) for part in (1 / 8, 1 / 2)]
         (small, _), (large, _) = (make((16 * count, cols)) for count in panels)
         clock = [native().cycles_per_second()]
@@ -298,7 +285,7 @@ def cycles(task: Task, layouts: list[str], values: tuple[str, ...]) -> None:
         emit(
             "cycles",
             {
-                "contender": f"{layout} {value}",
+                "contender": f"{name} {value}",
                 "cycles_per_64": round(seconds * statistics.mean(clock) / steps, 3),
                 "clock_ghz": round(statistics.mean(clock) / 1e9, 3),
             },
@@ -308,7 +295,7 @@ def cycles(task: Task, layouts: list[str], values: tuple[str, ...]) -> None:
 
 def call_overhead() -> dict[str, float]:
     """Microseconds of a call whose work is next to nothing: 16 outputs of 64 inputs."""
-    packed, _ = Packed("dense", "int4")((16, 64))
+    packed, _ = Packed(STRUCTURES["dense"], "int4")((16, 64))
     plain, _ = torch_plain(torch.bfloat16, (16, 64))
     x = torch.randn(1, 64).bfloat16()
     found = {}
@@ -333,7 +320,7 @@ def huge_pages() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_contenders", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=list(STRUCTURES))
     parser.add_argument("--values", nargs="+", default=list(VALUES), choices=VALUES)
     parser.add_argument("--cycles", action="store_true", help="time the arithmetic alone, in cache, first")
     args = parser.parse_args()
@@ -349,8 +336,8 @@ def main() -> None:
     with torch.inference_mode():
         emit("call", call_overhead())
         if args.cycles:
-            cycles(task, args.layouts, values)
-        found = contenders(task, args.layouts, values)
+            cycles(task, args.structures, values)
+        found = contenders(task, args.structures, values)
         for model in task.models:
             measure(model, task, found)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.kernel_protocol import GROUP, LAYOUTS, SPARSITY, Layer
+from benchmarks.kernel_protocol import GROUP, Layer, Structure
 from gossamer import kernels
 from gossamer.matrices.layouts import pack_sections
 from gossamer.matrices.values import value_type
@@ -25,38 +25,55 @@ KINDS = 64  # different panel-groups that random weights are put together from
 
 
 class Packed:
-    """Our layers of one layout and value type, put together from random panel-groups."""
+    """Our layers of one structure and value type.
 
-    def __init__(self, layout: str, values: str, group: int = GROUP) -> None:
-        self.layout, self.values, self.group = layout, values, group
-        self.pieces = random_pieces(layout, values, group)
+    Where a panel-group may keep any step, a weight of each shape is packed, and copied; the others are put
+    together from random panel-groups.
+    """
+
+    def __init__(self, structure: Structure, values: str, group: int = GROUP) -> None:
+        self.structure, self.values, self.group = structure, values, group
+        self.whole: dict[Layer, dict[str, Tensor]] = {}
+        self.pieces = {} if structure.layout == "16x4" else random_pieces(structure, values, group)
 
     def __call__(self, layer: Layer) -> Made:
-        sections = put_together(self.pieces, layer)
+        if self.pieces:
+            sections = put_together(self.pieces, layer)
+        else:
+            if layer not in self.whole:
+                self.whole[layer] = random_sections(self.structure, self.values, layer, self.group)
+            sections = {name: t.clone() for name, t in self.whole[layer].items()}
         size = sum(t.nbytes for t in sections.values())
-        handle = kernels.make_handle(self.layout, self.values, *layer, self.group, sections)
+        handle = kernels.make_handle(self.structure.layout, self.values, *layer, self.group, sections)
         return partial(kernels.matmul, handle), size
 
 
-def random_pieces(layout: str, values: str, group: int) -> dict[str, Tensor]:
+def random_sections(
+    structure: Structure, values: str, shape: Layer, group: int, weights: int = 1
+) -> dict[str, Tensor]:
+    """Sections of ``weights`` random ones of ``shape`` on top of each other, each with its own mask."""
+    generator = torch.Generator().manual_seed(0)
+    kind, rows = value_type(values), weights * shape[0]
+    masks = None
+    if structure.pattern:
+        pattern = parse_pattern(structure.pattern)
+        scores = (torch.rand(shape, generator=generator) for _ in range(weights))
+        masks = torch.cat([mask_from_scores(s, pattern, structure.sparsity) for s in scores])
+    if kind.is_integer:
+        weight = torch.randint(kind.qmin, kind.qmax + 1, (rows, shape[1]), generator=generator)
+        weight = weight.to(torch.int8)
+        scales = torch.full((rows, shape[1] // group), 0.01, dtype=torch.float16)
+    else:
+        weight, scales = torch.randn(rows, shape[1], generator=generator), None
+    return pack_sections(weight, kind, structure.layout, mask=masks, scales=scales, group=group)
+
+
+def random_pieces(structure: Structure, values: str, group: int) -> dict[str, Tensor]:
     """Sections of `KINDS` random panel-groups of a layout, each section (KINDS, elements), one panel each.
 
     All panel-groups keep equally many weights, so that every section has pieces of one size.
     """
-    generator = torch.Generator().manual_seed(0)
-    kind, shape = value_type(values), (16, 64)
-    pattern = LAYOUTS[layout]
-    masks = None
-    if pattern:
-        scores = [torch.rand(shape, generator=generator) for _ in range(KINDS)]
-        masks = torch.cat([mask_from_scores(s, parse_pattern(pattern), SPARSITY) for s in scores])
-    if kind.is_integer:
-        weight = torch.randint(kind.qmin, kind.qmax + 1, (KINDS * 16, 64), generator=generator)
-        weight = weight.to(torch.int8)
-        scales = torch.full((KINDS * 16, 64 // group), 0.01, dtype=torch.float16)
-    else:
-        weight, scales = torch.randn(KINDS * 16, 64, generator=generator), None
-    sections = pack_sections(weight, kind, layout, mask=masks, scales=scales, group=group)
+    sections = random_sections(structure, values, (16, 64), group, KINDS)
     pieces = {name: t.reshape(KINDS, -1) for name, t in sections.items() if name != "offsets"}
     if "offsets" in sections:
         sizes = sections["offsets"][: KINDS + 1].diff()

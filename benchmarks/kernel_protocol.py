@@ -13,21 +13,41 @@ cache.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import itertools
 import json
+import mmap
 import os
 import statistics
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 Layer = tuple[int, int]  # outputs, inputs
 
-LAYOUTS = {"dense": None, "bitmap": "32:64", "32:64": "32:64"}
-"""Every packed layout, and the pattern of its random masks, which keep half of the weights."""
-SPARSITY = 0.5
+
+@dataclass(frozen=True)
+class Structure:
+    """A packed layout, and which random weights of it are kept."""
+
+    layout: str
+    pattern: str | None = None
+    sparsity: float = 0.0
+
+
+STRUCTURES = {
+    "dense": Structure("dense"),
+    "bitmap": Structure("bitmap", "32:64", 0.5),
+    "32:64": Structure("32:64", "32:64", 0.5),
+    "16x4": Structure("16x4", "16x4", 0.5),
+    "32x32 80%": Structure("16x4", "32x32", 0.8),
+}
 VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
-PROMPT_PRODUCTS = {("dense", "bfloat16"), ("32:64", "bfloat16"), ("dense", "int4"), ("32:64", "int4")}
-"""Layouts and values that are measured on many rows too; the others on decoding alone."""
+PROMPT_PRODUCTS = {(name, v) for name in STRUCTURES if name != "bitmap" for v in ("bfloat16", "int4")}
+"""Structures and values that are measured on many rows too; the others on decoding alone."""
 GROUP = 64  # inputs that share a scale, ours and rivals'
 
 
@@ -45,6 +65,7 @@ MODELS: dict[str, tuple[Layer, ...]] = {
 
 OWN_BYTES = 2 << 30
 PAST_CACHE = 4  # so many times the last-level cache is read from memory
+SLICES = 8  # of what is walked, or read: a round takes one
 DECODE_ROWS = 16  # up to here a product is bound by reading the weights
 
 # How each instruction set of ours is asked of the rivals: PyTorch's own kernels, oneDNN (PyTorch's and
@@ -65,11 +86,12 @@ HELD_TO = {
 class Product:
     """Blocks multiplied by one contender.
 
-    ``values``: the format that it is held against ours by; ``layout``: of ours, None for rivals; ``bits`` a
-    weight and ``block_bytes`` count everything that is stored; ``own_bytes``: of all blocks walked in turn;
-    ``seconds``: of one block, the median of ``rounds``, and ``quartiles`` around it; ``to_dense``: how many
-    times as fast as our own dense bfloat16 in the same rounds; ``layers``: median seconds by shape, where
-    they can be told apart.
+    ``values``: the format that it is held against ours by; ``structure``: of ours, None for rivals; ``bits``
+    a weight and ``block_bytes`` count everything that is stored; ``own_bytes``: of all blocks walked in turn;
+    ``seconds``: of one block, the median of ``rounds``, and ``quartiles`` around it. Medians of ratios within
+    a round: ``to_dense``, how many times as fast as our own dense bfloat16; ``of_reading``, its bytes a
+    second to those of plain reading. ``read``: plain reading in its rounds, bytes a second. ``layers``:
+    median seconds by shape, where they can be told apart.
     """
 
     contender: str
@@ -82,9 +104,11 @@ class Product:
     seconds: float
     quartiles: tuple[float, float]
     rounds: int
-    layout: str | None = None
+    structure: str | None = None
     setting: str = ""
     to_dense: float | None = None
+    of_reading: float | None = None
+    read: float | None = None
     layers: dict[str, float] = field(default_factory=dict)
 
 
@@ -92,8 +116,10 @@ def weights_of(layers: tuple[Layer, ...]) -> int:
     return sum(out * cols for out, cols in layers)
 
 
-def product(times: list[float], block: tuple[Layer, ...], block_bytes: int, **facts: Any) -> Product:
-    """A `Product` from the seconds a block of each round."""
+def product(
+    times: list[float], rates: list[float], block: tuple[Layer, ...], block_bytes: int, **facts: Any
+) -> Product:
+    """A `Product` from the seconds a block of each round, and from plain reading in the same rounds."""
     low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Product(
         bits=round(8 * block_bytes / weights_of(block), 4),
@@ -101,8 +127,50 @@ def product(times: list[float], block: tuple[Layer, ...], block_bytes: int, **fa
         seconds=middle,
         quartiles=(low, high),
         rounds=len(times),
+        of_reading=statistics.median(block_bytes / t / r for t, r in zip(times, rates, strict=True)),
+        read=statistics.median(rates),
         **facts,
     )
+
+
+class Reader:
+    """Plain reading of memory, which products are held against, a slice a round.
+
+    A machine's memory may be twice as fast in one minute as in the next, so every process reads beside what
+    it measures: by our native module, which needs no other part of ours; $GOSSAMER_NATIVE says where it is.
+    """
+
+    def __init__(self, size: int, threads: int) -> None:
+        self.sum_words = _native_module().sum_words
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for page in range(0, size, mmap.PAGESIZE):
+            self.memory[page] = 1
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.words, self.threads = size // SLICES // 8, threads
+        self.slices = itertools.cycle(range(SLICES))
+        self.rates: list[float] = []
+
+    def step(self, record: bool = True) -> float:
+        """Bytes a second of one slice."""
+        address = self.address + 8 * self.words * next(self.slices)
+        start = time.perf_counter()
+        self.sum_words(address, self.words, self.threads)
+        rate = 8 * self.words / (time.perf_counter() - start)
+        if record:
+            self.rates.append(rate)
+        return rate
+
+
+def _native_module() -> Any:
+    name = "gossamer.kernels._native"
+    if name not in sys.modules:  # in a rival's process
+        spec = spec_from_file_location(name, os.environ["GOSSAMER_NATIVE"])
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return sys.modules[name]
 
 
 def emit(kind: str, content: Any) -> None:
@@ -144,6 +212,9 @@ class Task:
     own_bytes: int
     decode_rounds: int
     quick: bool
+
+    def reader(self) -> Reader:
+        return Reader(max(self.own_bytes, PAST_CACHE * last_level_cache()), self.threads)
 
     def rounds(self, rows: int) -> int:
         return self.decode_rounds if rows <= DECODE_ROWS else min(5, self.decode_rounds)

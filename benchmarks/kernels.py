@@ -1,7 +1,7 @@
 """Products with packed weights beside PyTorch's, OpenVINO's and llama.cpp's: time, bits, GB/s.
 
-Decoding (one row) in every layout, and prompts (512 rows), over the linear layers of three models, with 2 GiB
-of weights for each contender (`kernel_protocol`). Model by model there runs one process after the other: ours
+Decoding (one row) in every structure, and prompts (512 rows), over the linear layers of three models, with
+2 GiB of weights for each contender (`kernel_protocol`). Model by model one process runs after the other: ours
 and PyTorch's together (`kernel_contenders`), then what the environments of `--rival-python` have.
 """
 
@@ -20,8 +20,8 @@ from benchmarks import protocol
 from benchmarks.kernel_protocol import (
     DECODE_ROWS,
     HELD_TO,
-    LAYOUTS,
     PAST_CACHE,
+    STRUCTURES,
     VALUES,
     Product,
     Task,
@@ -31,6 +31,7 @@ from benchmarks.kernel_protocol import (
     task_of,
     weights_of,
 )
+from gossamer.kernels.native import native
 
 RIVALS = {"openvino": "benchmarks.rival_openvino", "llama_cpp": "benchmarks.rival_llamacpp_kernels"}
 PROBE = "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if u.find_spec(n)))"
@@ -51,7 +52,7 @@ class Findings:
 
 @dataclass
 class Facts:
-    """What they said about the machine. ``cycles``: of one core for 64 weights, by layout and values."""
+    """What they said about the machine. ``cycles``: of one core for 64 weights, by structure and values."""
 
     machine: dict[str, Any] = field(default_factory=dict)
     call: dict[str, float] = field(default_factory=dict)
@@ -66,7 +67,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=list(STRUCTURES))
     parser.add_argument("--values", nargs="+", default=list(VALUES), choices=VALUES)
     parser.add_argument(
         "--rival-python",
@@ -97,7 +98,7 @@ def parse() -> argparse.Namespace:
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
     """Equal threads, instruction set and pages for every process."""
-    found = {**os.environ, **protocol_threads(args.threads)}
+    found = {**os.environ, **protocol_threads(args.threads), "GOSSAMER_NATIVE": native().__file__}
     if args.isa:
         found |= HELD_TO.get(args.isa, {"GOSSAMER_ISA": args.isa})
     if args.huge_pages:
@@ -146,7 +147,13 @@ def measure(
 ) -> Findings:
     """Ours and PyTorch's, then each rival, on one model."""
     options = [*shared_options(args), *(["--shapes", model] if args.shapes else ["--models", model])]
-    ours = ["--layouts", *args.layouts, "--values", *args.values, *([] if facts.cycles else ["--cycles"])]
+    ours = [
+        "--structures",
+        *args.structures,
+        "--values",
+        *args.values,
+        *([] if facts.cycles else ["--cycles"]),
+    ]
     jobs = [(sys.executable, "benchmarks.kernel_contenders", ours), *((*rival, []) for rival in rivals)]
     found = Findings(load=os.getloadavg()[0])
     env = environment(args)
@@ -168,7 +175,7 @@ def measure(
                 progress(content)
             else:
                 setattr(facts, kind, content)
-    if not any(p.layout for p in found.products):
+    if not any(p.structure for p in found.products):
         raise SystemExit("our own products could not be measured: see above")
     return found
 
@@ -204,8 +211,8 @@ def tables(found: Findings, task: Task, model: str, facts: Facts) -> None:
     for rows in task.rows:
         here = [p for p in found.products if p.rows == rows]
         if rows <= DECODE_ROWS:
-            own_table(here, facts, task, read)
-            rival_table(here, read)
+            own_table(here, facts, task)
+            rival_table(here)
         else:
             prompt_table(here, weights)
     for note in found.notes:
@@ -218,33 +225,39 @@ def named(p: Product) -> str:
 
 
 def of_ours(products: list[Product]) -> list[Product]:
-    """In the order of the layouts and values."""
-    order = [(layout, values) for layout in LAYOUTS for values in VALUES]
-    return sorted((p for p in products if p.layout), key=lambda p: order.index((str(p.layout), p.values)))
+    """In the order of the structures and values."""
+    order = [(name, values) for name in STRUCTURES for values in VALUES]
+    return sorted(
+        (p for p in products if p.structure), key=lambda p: order.index((str(p.structure), p.values))
+    )
 
 
 def rate(p: Product) -> float:
     return p.block_bytes / p.seconds
 
 
-def own_table(products: list[Product], facts: Facts, task: Task, read: float) -> None:
-    """Every layout of ours: share of plain reading, cycles, speed beside bytes against our dense bfloat16."""
+def share(p: Product) -> str | None:
+    return p.of_reading and f"{100 * p.of_reading:.0f} %"
+
+
+def own_table(products: list[Product], facts: Facts, task: Task) -> None:
+    """Every structure of ours: share of plain reading, cycles, speed beside bytes against dense bfloat16."""
     ours = of_ours(products)
-    dense = next((p for p in ours if (p.layout, p.values) == ("dense", "bfloat16")), None)
+    dense = next((p for p in ours if (p.structure, p.values) == ("dense", "bfloat16")), None)
     rows = []
     for p in ours:
         cycles = facts.cycles.get(p.contender)
         binds = ""
-        if cycles and read:
+        if cycles and p.read:
             arithmetic = cycles / (facts.clock_ghz * 1e9 * task.threads)
-            binds = "bytes" if p.bits * 8 / read > arithmetic else "arithmetic"
+            binds = "bytes" if p.bits * 8 / p.read > arithmetic else "arithmetic"
         rows.append(
             [
                 named(p),
                 f"{p.bits:.2f}",
                 f"{1e6 * p.seconds:.1f}",
                 f"{rate(p) / 1e9:.1f}",
-                f"{100 * rate(p) / read:.0f} %" if read else None,
+                share(p),
                 cycles and f"{cycles:.2f}",
                 binds,
                 dense and f"{dense.bits / p.bits:.2f}x",
@@ -266,27 +279,31 @@ def own_table(products: list[Product], facts: Facts, task: Task, read: float) ->
     protocol.print_table(head, rows)
 
 
-def rival_table(products: list[Product], read: float) -> None:
-    """Each rival beside each layout of ours with the same values; ratio: how many times as fast ours is."""
+def rival_table(products: list[Product]) -> None:
+    """Each rival beside each structure of ours with the same values. Ratio: how many times as fast ours is,
+    and would be had memory been read at the same rate while the two were measured."""
 
-    def columns(p: Product) -> list[str]:
-        share = f"{100 * rate(p) / read:.0f} %" if read else ""
-        return [named(p), f"{p.bits:.2f}", f"{1e6 * p.seconds:.1f}", f"{rate(p) / 1e9:.1f}", share]
+    def columns(p: Product) -> list[str | None]:
+        return [named(p), f"{p.bits:.2f}", f"{1e6 * p.seconds:.1f}", f"{rate(p) / 1e9:.1f}", share(p)]
 
     rows = []
     for rival in products:
-        if rival.layout is None:
-            held = [p for p in of_ours(products) if p.values == rival.values]
-            rows += [[*columns(rival), *columns(p), f"{rival.seconds / p.seconds:.2f}x"] for p in held]
+        if rival.structure is None:
+            for p in of_ours(products):
+                if p.values != rival.values or not rival.read or not p.read:
+                    continue
+                ratio = rival.seconds / p.seconds
+                equal = ratio * rival.read / p.read
+                rows.append([*columns(rival), *columns(p), f"{ratio:.2f}x", f"{equal:.2f}x"])
     side = ["bits", "us", "GB/s", "of reading"]
     print()
     if rows:
-        protocol.print_table(["rival", *side, "ours", *side, "ratio"], rows)
+        protocol.print_table(["rival", *side, "ours", *side, "ratio", "equal memory"], rows)
 
 
 def prompt_table(products: list[Product], weights: int) -> None:
     """All contenders beside the fastest dense rival."""
-    best = min((p for p in products if p.layout is None), key=lambda p: p.seconds, default=None)
+    best = min((p for p in products if p.structure is None), key=lambda p: p.seconds, default=None)
     rows = [
         [
             named(p),

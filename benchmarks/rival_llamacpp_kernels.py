@@ -21,6 +21,7 @@ from benchmarks.kernel_protocol import (
     DECODE_ROWS,
     Layer,
     Product,
+    Reader,
     Task,
     add_arguments,
     blocks_for,
@@ -190,7 +191,7 @@ class Walk:
             self.ggml.free(context)
 
 
-def best(ggml: Ggml, backend: Any, task: Task, model: str, kind: str) -> Product:
+def best(ggml: Ggml, backend: Any, task: Task, model: str, kind: str, reader: Reader) -> Product:
     """The faster of all orders of the weights, each checked to give the same result."""
     layers = task.models[model]
     _, values, size = TYPES[kind]
@@ -208,10 +209,14 @@ def best(ggml: Ggml, backend: Any, task: Task, model: str, kind: str) -> Product
                 raise SystemExit(
                     f"llama.cpp's {kind} in {name} differs from the plain one: this harness is wrong"
                 )
-            times = [walk.run(backend) / blocks for _ in range(max(5, task.rounds(1) // 2))]
+            times, rates = [], []
+            for _ in range(max(5, task.rounds(1) // 2)):
+                rates.append(reader.step())
+                times.append(walk.run(backend) / blocks)
             found.append(
                 product(
                     times,
+                    rates,
                     layers,
                     block_bytes,
                     contender=f"llama.cpp {kind}",
@@ -242,11 +247,12 @@ def main() -> None:
     ggml.log_set(SILENT, None)
     backend = ggml.backend_cpu_init()
     ggml.backend_cpu_set_n_threads(backend, task.threads)
+    reader = task.reader()
     emit("version", {"llama-cpp-python": ggml.version})
     for model in task.models:
         for kind, (_, values, _) in TYPES.items():
             if task.values((values,)):
-                emit("product", best(ggml, backend, task, model, kind))
+                emit("product", best(ggml, backend, task, model, kind, reader))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.kernel_protocol import (
     GROUP,
     Layer,
     Product,
+    Reader,
     Task,
     add_arguments,
     blocks_for,
@@ -88,6 +89,7 @@ def run(
     own: int,
     setting: dict[str, str],
     rounds: int,
+    reader: Reader,
 ) -> Product:
     layers = task.models[model]
     wide = "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -99,8 +101,9 @@ def run(
     for port in compiled.inputs:
         x = RNG.standard_normal(list(port.shape), dtype=np.float32)
         request.set_tensor(port, ov.Tensor(x.copy()))
-    times = []
+    times, rates = [], []
     for _ in range(rounds + 1):  # the first one packs the weights
+        rates.append(reader.step())
         start = time.perf_counter()
         request.start_async()  # infer() would copy every result into Python
         request.wait()
@@ -109,6 +112,7 @@ def run(
     words = [f"{key}={value}" for key, value in setting.items()] or ["as it is"]
     return product(
         times[1:],
+        rates[1:],
         layers,
         block_bytes,
         contender=f"OpenVINO {name}",
@@ -130,14 +134,15 @@ def implementation(compiled: ov.CompiledModel) -> str:
     return " ".join(sorted(found))
 
 
-def measure(core: ov.Core, task: Task, model: str, values: str, rows: int) -> Product:
+def measure(core: ov.Core, task: Task, model: str, values: str, rows: int, reader: Reader) -> Product:
     """The fastest setting, tried on few layers, then measured on all."""
     if rows > DECODE_ROWS:
-        return run(core, task, model, values, rows, task.own_bytes, {}, min(3, task.rounds(rows)))
+        return run(core, task, model, values, rows, task.own_bytes, {}, min(3, task.rounds(rows)), reader)
     trial = min(task.own_bytes, TRIAL * last_level_cache())
-    tried = [run(core, task, model, values, rows, trial, s, 5).seconds for s in SETTINGS]
+    tried = [run(core, task, model, values, rows, trial, s, 5, reader).seconds for s in SETTINGS]
     setting = SETTINGS[int(np.argmin(tried))]
-    return run(core, task, model, values, rows, task.own_bytes, setting, max(5, task.rounds(rows) // 2))
+    rounds = max(5, task.rounds(rows) // 2)
+    return run(core, task, model, values, rows, task.own_bytes, setting, rounds, reader)
 
 
 def main() -> None:
@@ -145,11 +150,12 @@ def main() -> None:
     add_arguments(parser)
     task = task_of(parser.parse_args())
     core = ov.Core()
+    reader = task.reader()
     emit("version", {"openvino": ov.__version__})
     for model in task.models:
         for rows in task.rows:
             for values in task.values(("bfloat16",) if rows > DECODE_ROWS else ("int8", "int4")):
-                emit("product", measure(core, task, model, values, rows))
+                emit("product", measure(core, task, model, values, rows, reader))
 
 
 if __name__ == "__main__":

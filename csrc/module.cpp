@@ -5,6 +5,7 @@
 
 #include "clock.h"
 #include "driver.h"
+#include "reading.h"
 #include "threads.h"
 #include "validate.h"
 
@@ -72,6 +73,13 @@ NB_MODULE(_native, m) {
     m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
     m.def("cycles_per_second", &gossamer::cycles_per_second, nb::call_guard<nb::gil_scoped_release>(),
           "Cycles a second of the calling core, measured now.");
+    m.def(
+        "sum_words",
+        [](uintptr_t p, int64_t words, int threads) {
+            nb::gil_scoped_release release;
+            return gossamer::sum_words(reinterpret_cast<const uint64_t*>(p), words, threads);
+        },
+        "The sum of 8-byte words from an address on, modulo 2**64: plain reading of memory.");
     m.def("stored_bytes", &gossamer::stored_bytes, "Bytes of `count` values of a panel-group.");
     m.def(
         "matmul",

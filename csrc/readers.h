@@ -86,7 +86,8 @@ struct Dense {
     GOSSAMER_INLINE void next() {
         at = ahead;
         ahead += bytes;
-        prefetch(at, bytes);
+        // what is multiplied as it lies is read so fast that the processor's own prefetching is the best
+        if (V == kInt4 || V == kInt3) prefetch(at, bytes);
     }
     GOSSAMER_INLINE Bytes piece(int i) const {
         if (V == kInt4) {

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from gossamer import kernels
 from gossamer.errors import EvaluationError, KernelError
+from gossamer.kernels.native import native
 
 PAST_CACHE = 4.0  # a working set this many times the last-level cache is read from memory, not from the cache
 _SYSFS = Path("/sys/devices/system/cpu")
@@ -140,18 +142,23 @@ def last_level_cache(root: Path = _SYSFS) -> int | None:
 
 
 def read_bandwidth(seconds: float = 0.5, working_set: int | None = None) -> float:
-    """Bytes a second at which a plain sum reads memory with the threads in use: the best of the passes that
-    fit into ``seconds``, over a buffer that no cache holds (a quarter of the free memory at most), or one of
-    ``working_set`` bytes where that is smaller (1 MiB at least), which a cache may hold."""
+    """Bytes a second at which a plain sum of words reads memory with the threads in use, each thread a part
+    of its own: the best of the passes that fit into ``seconds``, over a buffer that no cache holds (a quarter
+    of the free memory at most), or one of ``working_set`` bytes where that is smaller (1 MiB at least), which
+    a cache may hold."""
     cache = last_level_cache() or 32 << 20
     room = psutil.virtual_memory().available // 4
     size = min(max(256 << 20, 4 * cache), room, *([] if working_set is None else [working_set]))
-    buffer = torch.ones(max(1 << 20, size) // 4)
-    buffer.sum()
+    buffer = torch.ones(max(1 << 20, size) // 8, dtype=torch.int64)
+    read = buffer.sum
+    if kernels.native_available():
+        place = buffer.data_ptr(), buffer.numel(), torch.get_num_threads()
+        read = partial(native().sum_words, *place)
+    read()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end or best == float("inf"):
         start = time.perf_counter()
-        buffer.sum()
+        read()
         best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
 
