@@ -36,7 +36,7 @@ from benchmarks.kernel_layers import (
 )
 from benchmarks.kernel_protocol import (
     DECODE_ROWS,
-    PROMPT_PRODUCTS,
+    MANY_ROWS,
     SLICES,
     STRUCTURES,
     VALUES,
@@ -82,7 +82,7 @@ def contenders(task: Task, structures: list[str], values: tuple[str, ...]) -> li
     prompt = tuple(rows for rows in task.rows if rows > DECODE_ROWS)
     found = []
     for name, value in dict.fromkeys([BASELINE, *itertools.product(structures, values)]):
-        rows = decode + prompt if (name, value) in PROMPT_PRODUCTS else decode
+        rows = decode + prompt if value in MANY_ROWS else decode
         make = Packed(STRUCTURES[name], value)
         found.append(Contender(f"{name} {value}", value, make, rows, structure=name))
     for name in ("bfloat16", "float32"):

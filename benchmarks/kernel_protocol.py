@@ -41,13 +41,14 @@ class Structure:
 STRUCTURES = {
     "dense": Structure("dense"),
     "bitmap": Structure("bitmap", "32:64", 0.5),
+    "bitmap 70%": Structure("bitmap", "19:64", 0.7),
     "32:64": Structure("32:64", "32:64", 0.5),
     "16x4": Structure("16x4", "16x4", 0.5),
     "32x32 80%": Structure("16x4", "32x32", 0.8),
 }
 VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
-PROMPT_PRODUCTS = {(name, v) for name in STRUCTURES if name != "bitmap" for v in ("bfloat16", "int4")}
-"""Structures and values that are measured on many rows too; the others on decoding alone."""
+MANY_ROWS = ("bfloat16", "int4")
+"""Values that are measured on more than one row; the others on decoding alone."""
 GROUP = 64  # inputs that share a scale, ours and rivals'
 
 
@@ -193,7 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=[], metavar="OUTxIN", help="these layers alone instead"
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 512], help="default 1 512")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512], help="default 1 32 512")
     parser.add_argument("--threads", type=int, default=2, help="of every contender (default 2)")
     parser.add_argument("--own-mib", type=int, help="own bytes of each contender, MiB")
     parser.add_argument("--rounds", type=int, default=24, help="of decoding (default 24; five of prompts)")

@@ -172,10 +172,10 @@ void run_stage(const Stage& stage, const Tier& tier, int64_t rows, const Input& 
         }
     });
 
-    const int64_t share = std::max<int64_t>(1, units / (4 * threads));
-    // columns: whole panels, where there is one for each thread
-    const int64_t whole = kColumnPanel / 128,
-                  step = unit > 1 && units >= whole * threads ? (share + whole - 1) / whole * whole : share;
+    // columns: whole panels; many rows: whole tiles; where there is one for each thread
+    const int64_t most = unit > 1 ? kColumnPanel / 128 : padded > kMaxRowBlock ? kTilePanels : 1;
+    const int64_t whole = units >= most * threads ? most : 1;
+    const int64_t step = (std::max<int64_t>(1, units / (4 * threads)) + whole - 1) / whole * whole;
     parallel_ranges(threads, units, step, [&](int worker, int64_t first_unit, int64_t end_unit) {
         uint8_t* activations = memory.activations;
         uint8_t* scratch = memory.workers + worker * memory.of_worker;

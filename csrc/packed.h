@@ -26,8 +26,8 @@ constexpr int kWeights = 16 * 64;   // weights of a panel-group
 constexpr int kSlack = 128;         // bytes that may be read past the end of a panel-group's values
 constexpr int kMaxRowBlock = 8;     // most rows that one pass over a panel serves
 
-// Bytes ahead that readers prefetch. On two threads of a Zen 5, beside none: 32:64 int4 1.16 times as fast, 32:64
-// bfloat16 2.4 times; beside 1 KiB 1.14 and 1.08 times; 8 KiB is no better.
+// Bytes ahead that readers prefetch. On two threads of a Zen 5, beside none: 32:64 int4 1.16 times as fast,
+// 32:64 bfloat16 2.4 times; beside 1 KiB 1.14 and 1.08 times; 8 KiB is no better.
 constexpr int kPrefetch = 4096;
 
 // Layout columns (columns.cpp): panels of so many outputs; padded, and split between threads, by units of

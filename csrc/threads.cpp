@@ -1,7 +1,10 @@
-// PyTorch's OpenMP team, found in the running process; else a small pool that survives fork.
+// PyTorch's OpenMP team, found in the running process; else, or with GOSSAMER_TEAM=pool, a small pool that
+// survives fork.
 #include "threads.h"
 
 #include <condition_variable>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,8 +15,6 @@
 #if defined(__linux__)
 #include <dlfcn.h>
 #include <link.h>
-
-#include <cstring>
 #endif
 
 namespace gossamer {
@@ -64,39 +65,66 @@ Parallel find_parallel() { return nullptr; }
 
 // ---- our own pool
 
+// Turns of a loop that threads wait in before they sleep: about 30 microseconds, longer than what lies
+// between two products of a model, and too short to be missed by anyone.
+constexpr int kSpins = 1000;
+
+template <class Ready>
+bool spin(const Ready& ready) {
+    for (int i = 0; i < kSpins; i++) {
+        if (ready()) return true;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("isb");
+#endif
+    }
+    return ready();
+}
+
 class Pool {
   public:
     void run(int threads, void (*body)(void*), void* data) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock()) return body(data);  // another thread has the team: work alone
+        const uint64_t round = round_.load(std::memory_order_relaxed);
+        while (int(workers_.size()) < threads - 1) {
+            int index = int(workers_.size());
+            workers_.emplace_back([this, index, round] { work(index, round); });
+        }
+        body_ = body;
+        data_ = data;
+        busy_.store(threads - 1, std::memory_order_relaxed);
         {
-            std::lock_guard<std::mutex> lock(mutex_);
-            while (int(workers_.size()) < threads - 1) {
-                int index = int(workers_.size());
-                workers_.emplace_back([this, index, seen = round_] { work(index, seen); });
-            }
-            body_ = body;
-            data_ = data;
-            wanted_ = busy_ = threads - 1;
-            round_++;
+            std::lock_guard<std::mutex> lock(mutex_);  // nobody is between looking and falling asleep
+            round_.store((round / kMost + 1) * kMost + uint64_t(threads - 1), std::memory_order_release);
         }
         start_.notify_all();
         body(data);
+        const auto done = [this] { return busy_.load(std::memory_order_acquire) == 0; };
+        if (spin(done)) return;
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return busy_ == 0; });
+        done_.wait(lock, done);
     }
 
   private:
+    static constexpr uint64_t kMost = 1
+                                      << 16;  // round_: its number times this, plus the workers that it wants
+
     void work(int index, uint64_t seen) {
-        std::unique_lock<std::mutex> lock(mutex_);
+        const auto started = [&] { return round_.load(std::memory_order_acquire) != seen; };
         for (;;) {
-            start_.wait(lock, [&] { return round_ != seen; });
-            seen = round_;
-            if (index >= wanted_) continue;
-            lock.unlock();
+            if (!spin(started)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                start_.wait(lock, started);
+            }
+            seen = round_.load(std::memory_order_acquire);
+            if (uint64_t(index) >= seen % kMost) continue;
             body_(data_);
-            lock.lock();
-            if (--busy_ == 0) done_.notify_one();
+            if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                done_.notify_one();
+            }
         }
     }
 
@@ -105,8 +133,8 @@ class Pool {
     std::vector<std::thread> workers_;
     void (*body_)(void*) = nullptr;
     void* data_ = nullptr;
-    uint64_t round_ = 0;
-    int wanted_ = 0, busy_ = 0;
+    std::atomic<uint64_t> round_{0};
+    std::atomic<int> busy_{0};
 };
 
 // Never destroyed: its threads may outlive every other static object.
@@ -133,7 +161,8 @@ Parallel openmp() {
 #if defined(__unix__) || defined(__APPLE__)
         pthread_atfork(nullptr, nullptr, in_child);
 #endif
-        return find_parallel();
+        const char* wanted = std::getenv("GOSSAMER_TEAM");
+        return wanted && std::strcmp(wanted, "pool") == 0 ? nullptr : find_parallel();
     }();
     return forked ? nullptr : parallel;
 }

@@ -12,9 +12,9 @@ void run_team(int threads, void (*body)(void*), void* data);
 // "openmp" or "pool": which of the two run_team uses now.
 const char* team_kind();
 
-// Calls f(worker, begin, end) for all items, in ranges of at most `step`; `worker` < threads. Each worker has
-// a part of its own, which it walks from end to end, so that it reads memory as one stream (two threads that
-// take turns at ranges of 32 KiB read at 60 % of the rate); who is done early helps the others.
+// Calls f(worker, begin, end) for all items, in ranges of `step` from 0 on; `worker` < threads. Each worker
+// has a part of its own, which it walks from end to end, so that it reads memory as one stream (two threads
+// that take turns at ranges of 32 KiB read at 60 % of the rate); who is done early helps the others.
 template <class F>
 void parallel_ranges(int threads, int64_t items, int64_t step, const F& f) {
     constexpr int kMostParts = 64;
@@ -34,9 +34,10 @@ void parallel_ranges(int threads, int64_t items, int64_t step, const F& f) {
         Part part[kMostParts];
     };
     Shared shared{f, step, threads < kMostParts ? threads : kMostParts, {0}, {}};
+    const auto begin_of = [&](int64_t i) { return items * i / shared.parts / step * step; };
     for (int i = 0; i < shared.parts; i++) {
-        shared.part[i].next.store(items * i / shared.parts, std::memory_order_relaxed);
-        shared.part[i].end = items * (i + 1) / shared.parts;
+        shared.part[i].next.store(begin_of(i), std::memory_order_relaxed);
+        shared.part[i].end = i + 1 < shared.parts ? begin_of(i + 1) : items;
     }
     run_team(
         threads,

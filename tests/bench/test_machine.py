@@ -72,9 +72,9 @@ def test_bandwidth_of_a_small_working_set_reads_so_much(monkeypatch: pytest.Monk
     made: list[int] = []
     ones = torch.ones
 
-    def spy(count: int) -> torch.Tensor:
-        made.append(4 * count)
-        return ones(count)
+    def spy(count: int, dtype: torch.dtype) -> torch.Tensor:
+        made.append(count * dtype.itemsize)
+        return ones(count, dtype=dtype)
 
     monkeypatch.setattr(torch, "ones", spy)
     assert read_bandwidth(0.001, working_set=3 << 20) > 1e7

@@ -8,7 +8,6 @@ import torch
 from gossamer import kernels
 from gossamer.kernels.native import native
 
-
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
 

@@ -139,6 +139,17 @@ def test_reading_maps_instead_of_copying(tmp_path):
     assert first.data_ptr() % 64 == 0
 
 
+def test_huge_pages_hold_a_copy_of_the_same_tensors(tmp_path):
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, example_tensors())
+    mapped, copied = open_tensors(path), open_tensors(path, huge_pages=True)
+    wanted = {name: mapped.tensor(name).clone() for name in mapped.names}
+    del mapped
+    path.write_bytes(b"")  # the copy does not need the file, which a map would
+    for name, tensor in wanted.items():
+        assert torch.equal(copied.tensor(name), tensor), name
+
+
 def test_unaligned_tensors_of_other_tools_are_read(tmp_path):
     header = {
         "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},

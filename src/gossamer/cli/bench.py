@@ -53,10 +53,13 @@ def bench(
     ] = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     threads: options.Threads = None,
+    huge_pages: options.HugePages = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure tokens a second, prompt and decode, of one or several models in turn."""
     if plan:
+        if huge_pages:
+            raise EvaluationError("--huge-pages is for measuring a model: leave it out with --plan")
         if len(models) != 1:
             raise EvaluationError(f"--plan is of one model, got {len(models)}: name one")
         chosen = {"values": values, "pattern": pattern, "sparsity": sparsity, "zeros": zeros}
@@ -74,6 +77,7 @@ def bench(
             repeats=repeats,
             threads=threads,
             dtype=dtype.value,
+            huge_pages=huge_pages,
             progress=report,
         )
     if as_json:

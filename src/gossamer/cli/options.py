@@ -25,6 +25,10 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Gossam
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout; all else goes to stderr.")
 ]
+HugePages = Annotated[
+    bool,
+    typer.Option("--huge-pages", help="Copy a checkpoint's weights into huge pages of memory: read faster."),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads that compute.", show_default="all cores")
 ]

@@ -32,6 +32,7 @@ def run(
     ] = False,
     dtype: options.Dtype = options.DtypeName.auto,
     threads: options.Threads = None,
+    huge_pages: options.HugePages = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a prompt, streamed as it is made; tokens a second are printed at the end."""
@@ -41,7 +42,7 @@ def run(
     from gossamer.recipes.load import Timing, load
 
     with progress() as report:
-        loaded = load(model, dtype=dtype.value, progress=report)
+        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, progress=report)
     timing, pieces = Timing(), []
     for piece in loaded.stream(
         prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=not raw, timing=timing

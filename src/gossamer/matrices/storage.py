@@ -115,8 +115,11 @@ def _pieces(name: str, tensor: Tensor | LazyTensor) -> Iterator[memoryview]:
         yield view[begin : begin + _WRITE_PIECE]
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Path, *, huge_pages: bool = False) -> TensorFile:
     """Opens a safetensors file: its header is checked whole, its data is memory-mapped and not yet read.
+
+    ``huge_pages``: the file is read into memory of this process's own instead, for which the system is asked
+    for huge pages (it may not have any), since those of files are small: reading from them is faster.
 
     Raises CheckpointError, naming the file and, where one is concerned, the tensor.
     """
@@ -130,8 +133,16 @@ def open_tensors(path: Path) -> TensorFile:
             length = int.from_bytes(file.read(8), "little")
             check_header_length(path, size, length)
             entries, metadata = parse_header(path, file.read(length), size)
-            # private: a write to a tensor changes this process's copy of the page and never the file
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            if huge_pages:
+                mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
+                file.seek(0)
+                if file.readinto(mapped) != size:
+                    raise CheckpointError(f"{path} was changed while it was read")
+            else:
+                # private: a write to a tensor changes this process's copy of the page and never the file
+                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     return TensorFile(path, mapped, entries, metadata)

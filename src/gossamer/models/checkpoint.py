@@ -39,20 +39,25 @@ _BUFFER_LIMIT = 1 << 30  # bytes of rotary tables and the like that a configurat
 
 
 def load_checkpoint(
-    path: str | Path, *, verify: Verify = "crc", dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    verify: Verify = "crc",
+    dtype: torch.dtype | None = None,
+    huge_pages: bool = False,
 ) -> PreTrainedModel:
     """The model of the checkpoint in the folder ``path``, ready to run: evaluation mode, no gradients.
 
     Its linears and embeddings are StructuredLinear and StructuredEmbedding over memory-mapped sections,
     which are checked (sizes, offsets, the popcount of every group) before any kernel reads them. ``verify``:
     ``"crc"`` also reads every byte once and compares checksums; ``"none"`` leaves that out. ``dtype``: of
-    what is not packed and of activations; None keeps each tensor as it is stored.
+    what is not packed and of activations; None keeps each tensor as it is stored. ``huge_pages``: weights are
+    read into memory of huge pages instead of mapped (`open_tensors`).
 
     Raises CheckpointError for whatever is missing or damaged, naming the tensor or file. The files must not
     be truncated in place while the model lives (the system ends a process that reads a mapped page that is
     gone); replacing the folder by another is fine.
     """
-    contents = open_checkpoint(Path(path), verify)
+    contents = open_checkpoint(Path(path), verify, huge_pages=huge_pages)
     model = _empty_model(contents)
     sources = _sources(contents, model)
     activations = dtype or _common_dtype(contents)

@@ -71,16 +71,17 @@ def _check_leaf(leaf: Packed) -> None:
         kernels.make_handle(leaf.layout, leaf.value_type.name, *leaf.shape, leaf.group, leaf.tensors())
 
 
-def open_checkpoint(path: Path, verify: Verify = "crc") -> Contents:
+def open_checkpoint(path: Path, verify: Verify = "crc", *, huge_pages: bool = False) -> Contents:
     """Opens the checkpoint in the folder ``path`` and checks its files.
 
     Always: gossamer.json, the header of the weights file, and that names, dtypes and shapes are the ones
     gossamer.json lists. With ``verify="crc"`` also every byte of every file, per 4 MiB in parallel threads.
+    ``huge_pages``: see `open_tensors`.
     Raises CheckpointError naming the file, and the tensor where the damage lies in one.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    weights = open_tensors(path / WEIGHTS)
+    weights = open_tensors(path / WEIGHTS, huge_pages=huge_pages)
     _check_tensors(weights, manifest)
     for name, record in manifest.files.items():
         data = weights.data if name == WEIGHTS else memoryview(read_file(path / name, _SMALL))

