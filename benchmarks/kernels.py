@@ -1,8 +1,9 @@
 """Products with packed weights beside PyTorch's, OpenVINO's and llama.cpp's: time, bits, GB/s.
 
 Decoding (one row) in every structure, skinny products (32 rows) and prompts (512), over the linear layers of
-three models, with 2 GiB of weights for each contender (`kernel_protocol`). Model by model one process runs after
-the other: ours and PyTorch's together (`kernel_contenders`), then what the environments of `--rival-python` have.
+three models, with 2 GiB of weights for each contender (`kernel_protocol`). Model by model one process runs
+after the other: ours and PyTorch's together (`kernel_contenders`), then what the environments of
+`--rival-python` have.
 """
 
 from __future__ import annotations
