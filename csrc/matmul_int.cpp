@@ -97,7 +97,10 @@ struct IntKernel {
                     uint32_t kept = readers[0].steps();
                     if (w.parts == 2) kept &= part ? 0xff00 : 0x00ff;
                     if (!kept) continue;
-                    add_steps(readers, kept, codes, negatives, place.step, sum);
+                    if constexpr (Reader::kListed)
+                        add_steps(readers, kept, codes, negatives, place.step, sum);
+                    else
+                        add_gathered(readers[0], kept, codes, sum[0]);
                     GOSSAMER_UNROLL(2)
                     for (int q = 0; q < Q; q++) scale(sum[q], scales + q * panel_scales, scales_x, y[q]);
                 }
@@ -176,6 +179,33 @@ struct IntKernel {
         for (int r = 0; r < R; r++) {
             GOSSAMER_UNROLL(2)
             for (int q = 0; q < Q; q++) sum[q][r][0] = gossamer::add(sum[q][r][0], ints(of_row[r]));
+        }
+    }
+
+    // The same where they are decoded as they are met, eight at a time: activations of the kept steps are
+    // gathered, zeros behind them, so that the loop hardly depends on how many there are.
+    template <int R, int C, class Reader>
+    static GOSSAMER_INLINE void add_gathered(const Reader& reader, uint32_t kept, const int8_t* codes,
+                                             Ints (&sum)[R][C]) {
+        constexpr int32_t kZero = kZeroCode<V>;
+        alignas(64) int8_t gathered[R][kGroup];
+        const int before = __builtin_popcount(reader.steps() & (kept & 0xff ? 0 : 0xff));
+        GOSSAMER_UNROLL(8)
+        for (int r = 0; r < R; r++) {
+            gather_steps(codes + kGroup * r, kept, gathered[r]);
+            sum[r][0] = ints(-kZero * sum_codes(gathered[r]));
+            GOSSAMER_UNROLL(4)
+            for (int c = 1; c < C; c++) sum[r][c] = ints(0);
+        }
+        const int steps = __builtin_popcount(kept);
+        for (int i = 0; i < steps; i += 8) {
+            GOSSAMER_UNROLL(8)
+            for (int j = 0; j < 8; j++) {
+                Bytes weights = reader.step(before + i + j);
+                GOSSAMER_UNROLL(8)
+                for (int r = 0; r < R; r++)
+                    sum[r][j % C] = dot8<V == kInt8>(sum[r][j % C], weights, gathered[r] + 4 * (i + j));
+            }
         }
     }
 

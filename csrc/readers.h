@@ -158,19 +158,30 @@ struct Stored {
                 (w.offsets ? w.offsets[begin_panel] : begin_panel * w.groups * stored_bytes(V, 16 * w.keep));
     }
 
-    // The next `count` values, ready to be read; `of_32`: there are 512, the common case, unrolled.
-    GOSSAMER_INLINE const uint8_t* fetch(int count, bool of_32) {
-        int64_t bytes = stored_bytes(V, count);
-        prefetch(ahead, bytes);
+    // The stored bytes of the next values; `reach` bytes from their start on may be read, `likely` are
+    // prefetched.
+    GOSSAMER_INLINE const uint8_t* take(int64_t bytes, int64_t reach, int64_t likely) {
+        prefetch(ahead, likely);
         const uint8_t* from = ahead;
-        if (end - ahead < bytes + kSlack) {  // registers would read past the section: copy what exists
-            if (bytes > 0) __builtin_memcpy(storage.tail, ahead, size_t(bytes));  // none: no address
+        if (end - ahead < reach) {  // registers would read past the section: copy what exists
+            if (bytes > 0) __builtin_memcpy(storage.tail, ahead, size_t(bytes));
             from = storage.tail;
         }
         ahead += bytes;
-        if (!kUnpacks) return from;
-        uint8_t* codes = storage.codes[turn];
+        return from;
+    }
+
+    GOSSAMER_INLINE uint8_t* next_codes() {
         turn ^= 1;
+        return storage.codes[turn];
+    }
+
+    // The next `count` values, ready to be read; `of_32`: there are 512, the common case, unrolled.
+    GOSSAMER_INLINE const uint8_t* fetch(int count, bool of_32) {
+        const int64_t bytes = stored_bytes(V, count);
+        const uint8_t* from = take(bytes, bytes + kSlack, bytes);
+        if (!kUnpacks) return from;
+        uint8_t* codes = next_codes();
         if (of_32)
             unpack<V>(from, 512, codes);
         else
@@ -308,11 +319,41 @@ struct Steps {
         cursor += 64;
         return load(cursor - 64);
     }
+    // The i-th kept step (integers). kSteps of them may be read; what lies past the kept ones is anything.
+    GOSSAMER_INLINE Bytes step(int i) const { return load(cursor + 64 * i); }
 
   private:
     GOSSAMER_INLINE void fetch() {
         kept_ahead = *words_ahead++;
-        cursor_ahead = stored.fetch(kGroup * __builtin_popcount(kept_ahead), false);
+        const int steps = __builtin_popcount(kept_ahead);
+        const int64_t bytes = stored_bytes(V, kGroup * steps);
+        if (V == kInt4) {
+            const uint8_t* from = stored.take(bytes, 32 * kSteps + 64, 16 * kSteps);
+            uint8_t* codes = stored.next_codes();
+            unpack_steps(from, steps, codes);
+            cursor_ahead = codes;
+        } else if (V == kInt8) {
+            cursor_ahead = stored.take(bytes, 64 * kSteps, 32 * kSteps);
+        } else {
+            cursor_ahead = stored.fetch(kGroup * steps, false);
+        }
+    }
+
+    // As unpack(), by eight steps at a time: how many there are is hard to foresee, and a wrong guess costs
+    // more than eight steps. Writes up to kSteps + 2 of them.
+    static GOSSAMER_INLINE void unpack_steps(const uint8_t* from, int steps, uint8_t* to) {
+        for (int i = 0; i < steps; i += 8) {
+            GOSSAMER_UNROLL(4)
+            for (int j = i; j < i + 8; j += 2) {
+                Bytes two = load(from + 32 * j);
+                store(to + 64 * j, low_nibbles(two));
+                store(to + 64 * j + 64, high_nibbles(two));
+            }
+        }
+        const int last = steps / 2;  // of an odd number, the last one fills half of its bytes
+        Bytes two = load(from + 64 * last);
+        store(to + 128 * last, low_nibbles(two));
+        store(to + 128 * last + 32, high_nibbles(two));
     }
 };
 

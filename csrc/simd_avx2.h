@@ -330,5 +330,38 @@ GOSSAMER_INLINE int32_t total(Ints v) {
     return _mm_cvtsi128_si32(four);
 }
 
+// Where each kept one of eight words comes from.
+struct Places {
+    uint64_t of[256];
+    constexpr Places() : of() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int i = 0, rank = 0; i < 8; i++)
+                if (mask >> i & 1) of[mask] |= uint64_t(i) << 8 * rank++;
+    }
+};
+constexpr Places kPlaces{};
+
+GOSSAMER_INLINE __m256i gather_words(const int8_t* codes, uint32_t kept) {
+    const __m256i order = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&kPlaces.of[kept]));
+    const __m256i words = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)codes), place);
+    return _mm256_and_si256(words, _mm256_cmpgt_epi32(_mm256_set1_epi32(__builtin_popcount(kept)), order));
+}
+
+GOSSAMER_INLINE void gather_steps(const int8_t* codes, uint32_t kept, int8_t* to) {
+    const uint32_t low = kept & 255;
+    _mm256_storeu_si256((__m256i*)to, gather_words(codes, low));
+    _mm256_storeu_si256((__m256i*)to + 1, _mm256_setzero_si256());
+    int8_t* at = to + 4 * __builtin_popcount(low);
+    _mm256_storeu_si256((__m256i*)at, gather_words(codes + 32, kept >> 8 & 255));
+}
+
+GOSSAMER_INLINE int32_t sum_codes(const int8_t* codes) {
+    const __m256i ones = _mm256_set1_epi8(1), two = _mm256_set1_epi16(1);
+    const __m256i low = _mm256_maddubs_epi16(ones, _mm256_loadu_si256((const __m256i*)codes));
+    const __m256i high = _mm256_maddubs_epi16(ones, _mm256_loadu_si256((const __m256i*)codes + 1));
+    return total({_mm256_madd_epi16(low, two), _mm256_madd_epi16(high, two)});
+}
+
 }  // namespace
 }  // namespace gossamer

@@ -179,5 +179,14 @@ GOSSAMER_INLINE int list_active(const float* x, int32_t first, int32_t* inputs, 
 
 GOSSAMER_INLINE int32_t total(Ints a) { return _mm512_reduce_add_epi32(a); }
 
+GOSSAMER_INLINE void gather_steps(const int8_t* codes, uint32_t kept, int8_t* to) {
+    store(to, _mm512_maskz_compress_epi32(__mmask16(kept), load(codes)));
+}
+
+GOSSAMER_INLINE int32_t sum_codes(const int8_t* codes) {
+    const Bytes ones = _mm512_set1_epi8(1);
+    return _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, load(codes)));
+}
+
 }  // namespace
 }  // namespace gossamer

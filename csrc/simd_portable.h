@@ -284,5 +284,18 @@ GOSSAMER_INLINE int32_t total(const Ints& a) {
     return sum;
 }
 
+// The four codes of each step in `kept`, one after the other, then zeros: 64 bytes.
+GOSSAMER_INLINE void gather_steps(const int8_t* codes, uint32_t kept, int8_t* to) {
+    __builtin_memset(to, 0, 64);
+    for (; kept; kept &= kept - 1, to += 4) __builtin_memcpy(to, codes + 4 * __builtin_ctz(kept), 4);
+}
+
+// The sum of 64 codes.
+GOSSAMER_INLINE int32_t sum_codes(const int8_t* codes) {
+    int32_t sum = 0;
+    for (int i = 0; i < 64; i++) sum += codes[i];
+    return sum;
+}
+
 }  // namespace
 }  // namespace gossamer
