@@ -41,7 +41,7 @@ class Structure:
 STRUCTURES = {
     "dense": Structure("dense"),
     "bitmap": Structure("bitmap", "32:64", 0.5),
-    "bitmap 70%": Structure("bitmap", "19:64", 0.7),
+    "bitmap 70%": Structure("bitmap", "19:64", 45 / 64),
     "32:64": Structure("32:64", "32:64", 0.5),
     "16x4": Structure("16x4", "16x4", 0.5),
     "32x32 80%": Structure("16x4", "32x32", 0.8),
