@@ -35,6 +35,10 @@ class ModelError(GossamerError):
     """A model cannot be found, loaded or walked."""
 
 
+class SamplingError(GossamerError):
+    """A setting of how tokens are chosen, or where an answer stops, is out of its range."""
+
+
 class TextError(GossamerError):
     """A text is empty, unreadable, or shorter than one window."""
 

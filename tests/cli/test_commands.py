@@ -158,6 +158,32 @@ def test_run_takes_the_prompt_from_stdin(checkpoint: Path) -> None:
     assert again["completion"] == told["completion"]
 
 
+def test_run_says_tokens_and_why_it_ended(model: Path) -> None:
+    arguments = ("run", model, "hello", "--max-new-tokens", "6", "--raw")
+    told = run(*arguments, "--logprobs", "2", "--json").document
+    assert told["finish"] == "length"
+    assert len(told["tokens"]) == 6
+    for token in told["tokens"]:
+        assert token["logprob"] < 0
+        assert [one["id"] for one in token["top"]][0] == token["id"]  # greedy
+        assert len(token["top"]) == 2
+    assert "".join(token["text"] for token in told["tokens"]) == told["completion"]
+    stop = told["completion"][2:4]
+    stopped = run(*arguments, "--stop", "\1", "--stop", stop, "--json").document
+    assert stopped["finish"] == "stop"
+    assert stopped["tokens"] is None
+    assert stopped["completion"] == told["completion"].partition(stop)[0]
+    penalized = run(*arguments, "--repetition-penalty", "50", "--json").document
+    assert penalized["completion"] != told["completion"]
+    drawn = ("--temperature", "5", "--seed", "1", "--json")
+    for narrow in (("--top-k", "1"), ("--min-p", "1"), ("--top-p", "1e-9")):
+        assert run(*arguments, *drawn, *narrow).document["completion"] == told["completion"]
+    assert run(*arguments, *drawn).document["completion"] != told["completion"]
+    refused = run(*arguments, "--logprobs", "2")
+    assert refused.code == 2
+    assert "--json" in refused.err
+
+
 def test_info_of_a_checkpoint(checkpoint: Path) -> None:
     told = run("info", checkpoint, "--json").document
     size = size_of_folder(checkpoint)

@@ -231,6 +231,8 @@ def test_usage_errors(model: Path) -> None:
         assert done.out == ""
     refused(run("run", model, "hi", "--top-p", "1.5"), "top_p", "1.5")
     refused(run("run", model, "", "--raw"), "empty")
+    refused(run("run", model, "hi", "--stop", ""), "stop string", "empty")
+    refused(run("chat", model, "--temperature", "-1", stdin="hi\n"), "temperature", "-1")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

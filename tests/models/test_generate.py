@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from gossamer.errors import ModelError, TextError
+from gossamer.errors import ModelError, SamplingError, TextError
 from gossamer.models.attention import decode_attention, decoding
-from gossamer.models.generate import Session, choose, generate, stop_tokens, stream
+from gossamer.models.generate import generate, stop_tokens
+from gossamer.models.sampling import Sampling
+from gossamer.models.session import PrefixSession, Session, all_logits
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer, tiny_tokens
 
 IDS = tiny_tokens(1, 12)[0]
+
+
+def new_ids(model: Any, ids: list[int], count: int, **options: Any) -> list[int]:
+    return [token.id for token in generate(model, ids, count, **options)]
 
 
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
@@ -36,7 +44,7 @@ def test_greedy_tokens_are_those_of_transformers(arch: str) -> None:
         do_sample=False,
         eos_token_id=-1,
     )
-    assert list(generate(model, IDS.tolist(), 20)) == expected[0, 12:].tolist()
+    assert new_ids(model, IDS.tolist(), 20) == expected[0, 12:].tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,34 +86,14 @@ def test_decode_attention_is_used_for_single_positions_and_then_put_back(
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_stream_joined_is_the_decoded_whole() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    options = {"temperature": 1.5, "seed": 3}  # byte tokens at random: letters broken in every way
-    ids = tokenizer("hello", add_special_tokens=True)["input_ids"]
-    tokens = list(generate(model, ids, 60, stop=stop_tokens(model, tokenizer), **options))
-    pieces = list(stream(model, tokenizer, "hello", 60, chat=False, **options))
-    assert len(pieces) > 5
-    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def test_stream_uses_the_chat_form_unless_told_otherwise() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
-    )
-    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    expected = tokenizer.decode(list(generate(model, ids, 20, stop=frozenset({2}))), skip_special_tokens=True)
-    assert "".join(stream(model, tokenizer, "hi", 20)) == expected
-
-
 def test_stops_before_an_end_token_and_at_the_end_of_the_context() -> None:
     model = tiny_model("llama", max_position_embeddings=20)
-    free = list(generate(model, IDS.tolist(), 100))
+    free = new_ids(model, IDS.tolist(), 100)
     assert len(free) == 9  # 8 positions are left, and the last token needs none
     stop = free[4]
-    assert list(generate(model, IDS.tolist(), 100, stop=frozenset({stop}))) == free[: free.index(stop)]
-    assert list(generate(model, IDS.tolist(), 3)) == free[:3]
-    assert list(generate(model, IDS.tolist(), 0)) == []
+    assert new_ids(model, IDS.tolist(), 100, stop=frozenset({stop})) == free[: free.index(stop)]
+    assert new_ids(model, IDS.tolist(), 3) == free[:3]
+    assert new_ids(model, IDS.tolist(), 0) == []
     with pytest.raises(TextError, match=r"21 tokens.*20 positions"):
         generate(model, [3] * 21, 1)
 
@@ -117,41 +105,99 @@ def test_stop_tokens_come_from_everywhere() -> None:
     assert stop_tokens(model) == {2, 5, 6}
 
 
-def test_choose_follows_the_distribution() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    assert choose(logits, 0.0, 1.0, None) == 0
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(
-        torch.tensor([choose(logits, 1.0, 1.0, generator) for _ in range(4000)]), minlength=4
-    )
-    assert (counts / 4000 - logits.exp()).abs().max() < 0.03
-    # 0.5 + 0.3 reaches 0.7: the third token is out, and the first two keep their ratio
-    counts = torch.bincount(
-        torch.tensor([choose(logits, 1.0, 0.7, generator) for _ in range(4000)]), minlength=4
-    )
-    assert counts[2:].sum() == 0
-    assert abs(counts[0].item() / 4000 - 5 / 8) < 0.03
-    assert {choose(logits, 1.0, 1e-9, generator) for _ in range(50)} == {0}
-    cold = [choose(logits, 0.05, 1.0, generator) for _ in range(200)]
-    assert cold.count(0) > 195
-
-
 def test_same_seed_same_tokens() -> None:
     model = tiny_model("llama")
-    runs = [list(generate(model, IDS.tolist(), 15, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    runs = [
+        new_ids(model, IDS.tolist(), 15, sampling=Sampling(temperature=1.0, seed=seed)) for seed in (1, 1, 2)
+    ]
     assert runs[0] == runs[1] != runs[2]
     assert all(0 <= token < VOCABULARY for token in runs[0])
 
 
 def test_bad_input_is_refused_before_the_first_token() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match="temperature"):
-        generate(model, [3], 1, temperature=-1.0)
-    with pytest.raises(ModelError, match="top_p"):
-        generate(model, [3], 1, top_p=0.0)
+    with pytest.raises(SamplingError, match="logprobs"):
+        generate(model, [3], 1, logprobs=-1)
     with pytest.raises(TextError, match="empty"):
         generate(model, [], 1)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ModelError, match="NaN"):
         next(generate(model, [3], 1))
+
+
+def test_logprobs_are_those_of_the_model_before_any_filter() -> None:
+    model = tiny_model("llama")
+    drawn = Sampling(temperature=0.7, top_k=3, repetition_penalty=1.3, seed=4)
+    tokens = list(generate(model, IDS.tolist(), 6, sampling=drawn, logprobs=4))
+    assert [token.id for token in tokens] == new_ids(model, IDS.tolist(), 6, sampling=drawn)
+    whole = torch.tensor([[*IDS.tolist(), *(token.id for token in tokens)]])
+    with torch.no_grad():
+        expected = model(input_ids=whole).logits[0, 11:-1].double().log_softmax(-1)
+    for token, row in zip(tokens, expected, strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        values, order = row.topk(4)
+        assert [one for one, _ in token.top] == order.tolist()
+        assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-4)
+    none, all_ = (next(generate(model, [3], 1, logprobs=k)) for k in (0, 10**6))
+    assert none.top == ()
+    assert none.logprob is not None
+    assert len(all_.top) == VOCABULARY
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma3", "gpt2"])
+def test_a_prefix_session_runs_only_what_is_new(arch: str) -> None:
+    """Suffixes of several tokens and of one, the same again, and another sequence; windows of 8 slide."""
+    model = tiny_model(arch)
+    with torch.no_grad():
+        expected = model(input_ids=IDS[None], use_cache=False).logits[0]
+    session = PrefixSession(lambda: Session(model))
+    ids = IDS.tolist()
+    for count, reused in ((3, 0), (4, 3), (9, 4), (9, 9), (12, 9), (5, 0)):
+        found = session.read(ids[:count])
+        assert session.reused == reused
+        torch.testing.assert_close(found, expected[count - 1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(session.step(ids[5]), expected[5], rtol=1e-4, atol=1e-4)
+    assert session.shared(ids) == 6
+    assert session.shared([ids[0], 7, *ids[2:]]) == 0
+
+
+def test_an_interrupted_session_is_not_used_again() -> None:
+    model = tiny_model("llama")
+    session = PrefixSession(lambda: Session(model))
+    expected = session.read(IDS.tolist()).clone()
+    session = PrefixSession(lambda: Session(model))
+    session.read(IDS[:6].tolist())
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupt)  # the first layer's cache has grown by then
+    with pytest.raises(KeyboardInterrupt):
+        session.read(IDS[:8].tolist())
+    hook.remove()
+    torch.testing.assert_close(session.read(IDS.tolist()), expected)
+    assert session.reused == 0
+
+
+def test_logits_of_all_positions_with_and_without_the_method() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        expected = model(input_ids=IDS[None]).logits[0]
+
+    class Plain:
+        """A session that has no `logits`, and hands out the same memory each time."""
+
+        length = 0
+
+        def __init__(self) -> None:
+            self._inner, self._out = Session(model), torch.empty(VOCABULARY)
+
+        def prompt(self, ids: torch.Tensor) -> torch.Tensor:
+            return self._out.copy_(self._inner.prompt(ids))
+
+        def step(self, token: int) -> torch.Tensor:
+            return self._out.copy_(self._inner.step(token))
+
+    for session in (Session(model), Plain()):
+        torch.testing.assert_close(all_logits(session, IDS), expected, rtol=1e-4, atol=1e-4)

@@ -60,6 +60,27 @@ def test_special_tokens_are_left_out() -> None:
     assert "".join(decoder.push(token) for token in (1, x, 2, x, 2)) == "xx"
 
 
+def test_what_never_becomes_text_costs_no_more_than_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of bytes that are no UTF-8, and of special tokens, are not decoded as a whole at each token."""
+    tokenizer = tiny_tokenizer()
+    start = tokenizer("日", add_special_tokens=False).input_ids[0]
+    letter = tokenizer("日", add_special_tokens=False).input_ids
+    decoded: list[int] = []
+    inner = type(tokenizer).decode
+
+    def counting(self: object, ids: list[int], **options: object) -> str:
+        decoded.append(len(ids))
+        return inner(self, ids, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counting)
+    for run in ([start] * 600, [2] * 600):
+        decoded.clear()
+        decoder = StreamDecoder(tokenizer)
+        pieces = [decoder.push(token) for token in (*run, *letter, *letter)]
+        assert "".join(pieces) == ("\ufffd" * 600 if run[0] == start else "") + "日日"
+        assert sum(decoded) < 20 * 600
+
+
 def test_leading_spaces_of_sentencepiece_words_survive() -> None:
     """Such tokenizers drop the space of a text's first word, so words decoded alone would run together."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -71,6 +92,18 @@ def test_leading_spaces_of_sentencepiece_words_survive() -> None:
     raw.decoder = decoders.Metaspace()
     decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
     assert [decoder.push(token) for token in (1, 2, 3)] == ["Hello", " world", "!"]
+
+
+def test_long_words_of_byte_tokens_appear_letter_by_letter() -> None:
+    """Tokenizers with byte fallback decode a run of bytes as a whole, so its last bytes alone say little."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}}, "<unk>"))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
+    pieces = [decoder.push(byte + 1) for byte in "日本日本".encode()]
+    assert pieces == ["", "", "日", "", "", "本"] * 2
 
 
 def test_chat_form() -> None:

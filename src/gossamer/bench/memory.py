@@ -91,7 +91,7 @@ def _measure(source: str, prompt: int, threads: int) -> MemoryUse:
     import transformers.models.auto.modeling_auto  # noqa: F401  (belongs to the base, not to the model)
 
     from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
-    from gossamer.models.generate import Session
+    from gossamer.models.session import Session
     from gossamer.models.skeleton import load_model
 
     if threads:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_threads
 from gossamer.errors import EvaluationError
-from gossamer.models.generate import Session
+from gossamer.models.session import Session
 from gossamer.nn import StructuredEmbedding
 from gossamer.progress import Progress, silent
 

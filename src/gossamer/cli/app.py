@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import bench, compress, evaluate, files, listing, quickstart, run
+from gossamer.cli import bench, chat, compress, evaluate, files, listing, quickstart, run
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
 
@@ -26,6 +26,7 @@ app.command("compress")(compress.compress)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
 app.command("info")(files.info)
 app.command("verify")(files.verify)
 app.command("export")(files.export)

@@ -59,6 +59,17 @@ def resumable(work: Path) -> Iterator[None]:
         raise interrupted(error, kept if work.exists() else "nothing was begun") from error
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C ends the block and not the command; SIGTERM still ends the command."""
+    try:
+        yield
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        _asked.clear()
+
+
 def interrupted(error: KeyboardInterrupt, left: str) -> typer.Exit:
     """The end of a command that was stopped; ``left``: what there is of its work."""
     _asked.clear()

@@ -36,6 +36,24 @@ Dtype = Annotated[
     DtypeName,
     typer.Option("--dtype", help="What models that are no checkpoints compute in; auto: as they are stored."),
 ]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="Above 0 tokens are drawn; 0: always the likeliest.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from so many likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Draw from the likeliest of this total probability.")]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Draw from tokens this many times as likely as the likeliest.")
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option("--repetition-penalty", help="Above 1: tokens that were there before become less likely."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of drawing, at temperatures above 0.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="Text that ends an answer and is left out; may be given several times."),
+]
 
 
 def use_threads(threads: int | None) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gossamer.cli import options, show
 from gossamer.cli.guard import check_stop, guarded
 from gossamer.cli.progress import progress
+
+if TYPE_CHECKING:
+    from gossamer.models.generate import Token
 
 
 @guarded
@@ -19,14 +23,18 @@ def run(
         str | None,
         typer.Argument(help="What to answer or continue.", show_default="read from stdin"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens at most.")] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option("--top-p", help="Draw from the likeliest tokens of this total probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of drawing, at temperatures above 0.")] = 0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    stop: options.Stop = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option("--logprobs", help="With --json: tokens, with this many likeliest ones in their place."),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the model's chat form.")
     ] = False,
@@ -36,17 +44,30 @@ def run(
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a prompt, streamed as it is made; tokens a second are printed at the end."""
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("log-probabilities are part of the JSON document: give --json too")
     if prompt is None:
         prompt = sys.stdin.read()
     options.use_threads(threads)
-    from gossamer.recipes.load import Timing, load
+    from gossamer.recipes.load import load
 
     with progress() as report:
         loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, progress=report)
-    timing, pieces = Timing(), []
-    for piece in loaded.stream(
-        prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=not raw, timing=timing
-    ):
+    stream = loaded.stream(
+        prompt,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+        logprobs=logprobs,
+        chat=not raw,
+    )
+    pieces, timing = [], stream.timing
+    for piece in stream:
         check_stop()
         pieces.append(piece)
         if not as_json:
@@ -57,6 +78,8 @@ def run(
                 "model": loaded.label,
                 "prompt": prompt,
                 "completion": "".join(pieces),
+                "finish": stream.finish,
+                "tokens": None if logprobs is None else _tokens(stream.tokens, loaded.tokenizer.decode),
                 "prompt_tokens": timing.prompt_tokens,
                 "prompt_seconds": timing.prompt_seconds,
                 "decode_steps": timing.steps,
@@ -66,7 +89,11 @@ def run(
         )
         return
     print(flush=True)
-    speed = timing.decode_speed
-    told = "" if speed is None else f"; then {speed:.1f} tokens/s"
-    first = f"{timing.prompt_tokens} prompt tokens in {timing.prompt_seconds:.2f} s{told}"
-    print(f"[{loaded.label}: {first}]", file=sys.stderr)
+    print(f"[{loaded.label}: {show.pace(timing)}]", file=sys.stderr)
+
+
+def _tokens(tokens: Sequence[Token], decode: Callable[[int], str]) -> list[dict[str, object]]:
+    def told(token: int, logprob: float | None) -> dict[str, object]:
+        return {"id": token, "text": decode(token), "logprob": logprob}
+
+    return [{**told(token.id, token.logprob), "top": [told(*one) for one in token.top]} for token in tokens]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gossamer.recipes.answer import Timing
+
 PIPED_WIDTH = 160  # columns where stdout is no terminal: nothing is cut short there
 
 
@@ -76,6 +78,14 @@ def size(count: float) -> str:
 def percent(share: float) -> str:
     """A share of one in percent, with two decimals where they say something: ``50 %``, ``49.98 %``."""
     return f"{100 * share:.2f}".rstrip("0").rstrip(".") + " %"
+
+
+def pace(timing: Timing) -> str:
+    """How fast an answer came: ``12 prompt tokens (8 kept) in 0.10 s; then 55.0 tokens/s``."""
+    speed = timing.decode_speed
+    then = "" if speed is None else f"; then {speed:.1f} tokens/s"
+    kept = f" ({timing.reused_tokens} kept)" if timing.reused_tokens else ""
+    return f"{timing.prompt_tokens} prompt tokens{kept} in {timing.prompt_seconds:.2f} s{then}"
 
 
 def _plain(value: Any) -> Any:

@@ -3,9 +3,11 @@
 from gossamer.models.checkpoint import load_checkpoint
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.contents import open_checkpoint
-from gossamer.models.generate import Session, generate, stream
+from gossamer.models.generate import Token, generate
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.parts import read_part, write_part
+from gossamer.models.sampling import Sampling
+from gossamer.models.session import DecodingSession, PrefixSession, ScoringSession, Session, SessionFactory
 from gossamer.models.skeleton import (
     WeightFiles,
     empty_model,
@@ -24,7 +26,7 @@ from gossamer.models.text import (
     evaluation_windows,
     read_text,
 )
-from gossamer.models.tokenizer import StreamDecoder, encode_prompt, format_chat, load_tokenizer
+from gossamer.models.tokenizer import StreamDecoder, encode_prompt, encode_turns, format_chat, load_tokenizer
 from gossamer.models.walk import (
     Block,
     BlockInputs,
@@ -42,18 +44,25 @@ __all__ = [
     "Block",
     "BlockInputs",
     "CheckpointWriter",
+    "DecodingSession",
     "ModelFolder",
     "ModelParts",
+    "PrefixSession",
+    "Sampling",
+    "ScoringSession",
     "Session",
+    "SessionFactory",
     "StreamDecoder",
     "Text",
     "TextSource",
+    "Token",
     "WeightFiles",
     "calibration_windows",
     "capture_block_inputs",
     "default_text",
     "empty_model",
     "encode_prompt",
+    "encode_turns",
     "evaluation_windows",
     "find_parts",
     "finish",
@@ -74,7 +83,6 @@ __all__ = [
     "run_block",
     "set_weight",
     "skeleton",
-    "stream",
     "weight_of",
     "write_part",
 ]

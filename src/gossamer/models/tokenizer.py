@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
+_LONGEST = 4  # bytes of a character in UTF-8, and so tokens at most
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -36,8 +38,23 @@ def format_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str 
     turns = [{"role": "user", "content": prompt}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
+    return _format(tokenizer, turns)
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the model answers; each turn has a ``role`` ("system", "user",
+    "assistant") and its ``content``. Raises ModelError where the chat template refuses them."""
+    ids: list[int] = tokenizer(_format(tokenizer, turns), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    return ids
+
+
+def _format(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> str:
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # templates are programs and raise their own errors
         raise ModelError(f"the model's chat template fails: {error}") from error
     assert isinstance(text, str)
@@ -47,9 +64,9 @@ def format_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True) -> list[int]:
     """Token ids of ``prompt``: in chat form, whose template writes all special tokens itself; with ``chat``
     off or without a template as plain text, with the special tokens that the tokenizer puts first."""
-    formatted = chat and bool(tokenizer.chat_template)
-    text = format_chat(tokenizer, prompt) if formatted else prompt
-    ids: list[int] = tokenizer(text, add_special_tokens=not formatted, verbose=False)["input_ids"]
+    if chat and tokenizer.chat_template:
+        return encode_turns(tokenizer, [{"role": "user", "content": prompt}])
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     return ids
 
 
@@ -62,6 +79,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._ids: list[int] = []
         # text of ids[start:told] has been given out; it is decoded again each time since tokenizers
         # treat a text's first token in their own way (leading space)
@@ -70,7 +88,11 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes."""
+        if token in self._special:
+            return ""
         self._ids.append(int(token))
+        if self._hopeless():
+            return ""
         text = self._fresh()
         if text.endswith(_REPLACEMENT) or not text:
             return ""
@@ -82,6 +104,13 @@ class StreamDecoder:
         text = self._fresh()
         self._ids, self._start, self._told = [], 0, 0
         return text
+
+    def _hopeless(self) -> bool:
+        """Whether a long run still ends within a character: its last tokens tell, without decoding it all."""
+        if len(self._ids) - self._told <= _LONGEST:
+            return False
+        ends = (self._decode(self._ids[-count:]) for count in range(1, _LONGEST + 1))
+        return all(end.endswith(_REPLACEMENT) for end in ends)
 
     def _fresh(self) -> str:
         before = self._decode(self._ids[self._start : self._told])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,55 +11,48 @@ import torch
 
 from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
-from gossamer.models.generate import generate, stop_tokens
+from gossamer.models.generate import generate, room, stop_tokens
+from gossamer.models.sampling import Sampling
+from gossamer.models.session import DecodingSession, PrefixSession, Session, SessionFactory
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
-from gossamer.models.tokenizer import StreamDecoder, encode_prompt, load_tokenizer
+from gossamer.models.stops import StopStrings
+from gossamer.models.tokenizer import encode_prompt, load_tokenizer
 from gossamer.progress import Progress, silent
+from gossamer.recipes.answer import Answer, AnswerStream, Timing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass
-class Timing:
-    """How long an answer took: the prompt with the first new token, and every further step by itself."""
-
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    steps: int = 0
-    decode_seconds: float = 0.0
-
-    @property
-    def decode_speed(self) -> float | None:
-        """Tokens a second after the first; None where there were none."""
-        return self.steps / self.decode_seconds if self.steps and self.decode_seconds else None
-
-    def timed(self, tokens: Iterator[int]) -> Iterator[int]:
-        """``tokens`` as they come, with the time that making them takes (not what their reader does)."""
-        first = True
-        while True:
-            start = time.perf_counter()
-            token = next(tokens, None)
-            took = time.perf_counter() - start
-            if first:
-                self.prompt_seconds, first = took, False
-            else:
-                self.decode_seconds += took
-                self.steps += 1
-            if token is None:
-                return
-            yield token
+_GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal language model in memory, its tokenizer, and ``label``, what it was loaded as (of a path the
-    last part; with the dtype where that was asked for)."""
+    last part; with the dtype where that was asked for).
+
+    ``new_session`` makes what runs tokens where that is not transformers itself."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     label: str
+    new_session: SessionFactory | None = None
+
+    def session(self) -> DecodingSession:
+        """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
+        return Session(self.model) if self.new_session is None else self.new_session()
+
+    def as_transformers(self) -> PreTrainedModel:
+        """A transformers model (``generate``, ``model(input_ids).logits``, ``config``) that computes as this
+        one does, for code that takes only those."""
+        if self.new_session is None:
+            return self.model
+        from gossamer.models.facade import SessionModel
+
+        settings = getattr(self.model, "generation_config", None)
+        model: PreTrainedModel = SessionModel(self.model.config, self.new_session, settings)
+        return model
 
     def stream(
         self,
@@ -68,33 +60,56 @@ class LoadedModel:
         max_new_tokens: int = 256,
         *,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         chat: bool = True,
         timing: Timing | None = None,
-    ) -> Iterator[str]:
+    ) -> AnswerStream:
         """The answer to ``prompt`` piece by piece, as soon as each piece's characters are whole.
 
-        ``temperature`` 0 takes the likeliest token each time; ``chat``: in the model's chat form where it has
-        one, else the plain text is continued; ``timing`` is filled in on the way. Raises ModelError or
-        TextError for settings out of range, an empty prompt, or one longer than the model's context.
+        ``temperature`` to ``seed``: see `gossamer.models.sampling.Sampling`; temperature 0 takes the
+        likeliest token each time. ``stop``: strings that end the answer and are not part of it; ``logprobs``:
+        the result's ``tokens`` hold their log-probabilities and those of so many likeliest tokens; ``chat``:
+        in the model's chat form where it has one, else the plain text is continued; ``timing`` is filled in
+        on the way. Raises SamplingError or TextError for settings out of range, an empty prompt, or one
+        longer than the model's context, and ModelError where the model's weights are damaged.
         """
-        timing = timing or Timing()
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         ids = encode_prompt(self.tokenizer, prompt, chat=chat)
-        timing.prompt_tokens = len(ids)
-        stop = stop_tokens(self.model, self.tokenizer)
-        tokens = generate(
-            self.model, ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        return self.stream_tokens(
+            ids, max_new_tokens, sampling=sampling, stop=stop, logprobs=logprobs, timing=timing
         )
-        return self._pieces(timing.timed(tokens))
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        decoder = StreamDecoder(self.tokenizer)
-        for token in tokens:
-            if piece := decoder.push(token):
-                yield piece
-        if rest := decoder.finish():
-            yield rest
+    def stream_tokens(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling = _GREEDY,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        session: PrefixSession | None = None,
+        timing: Timing | None = None,
+    ) -> AnswerStream:
+        """As `stream`, after a prompt's token ids; ``session``: one that may have run their beginning."""
+        timing = timing or Timing()
+        timing.prompt_tokens = len(ids)
+        tokens = generate(
+            self.model,
+            ids,
+            max_new_tokens,
+            sampling=sampling,
+            stop=stop_tokens(self.model, self.tokenizer),
+            logprobs=logprobs,
+            session=session or PrefixSession(self.session),
+        )
+        limit = room(self.model, ids, max_new_tokens)
+        return AnswerStream(tokens, self.tokenizer, limit=limit, stops=StopStrings(stop), timing=timing)
 
     def generate(
         self,
@@ -102,15 +117,31 @@ class LoadedModel:
         max_new_tokens: int = 256,
         *,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
         chat: bool = True,
-    ) -> str:
-        """The whole answer to ``prompt``; see :meth:`stream`."""
-        pieces = self.stream(
-            prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat
+    ) -> Answer:
+        """The whole answer to ``prompt``, a str that also has ``tokens``, ``timing`` and ``finish``; see
+        :meth:`stream`."""
+        stream = self.stream(
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+            chat=chat,
         )
-        return "".join(pieces)
+        return Answer.of(stream)
 
 
 def load(

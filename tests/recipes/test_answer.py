@@ -1,0 +1,178 @@
+"""Answers of a loaded model: pieces, stop strings, tokens, why they ended; and any session underneath."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.errors import ModelError, SamplingError
+from gossamer.models.generate import generate, stop_tokens
+from gossamer.models.sampling import Sampling
+from gossamer.models.session import Session
+from gossamer.recipes.answer import Answer
+from gossamer.recipes.load import LoadedModel
+from tiny import tiny_model, tiny_tokenizer, tiny_tokens
+
+DRAWN = {"temperature": 1.5, "seed": 3}  # byte tokens at random: letters broken in every way
+
+
+@pytest.fixture
+def loaded() -> LoadedModel:
+    return LoadedModel(tiny_model("llama"), tiny_tokenizer(), "tiny")
+
+
+class Native:
+    """A session that knows nothing of transformers' models but what `prompt` and `step` need."""
+
+    calls: list[int]
+
+    def __init__(self, model: object, calls: list[int]) -> None:
+        self._inner, self.calls = Session(model), calls  # type: ignore[arg-type]
+
+    @property
+    def length(self) -> int:
+        return self._inner.length
+
+    def prompt(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(ids))
+        return self._inner.prompt(ids)
+
+    def step(self, token: int) -> torch.Tensor:
+        self.calls.append(1)
+        return self._inner.step(token)
+
+
+class Scoring(Native):
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(ids))
+        return self._inner.logits(ids)
+
+
+def test_stream_joined_is_the_decoded_whole(loaded: LoadedModel) -> None:
+    ids = loaded.tokenizer("hello")["input_ids"]
+    ends = stop_tokens(loaded.model, loaded.tokenizer)
+    made = generate(loaded.model, ids, 60, stop=ends, sampling=Sampling(**DRAWN))
+    tokens = [token.id for token in made]
+    stream = loaded.stream("hello", 60, chat=False, **DRAWN)
+    pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(pieces) == loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert [token.id for token in stream.tokens] == tokens
+    assert stream.timing.prompt_tokens == len(ids)
+    assert stream.timing.steps in (len(tokens), len(tokens) - 1)
+
+
+def test_the_chat_form_is_used_unless_told_otherwise(loaded: LoadedModel) -> None:
+    chat = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = loaded.tokenizer(chat, add_special_tokens=False)["input_ids"]
+    tokens = [token.id for token in generate(loaded.model, ids, 20, stop=frozenset({2}))]
+    assert loaded.generate("hi", 20) == loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_an_answer_is_text_that_knows_how_it_came_about(loaded: LoadedModel) -> None:
+    answer = loaded.generate("hi", 5, logprobs=2)
+    assert isinstance(answer, str)
+    assert isinstance(answer, Answer)
+    assert answer.finish == "length"
+    assert len(answer.tokens) == 5
+    assert all(len(token.top) == 2 and token.top[0][0] == token.id for token in answer.tokens)
+    assert answer.timing.steps == 5 - 1 + 1  # the last look finds that there is no more
+    loaded.model.generation_config.eos_token_id = answer.tokens[3].id
+    first = [token.id for token in answer.tokens].index(answer.tokens[3].id)
+    ended = loaded.generate("hi", 5)
+    assert ended.finish == "end"
+    assert len(ended.tokens) == first
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_strings_end_an_answer_across_the_borders_of_tokens(loaded: LoadedModel, length: int) -> None:
+    whole = loaded.generate("hello", 60, chat=False, **DRAWN)
+    for start in range(0, len(whole) - length, 7):
+        stop = whole[start : start + length]
+        stream = loaded.stream("hello", 60, chat=False, stop=["\0never", stop], **DRAWN)
+        shown = ""
+        for piece in stream:
+            shown += piece
+            assert stop not in shown
+            assert whole.startswith(shown)
+        assert shown == whole[: whole.index(stop)]
+        assert stream.finish == "stop"
+        assert len(stream.tokens) <= len(whole.tokens)
+    assert loaded.generate("hello", 60, chat=False, stop="\0never", **DRAWN) == whole
+
+
+def test_settings_are_refused_before_the_first_piece(loaded: LoadedModel) -> None:
+    with pytest.raises(SamplingError, match="top_k"):
+        loaded.stream("hi", top_k=-1)
+    with pytest.raises(SamplingError, match="empty"):
+        loaded.stream("hi", stop=[""])
+    with pytest.raises(SamplingError, match="logprobs"):
+        loaded.stream("hi", logprobs=-1)
+
+
+def test_any_session_can_run_the_tokens(loaded: LoadedModel) -> None:
+    calls: list[int] = []
+    other = LoadedModel(loaded.model, loaded.tokenizer, "x", lambda: Native(loaded.model, calls))
+    assert other.generate("hello", 12, top_p=0.9, **DRAWN) == loaded.generate("hello", 12, top_p=0.9, **DRAWN)
+    assert calls[0] > 5
+    assert calls[1:] == [1] * 11
+
+
+def test_as_transformers_is_the_model_itself_where_that_runs(loaded: LoadedModel) -> None:
+    assert loaded.as_transformers() is loaded.model
+
+
+@pytest.mark.parametrize("kind", [Native, Scoring])
+def test_as_transformers_over_sessions(loaded: LoadedModel, kind: type[Native]) -> None:
+    plain, calls = loaded.model, list[int]()
+    other = LoadedModel(plain, loaded.tokenizer, "x", lambda: kind(plain, calls))
+    face = other.as_transformers().eval()
+    ids = tiny_tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padding on the left, as generate wants it
+    with torch.no_grad():
+        expected = plain(input_ids=ids, attention_mask=mask).logits
+    found = face(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(face(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        face(ids, logits_to_keep=3).logits, plain(ids).logits[:, -3:], rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        face(ids, logits_to_keep=1).logits, plain(ids).logits[:, -1:], rtol=1e-4, atol=1e-4
+    )
+    assert face.device == torch.device("cpu")
+    assert face.dtype == torch.float32
+    assert face.config.vocab_size == plain.config.vocab_size
+    assert plain.config._attn_implementation == "sdpa"
+
+    face = other.as_transformers()  # which has run nothing yet
+    calls.clear()
+    for options in (
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"num_beams": 3, "do_sample": False},
+    ):
+        written = []
+        for model in (plain, face):
+            torch.manual_seed(0)
+            written.append(model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, **options))
+        assert torch.equal(*written), options
+        if options == {"do_sample": False}:
+            assert calls == [8, 12] + [1] * 14  # each token once
+
+
+def test_what_a_session_cannot_take_is_refused(loaded: LoadedModel) -> None:
+    face = LoadedModel(
+        loaded.model, loaded.tokenizer, "x", lambda: Native(loaded.model, [])
+    ).as_transformers()
+    ids = tiny_tokens(1, 5)
+    with pytest.raises(ModelError, match="labels, position_ids"):
+        face(ids, labels=ids, position_ids=ids, use_cache=True, output_attentions=False)
+    with pytest.raises(ModelError, match=r"\(1, 4\).*\(1, 5\)"):
+        face(ids, attention_mask=ids[:, 1:])
+    with pytest.raises(ModelError, match="no token"):
+        face(ids, attention_mask=torch.zeros_like(ids))
