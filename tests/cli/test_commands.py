@@ -165,7 +165,7 @@ def test_run_says_tokens_and_why_it_ended(model: Path) -> None:
     assert len(told["tokens"]) == 6
     for token in told["tokens"]:
         assert token["logprob"] < 0
-        assert [one["id"] for one in token["top"]][0] == token["id"]  # greedy
+        assert token["top"][0]["id"] == token["id"]  # greedy
         assert len(token["top"]) == 2
     assert "".join(token["text"] for token in told["tokens"]) == told["completion"]
     stop = told["completion"][2:4]

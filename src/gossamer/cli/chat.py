@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -92,11 +92,9 @@ def _answer(conversation: Conversation, text: str) -> None:
     from gossamer.recipes.answer import Timing
 
     timing = Timing()
-    pieces = conversation.ask(text, timing=timing)
-    with interruptible():
+    with interruptible(), closing(conversation.ask(text, timing=timing)) as pieces:
         for piece in pieces:
             check_stop()
             print(piece, end="", flush=True)
-    pieces.close()
     print(flush=True)
     print(f"[{show.pace(timing)}]", file=sys.stderr, flush=True)

@@ -60,10 +60,11 @@ class Conversation:
             session=self._session,
             timing=timing,
         )
-        self.turns = turns
-        return self._recorded(stream, timing)
+        return self._recorded(turns, stream, timing)
 
-    def _recorded(self, stream: Iterator[str], timing: Timing) -> Generator[str, None, None]:
+    def _recorded(
+        self, turns: list[dict[str, str]], stream: Iterator[str], timing: Timing
+    ) -> Generator[str, None, None]:
         pieces: list[str] = []
         try:
             for piece in stream:
@@ -71,4 +72,4 @@ class Conversation:
                 yield piece
         finally:
             timing.reused_tokens = self._session.reused
-            self.turns.append({"role": "assistant", "content": "".join(pieces)})
+            self.turns = [*turns, {"role": "assistant", "content": "".join(pieces)}]
