@@ -102,7 +102,7 @@ def distribution(logits: Floats, sampling: Sampling) -> tuple[NDArray[np.int64],
         kept = _nucleus(weights / weights.sum(), sampling.top_p)
         tokens, weights = tokens[kept], weights[kept]
     if sampling.min_p > 0:
-        kept = weights >= sampling.min_p * weights.max()
+        kept = weights >= sampling.min_p  # the likeliest always stays, and weighs 1
         tokens, weights = tokens[kept], weights[kept]
     return tokens, weights / weights.sum()
 
@@ -112,13 +112,14 @@ def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.boo
     the first go first, and one always stays."""
     spare = 1 - top_p
     # all tokens below this are less likely than all others, and together still below `spare`: no need to sort
-    certain = probabilities < spare / len(probabilities)
-    rest = np.flatnonzero(~certain)
-    order = rest[np.argsort(probabilities[rest], kind="stable")]
-    removed = probabilities[certain].sum() + probabilities[order].cumsum() <= spare
-    removed[-1:] = False
-    kept = ~certain
-    kept[order[removed]] = False
+    small = probabilities < spare / len(probabilities)
+    ordered = np.sort(probabilities[~small])
+    below = np.count_nonzero(probabilities[small].sum() + ordered.cumsum() <= spare)
+    removed = min(int(below), len(ordered) - 1)
+    border = ordered[removed]
+    kept: NDArray[np.bool_] = probabilities > border
+    equal = np.flatnonzero(probabilities == border)
+    kept[equal[removed - np.searchsorted(ordered, border) :]] = True
     return kept
 
 

@@ -107,10 +107,8 @@ class StreamDecoder:
 
     def _hopeless(self) -> bool:
         """Whether a long run still ends within a character: its last tokens tell, without decoding it all."""
-        if len(self._ids) - self._told <= _LONGEST:
-            return False
-        ends = (self._decode(self._ids[-count:]) for count in range(1, _LONGEST + 1))
-        return all(end.endswith(_REPLACEMENT) for end in ends)
+        long = len(self._ids) - self._told > _LONGEST
+        return long and self._decode(self._ids[-_LONGEST:]).endswith(_REPLACEMENT)
 
     def _fresh(self) -> str:
         before = self._decode(self._ids[self._start : self._told])
