@@ -99,7 +99,8 @@ def test_stop_strings_end_an_answer_across_the_borders_of_tokens(loaded: LoadedM
             assert whole.startswith(shown)
         assert shown == whole[: whole.index(stop)]
         assert stream.finish == "stop"
-        assert len(stream.tokens) <= len(whole.tokens)
+        before = [token.id for token in stream.tokens[:-1]]
+        assert stop not in loaded.tokenizer.decode(before)  # no token is made once it is there
     assert loaded.generate("hello", 60, chat=False, stop="\0never", **DRAWN) == whole
 
 
@@ -163,6 +164,15 @@ def test_as_transformers_over_sessions(loaded: LoadedModel, kind: type[Native]) 
         assert torch.equal(*written), options
         if options == {"do_sample": False}:
             assert calls == [8, 12] + [1] * 14  # each token once
+
+
+def test_equal_rows_have_a_session_each(loaded: LoadedModel) -> None:
+    calls: list[int] = []
+    start = lambda: Native(loaded.model, calls)  # noqa: E731
+    face = LoadedModel(loaded.model, loaded.tokenizer, "x", start).as_transformers()
+    ids = tiny_tokens(1, 12).expand(2, -1)
+    face.generate(ids, max_new_tokens=8, do_sample=False)
+    assert calls == [12, 12] + [1] * 14
 
 
 def test_what_a_session_cannot_take_is_refused(loaded: LoadedModel) -> None:
