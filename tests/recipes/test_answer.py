@@ -99,8 +99,9 @@ def test_stop_strings_end_an_answer_across_the_borders_of_tokens(loaded: LoadedM
             assert whole.startswith(shown)
         assert shown == whole[: whole.index(stop)]
         assert stream.finish == "stop"
-        before = [token.id for token in stream.tokens[:-1]]
-        assert stop not in loaded.tokenizer.decode(before)  # no token is made once it is there
+        if "\ufffd" not in stop:  # which also stands for a character that is not whole yet
+            before = [token.id for token in stream.tokens[:-1]]
+            assert stop not in loaded.tokenizer.decode(before)  # no token is made once it is there
     assert loaded.generate("hello", 60, chat=False, stop="\0never", **DRAWN) == whole
 
 
