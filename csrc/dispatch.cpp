@@ -7,9 +7,11 @@
 
 extern "C" {
 extern const gossamer::Family gossamer_int_portable, gossamer_float_portable, gossamer_columns_portable;
+extern const gossamer::DecoderOps gossamer_decoder_portable;
 #if defined(GOSSAMER_X86)
 extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2, gossamer_columns_avx2;
 extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512, gossamer_columns_avx512;
+extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512;
 #endif
 }
 
@@ -62,10 +64,13 @@ bool avx512_runs() {
 
 const Tier* tiers(int* count) {
     static const Tier all_tiers[] = {
-        {"portable", &gossamer_int_portable, &gossamer_float_portable, &gossamer_columns_portable, true},
+        {"portable", &gossamer_int_portable, &gossamer_float_portable, &gossamer_columns_portable,
+         &gossamer_decoder_portable, true},
 #if defined(GOSSAMER_X86)
-        {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, avx2_runs()},
-        {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512, avx512_runs()},
+        {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, &gossamer_decoder_avx2,
+         avx2_runs()},
+        {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512,
+         &gossamer_decoder_avx512, avx512_runs()},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

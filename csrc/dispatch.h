@@ -1,5 +1,6 @@
 // The instruction sets that kernels were compiled for, and which of them this processor runs.
 #pragma once
+#include "decoder_ops.h"
 #include "packed.h"
 
 namespace gossamer {
@@ -9,6 +10,7 @@ struct Tier {
     const Family* ints;
     const Family* floats;
     const Family* columns;
+    const DecoderOps* decoder;
     bool runs_here;  // the processor has it and the system saves its registers
 };
 

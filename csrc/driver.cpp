@@ -11,6 +11,7 @@
 #include <cstring>
 #include <new>
 
+#include "ready.h"
 #include "threads.h"
 
 namespace gossamer {
@@ -43,51 +44,12 @@ class Workspace {
 
 thread_local Workspace workspace;
 
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-const Family& family(const Tier& tier, const Packed& w) {
-    return w.values == kFloat32 || w.values == kBFloat16 ? *tier.floats : *tier.ints;
-}
-
-// Bytes of the activations of one block, made ready: those of every layout, and the lists of columns.
-struct Sizes {
-    int64_t codes, scales, negatives, ends = 0, inputs = 0, values = 0;
-
-    Sizes(const Packed& w, int64_t padded)
-        : codes(padded * row_bytes(w)),
-          scales(aligned(padded * w.groups * 4)),
-          negatives(aligned(padded * w.groups * negatives_of(w) * 4)) {
-        if (w.layout != kColumns) return;
-        const int64_t listed = padded * active_room(w.groups);
-        ends = aligned(padded * w.groups * w.parts * 4);
-        inputs = aligned(listed * 4);
-        values = aligned(listed * (w.values >= kInt8 ? 1 : 4));
-    }
-    int64_t all() const { return codes + scales + negatives + ends + inputs + values; }
-    static int64_t row_bytes(const Packed& w) { return w.groups * kGroup * element_bytes(w.values); }
-};
-
-int64_t activation_bytes(const Packed& w, int64_t padded) { return Sizes(w, padded).all(); }
-
 // Of all terms of a stage that see all inputs.
 int64_t activation_bytes(const Stage& stage, int64_t padded) {
     int64_t bytes = 0;
     for (const Term& term : stage.terms)
         if (term.blocks == 1) bytes += activation_bytes(term.w, padded);
     return bytes;
-}
-
-Activations activations_at(uint8_t* memory, const Packed& w, int64_t rows) {
-    const int64_t padded = padded_rows(rows);
-    const Sizes sizes(w, padded);
-    uint8_t* scales = memory + sizes.codes;
-    uint8_t* negatives = scales + sizes.scales;
-    uint8_t* ends = negatives + sizes.negatives;
-    uint8_t* inputs = ends + sizes.ends;
-    const Active active{reinterpret_cast<int32_t*>(ends), reinterpret_cast<int32_t*>(inputs),
-                        inputs + sizes.inputs};
-    return {rows,  padded, memory, reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(negatives),
-            active};
 }
 
 // Rows that a program takes at a time.
@@ -135,14 +97,6 @@ void prepare(const Tier& tier, const Term& term, int64_t block, const Array& fro
         family(tier, w).prepare(&w, from.data + skipped * from.size(), from.dtype, row, row + step, &to);
     }
     if (w.layout == kColumns) tier.columns->prepare(&w, nullptr, kF32, begin, end, &to);
-}
-
-// Multiplies panels [begin, end) of a weight, whole units of its layout.
-void multiply(const Tier& tier, const Packed& w, const Activations& x, const Output& out, int64_t begin,
-              int64_t end, uint8_t* scratch) {
-    const int64_t unit = unit_of(w.layout);
-    const Family& kernels = w.layout == kColumns ? *tier.columns : family(tier, w);
-    kernels.multiply(&w, &x, &out, begin / unit, end / unit, scratch);
 }
 
 // Panels that a stage is split by: the most of any of its terms.

@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "clock.h"
+#include "decoder.h"
 #include "driver.h"
 #include "reading.h"
 #include "threads.h"
@@ -66,6 +67,73 @@ NB_MODULE(_native, m) {
         .def("check", &Program::check, "An empty string, or which term does not fit.")
         .def_prop_ro("in_features", &Program::in)
         .def_prop_ro("out_features", &Program::out);
+    nb::class_<gossamer::DecoderCache>(m, "DecoderCache")
+        .def(nb::init<const gossamer::DecoderModel&, int>(), "Of a model; dtype 0: float32, 1: bfloat16.")
+        .def_prop_ro("length", &gossamer::DecoderCache::length)
+        .def_prop_ro("nbytes", &gossamer::DecoderCache::bytes)
+        .def("truncate", &gossamer::DecoderCache::truncate, "Forgets all but the first positions.");
+    nb::class_<gossamer::DecoderModel>(m, "DecoderModel")
+        .def(
+            "__init__",
+            [](gossamer::DecoderModel* self, std::vector<int64_t> sizes, std::vector<float> numbers,
+               uintptr_t frequencies, uintptr_t norm, const Packed& embedding, const Packed& head,
+               uintptr_t head_bias) {
+                if (sizes.size() != 6 || numbers.size() != 4) throw nb::value_error("6 sizes and 4 numbers");
+                new (self) gossamer::DecoderModel{sizes[0],
+                                                  sizes[1],
+                                                  sizes[2],
+                                                  sizes[3],
+                                                  sizes[4],
+                                                  sizes[5],
+                                                  numbers[0],
+                                                  numbers[1],
+                                                  numbers[2],
+                                                  reinterpret_cast<const float*>(frequencies),
+                                                  reinterpret_cast<const float*>(norm),
+                                                  embedding,
+                                                  numbers[3],
+                                                  {head, reinterpret_cast<const float*>(head_bias)},
+                                                  {}};
+            },
+            "sizes: hidden, inner, heads, kv_heads, head_dim, vocabulary; numbers: eps, scale of scores, "
+            "scale of "
+            "rotations, scale of the embedding; addresses of float32 arrays, 0: none.")
+        .def(
+            "add_layer",
+            [](gossamer::DecoderModel& self, std::vector<uintptr_t> norms, std::vector<const Packed*> weights,
+               std::vector<uintptr_t> biases, int64_t window, bool rotates) {
+                if (norms.size() != 4 || weights.size() != 7 || biases.size() != 7)
+                    throw nb::value_error("4 norms, 7 weights and 7 biases");
+                const auto array = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
+                const auto linear = [&](size_t i) { return gossamer::Linear{*weights[i], array(biases[i])}; };
+                self.layers.push_back({array(norms[0]), array(norms[1]), array(norms[2]), array(norms[3]),
+                                       linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
+                                       linear(6), window, rotates});
+            },
+            "norms: of attention, MLP, query and key; weights: q, k, v, o, gate, up, down.")
+        .def("check", &gossamer::DecoderModel::check, "An empty string, or which part does not fit.")
+        .def(
+            "decode",
+            [](const gossamer::DecoderModel& self, gossamer::DecoderCache& cache, int tier, uintptr_t tokens,
+               int64_t count, bool all, uintptr_t logits, int threads, bool timed) {
+                int tiers_count;
+                const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
+                if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here)
+                    throw nb::value_error("no such tier");
+                if (cache.layers() != int64_t(self.layers.size()))
+                    throw nb::value_error("a cache of another model");
+                gossamer::DecoderTimes times{};
+                {
+                    nb::gil_scoped_release release;
+                    gossamer::decode(self, cache, tiers[tier], reinterpret_cast<const int64_t*>(tokens),
+                                     count, all, reinterpret_cast<float*>(logits), threads,
+                                     timed ? &times : nullptr);
+                }
+                return std::vector<double>{times.attention_products, times.attention, times.mlp, times.head,
+                                           times.rest};
+            },
+            "Appends tokens; logits of the last one, or of all. Returns seconds of the parts, zeros if not "
+            "timed.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def("available", [] { return tier_names(false); }, "Those of them that this processor runs.");

@@ -84,9 +84,13 @@ bool spin(const Ready& ready) {
 
 class Pool {
   public:
-    void run(int threads, void (*body)(void*), void* data) {
-        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-        if (!turn.owns_lock()) return body(data);  // another thread has the team: work alone
+    // Another thread may have the team: then this one works alone, or waits for its turn.
+    void run(int threads, void (*body)(void*), void* data, bool alone) {
+        std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
+        if (!alone)
+            turn.lock();
+        else if (!turn.try_lock())
+            return body(data);
         const uint64_t round = round_.load(std::memory_order_relaxed);
         while (int(workers_.size()) < threads - 1) {
             int index = int(workers_.size());
@@ -175,7 +179,33 @@ void run_team(int threads, void (*body)(void*), void* data) {
     if (Parallel parallel = openmp())
         parallel(body, data, unsigned(threads), 0);
     else
-        the_pool().run(threads, body, data);
+        the_pool().run(threads, body, data, true);
+}
+
+void run_together(int threads, void (*body)(void*, int), void* data) {
+    openmp();  // forks are seen from now on
+    struct Shared {
+        void (*body)(void*, int);
+        void* data;
+        std::atomic<int> workers{0};
+    } shared{body, data};
+    the_pool().run(
+        threads,
+        [](void* all) {
+            Shared& s = *static_cast<Shared*>(all);
+            s.body(s.data, s.workers.fetch_add(1, std::memory_order_relaxed));
+        },
+        &shared, false);
+}
+
+void Barrier::wait() {
+    const unsigned round = round_.load(std::memory_order_relaxed);
+    if (here_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+        here_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
+        return;
+    }
+    while (!spin([&] { return round_.load(std::memory_order_acquire) != round; })) std::this_thread::yield();
 }
 
 }  // namespace gossamer

@@ -9,6 +9,22 @@ namespace gossamer {
 // Uses PyTorch's OpenMP team where one is loaded (two teams would fight for the cores), else a pool of ours.
 void run_team(int threads, void (*body)(void*), void* data);
 
+// Runs body(data, worker) on exactly `threads` threads at once, workers 0 (the caller) to threads - 1, so
+// that they may wait for each other. Always on the pool of ours; callers take turns.
+void run_together(int threads, void (*body)(void*, int), void* data);
+
+// Where threads that run together wait until all of them have come.
+class Barrier {
+  public:
+    explicit Barrier(int threads) : threads_(threads) {}
+    void wait();
+
+  private:
+    const int threads_;
+    std::atomic<int> here_{0};
+    std::atomic<unsigned> round_{0};
+};
+
 // "openmp" or "pool": which of the two run_team uses now.
 const char* team_kind();
 

@@ -1,0 +1,558 @@
+// How a decoder's layers are walked, all threads side by side.
+#include "decoder.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "ready.h"
+#include "threads.h"
+
+namespace gossamer {
+namespace {
+
+constexpr int64_t kRows = 512;  // tokens that go through the layers together, at fixed positions
+
+std::string fits(const Packed& w, int64_t out, int64_t in, const std::string& name) {
+    if (w.out == out && w.in == in) return "";
+    return name + " is " + std::to_string(w.out) + " x " + std::to_string(w.in) + ", not " +
+           std::to_string(out) + " x " + std::to_string(in);
+}
+
+// Weights that see the same activations, and may be made ready for together.
+bool alike(const Packed& a, const Packed& b) {
+    return a.values == b.values && a.parts == b.parts && (a.layout == kBySteps) == (b.layout == kBySteps) &&
+           (a.layout == kColumns) == (b.layout == kColumns);
+}
+
+float half_to_float(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float magnitude = exponent == 0    ? std::ldexp(float(fraction), -24)
+                            : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                             : std::ldexp(float(1024 + fraction), exponent - 25);
+    return half >> 15 ? -magnitude : magnitude;
+}
+
+// One row of an embedding as float32 (docs/architecture.md, "Geometry").
+void read_row(const Packed& w, int64_t row, float scale, float* to) {
+    const int64_t panel = row / kPanel, output = row % kPanel, bytes = stored_bytes(w.values, kWeights);
+    for (int64_t g = 0; g < w.groups; g++) {
+        const uint8_t* group = w.data + (panel * w.groups + g) * bytes;
+        const uint16_t* scales = w.scales + (panel * w.groups + g) * w.parts * kPanel;
+        float of_part[2] = {1, 1};
+        for (int part = 0; w.scales && part < w.parts; part++)
+            of_part[part] = half_to_float(scales[part * kPanel + output]);
+        for (int64_t i = 0; i < kGroup && kGroup * g + i < w.in; i++) {
+            const int64_t e = 64 * (i / 4) + 4 * output + i % 4;
+            float value;
+            if (w.values == kFloat32) {
+                std::memcpy(&value, group + 4 * e, 4);
+            } else if (w.values == kBFloat16) {
+                uint16_t half;
+                std::memcpy(&half, group + 2 * e, 2);
+                const uint32_t bits = uint32_t(half) << 16;
+                std::memcpy(&value, &bits, 4);
+            } else {
+                int code;
+                if (w.values == kInt8) {
+                    code = group[e] - 128;
+                } else if (w.values == kInt4) {
+                    const uint8_t two = group[e / 128 * 64 + e % 64];
+                    code = (e % 128 < 64 ? two & 15 : two >> 4) - 8;
+                } else {
+                    const int low = group[e / 256 * 64 + e % 64] >> 2 * (e % 256 / 64) & 3;
+                    const int high = group[256 + e / 8] >> e % 8 & 1;
+                    code = low + 4 * high - 4;
+                }
+                value = of_part[i / (kGroup / w.parts)] * float(code);
+            }
+            to[kGroup * g + i] = value * scale;
+        }
+    }
+}
+
+class Memory {
+  public:
+    ~Memory() { std::free(memory_); }
+    // Zeroed the first time. What lay there before is gone.
+    uint8_t* get(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = 0;
+            bytes = (bytes + 4095) / 4096 * 4096;
+            memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(bytes)));
+            if (!memory_) throw std::bad_alloc();
+            std::memset(memory_, 0, size_t(bytes));
+            size_ = bytes;
+        }
+        return memory_;
+    }
+
+  private:
+    uint8_t* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+thread_local Memory workspace;
+
+struct Share {
+    int64_t begin, end;
+};
+
+Share share_of(int64_t items, int worker, int workers) {
+    return {items * worker / workers, items * (worker + 1) / workers};
+}
+
+}  // namespace
+
+std::string DecoderModel::check() const {
+    if (hidden < 1 || inner < 1 || heads < 1 || kv_heads < 1 || head_dim < 2 || vocabulary < 1 ||
+        layers.empty())
+        return "it has no layers, or a size below 1";
+    if (heads % kv_heads) return std::to_string(heads) + " heads cannot share " + std::to_string(kv_heads);
+    if (head_dim % 2 || head_dim > kMostHead)
+        return "heads of " + std::to_string(head_dim) + " numbers; they must be even, and at most " +
+               std::to_string(kMostHead);
+    std::string fault = fits(embedding, vocabulary, hidden, "the embedding");
+    if (fault.empty() && embedding.layout != kDense) fault = "the embedding is not dense";
+    if (fault.empty()) fault = fits(head.w, vocabulary, hidden, "the head");
+    for (size_t i = 0; i < layers.size() && fault.empty(); i++) {
+        const Layer& l = layers[i];
+        const std::string of = " of layer " + std::to_string(i);
+        const int64_t queries = heads * head_dim, keys = kv_heads * head_dim;
+        const std::string faults[] = {
+            fits(l.q.w, queries, hidden, "q" + of),     fits(l.k.w, keys, hidden, "k" + of),
+            fits(l.v.w, keys, hidden, "v" + of),        fits(l.o.w, hidden, queries, "o" + of),
+            fits(l.gate.w, inner, hidden, "gate" + of), fits(l.up.w, inner, hidden, "up" + of),
+            fits(l.down.w, hidden, inner, "down" + of)};
+        for (const std::string& one : faults)
+            if (fault.empty()) fault = one;
+        if (fault.empty() && unit_of(l.gate.w.layout) != unit_of(l.up.w.layout))
+            fault = "gate and up" + of + " are split differently";
+    }
+    return fault;
+}
+
+// ---- the cache
+
+DecoderCache::DecoderCache(const DecoderModel& model, int dtype)
+    : layers_(int64_t(model.layers.size())),
+      kv_heads_(model.kv_heads),
+      head_dim_(model.head_dim),
+      dtype_(dtype),
+      part_bytes_(aligned(kChunk * model.head_dim * (dtype == kF32 ? 4 : 2))),
+      chunk_bytes_(layers_ * kv_heads_ * 2 * part_bytes_) {}
+
+void DecoderCache::truncate(int64_t length) {
+    length_ = std::min(length_, std::max<int64_t>(0, length));
+    chunks_.resize(size_t((length_ + kChunk - 1) / kChunk));
+}
+
+void DecoderCache::grow(int64_t length) {
+    const int64_t wanted = (length + kChunk - 1) / kChunk;
+    if (wanted == int64_t(chunks_.size())) return;
+    while (int64_t(chunks_.size()) < wanted)
+        chunks_.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(64, size_t(chunk_bytes_))));
+    for (auto& chunk : chunks_)
+        if (!chunk) {
+            chunks_.resize(size_t((length_ + kChunk - 1) / kChunk));
+            throw std::bad_alloc();
+        }
+    const int64_t parts = layers_ * kv_heads_ * 2;
+    if (wanted > room_) {
+        room_ = std::max<int64_t>(wanted, 2 * room_);
+        parts_.resize(size_t(parts * room_));
+    }
+    for (int64_t part = 0; part < parts; part++)
+        for (int64_t c = 0; c < wanted; c++)
+            parts_[size_t(part * room_ + c)] = chunks_[size_t(c)].get() + part * part_bytes_;
+}
+
+// ---- a run of the layers
+
+// Numbers in memory that all threads see are [row][...]; rows are padded to whole blocks, whose last rows are
+// zeros. With one row each thread makes activations ready for itself, which is faster than to wait for
+// another.
+class DecoderRun {
+  public:
+    DecoderRun(const DecoderModel& model, DecoderCache& cache, const Tier& tier, int threads)
+        : m_(model), cache_(cache), tier_(tier), ops_(*tier.decoder), threads_(threads), barrier_(threads) {}
+
+    void run(const int64_t* tokens, int64_t count, bool all, float* logits, DecoderTimes* times) {
+        tokens_ = tokens;
+        rows_ = count;
+        padded_ = padded_rows(count);
+        all_ = all;
+        logits_ = logits;
+        times_ = times;
+        start_ = cache_.length_;
+        cache_.grow(start_ + count);
+        lay_out();
+        tickets_ = std::make_unique<std::atomic<int64_t>[]>(m_.layers.size());
+        for (size_t i = 0; i < m_.layers.size(); i++) tickets_[i] = 0;
+        if (threads_ == 1)
+            work(0);
+        else
+            run_together(
+                threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
+        cache_.length_ = start_ + count;
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+
+    // Where everything lies in the workspace.
+    void lay_out() {
+        const int64_t queries = m_.heads * m_.head_dim, keys = m_.kv_heads * m_.head_dim;
+        int64_t ready = 0, scratch = 0;
+        const auto need = [&](std::initializer_list<const Packed*> group) {
+            int64_t bytes = 0;
+            for (const Packed* w : group) {
+                bytes += activation_bytes(*w, padded_);
+                if (padded_ > 4 || w->layout == kColumns)
+                    scratch = std::max(scratch, aligned(scratch_bytes(*w, padded_)));
+            }
+            ready = std::max(ready, bytes);
+        };
+        for (const Layer& l : m_.layers) {
+            need({&l.q.w, &l.k.w, &l.v.w});
+            need({&l.o.w});
+            need({&l.gate.w, &l.up.w});
+            need({&l.down.w});
+        }
+        need({&m_.head.w});
+        const int64_t numbers[] = {padded_ * m_.hidden, padded_ * m_.hidden,
+                                   padded_ * queries,   padded_ * keys,
+                                   padded_ * keys,      padded_ * queries,
+                                   padded_ * m_.inner,  padded_ * m_.inner,
+                                   rows_ * m_.head_dim, padded_ * m_.vocabulary * (all_ && padded_ > rows_)};
+        float** places[] = {&x_, &normed_, &q_, &k_, &v_, &attended_, &gate_, &up_, &angles_, &spare_};
+        constexpr int kPlaces = sizeof places / sizeof *places;
+        const bool own = padded_ == 1;  // activations, and the normed row
+        const int64_t of_worker =
+            scratch + (own ? ready + aligned(4 * m_.hidden) : 0) + aligned(4 * kQueries * kMostHead);
+        int64_t bytes = own ? 0 : ready;
+        for (int64_t n : numbers) bytes += aligned(4 * n);
+        uint8_t* at = workspace.get(bytes + threads_ * of_worker);
+        for (int i = 0; i < kPlaces; i++) {
+            *places[i] = reinterpret_cast<float*>(at);
+            at += aligned(4 * numbers[i]);
+        }
+        ready_ = at;
+        workers_ = at + (own ? 0 : ready);
+        of_worker_ = of_worker;
+        scratch_bytes_ = scratch;
+        ready_bytes_ = own ? ready : 0;
+    }
+
+    struct Worker {
+        int id;
+        uint8_t* scratch;
+        uint8_t* ready;  // activations made ready
+        float* normed;   // rows of them before
+        float* queries;
+    };
+
+    Worker worker_of(int id) const {
+        uint8_t* at = workers_ + id * of_worker_;
+        Worker w{id, at, ready_, normed_, nullptr};
+        at += scratch_bytes_;
+        if (padded_ == 1) {
+            w.ready = at;
+            w.normed = reinterpret_cast<float*>(at + ready_bytes_);
+            at += ready_bytes_ + aligned(4 * m_.hidden);
+        }
+        w.queries = reinterpret_cast<float*>(at);
+        return w;
+    }
+
+    // Rows that a worker makes ready: with one row, each does it for itself.
+    Share own_rows(int id) const {
+        if (padded_ == 1) return {0, 1};
+        const Share blocks = share_of((padded_ + kMaxRowBlock - 1) / kMaxRowBlock, id, threads_);
+        return {std::min(padded_, blocks.begin * kMaxRowBlock), std::min(padded_, blocks.end * kMaxRowBlock)};
+    }
+
+    void meet() {
+        if (padded_ > 1) barrier_.wait();
+    }
+
+    // Makes rows of `x` ready for weights that see them, after a norm where there is one.
+    template <size_t N>
+    void make_ready(const Worker& me, const Packed* const (&weights)[N], const float* x, const float* norm) {
+        const Share rows = own_rows(me.id);
+        if (norm) {
+            for (int64_t r = rows.begin; r < rows.end; r++)
+                ops_.rms_norm(x + r * m_.hidden, norm, m_.hidden, m_.eps, me.normed + r * m_.hidden);
+            x = me.normed;
+        }
+        uint8_t* at = me.ready;
+        for (size_t i = 0; i < N; i++) {
+            if (i > 0 && alike(*weights[i], *weights[i - 1])) continue;
+            if (rows.begin < rows.end)
+                gossamer::make_ready(tier_, *weights[i], x, kF32, rows.begin, rows.end,
+                                     activations_at(at, *weights[i], padded_));
+            at += activation_bytes(*weights[i], padded_);
+        }
+        meet();
+    }
+
+    template <size_t N>
+    Activations ready_for(const Worker& me, const Packed* const (&weights)[N], size_t index) const {
+        uint8_t* at = me.ready;
+        for (size_t i = 1; i <= index; i++)
+            if (!alike(*weights[i], *weights[i - 1])) at += activation_bytes(*weights[i - 1], padded_);
+        return activations_at(at, *weights[index], padded_);
+    }
+
+    // Outputs of panels [begin, end) of one weight.
+    void multiply_some(const Worker& me, const Linear& linear, const Activations& x, float* y,
+                       const float* base, Share units) {
+        if (units.begin >= units.end) return;
+        const Packed& w = linear.w;
+        const int64_t unit = unit_of(w.layout), begin = units.begin * unit,
+                      end = std::min(units.end * unit, w.panels);
+        multiply(tier_, w, x, Output{y, kF32, base}, begin, end, me.scratch);
+        if (linear.bias)
+            for (int64_t r = 0; r < padded_; r++)
+                for (int64_t o = kPanel * begin; o < std::min(kPanel * end, w.out); o++)
+                    y[r * w.out + o] += linear.bias[o];
+    }
+
+    static int64_t units(const Packed& w) { return w.panels / unit_of(w.layout); }
+
+    // This worker's share of the outputs of several weights side by side.
+    template <size_t N>
+    void multiply_all(const Worker& me, const Linear* const (&linears)[N], float* const (&y)[N],
+                      const float* base) {
+        const Packed* weights[N];
+        int64_t all = 0;
+        for (size_t i = 0; i < N; i++) {
+            weights[i] = &linears[i]->w;
+            all += units(*weights[i]) * unit_of(weights[i]->layout);
+        }
+        const Share mine = share_of(all, me.id, threads_);
+        int64_t before = 0;
+        for (size_t i = 0; i < N; i++) {
+            const int64_t unit = unit_of(weights[i]->layout), count = units(*weights[i]);
+            const auto clipped = [&](int64_t at) {
+                return std::min(count, std::max<int64_t>(0, (at - before + unit - 1) / unit));
+            };
+            multiply_some(me, *linears[i], ready_for(me, weights, i), y[i], base,
+                          {clipped(mine.begin), clipped(mine.end)});
+            before += count * unit;
+        }
+    }
+
+    // cos and sin of every row's position: head_dim / 2 of each.
+    void fill_angles(Share rows) {
+        const int64_t half = m_.head_dim / 2;
+        for (int64_t r = rows.begin; r < rows.end; r++)
+            for (int64_t i = 0; i < half; i++) {
+                const float angle = float(start_ + r) * m_.frequencies[i];
+                angles_[r * m_.head_dim + i] = std::cos(angle) * m_.rotation_scale;
+                angles_[r * m_.head_dim + half + i] = std::sin(angle) * m_.rotation_scale;
+            }
+    }
+
+    void rotate(const Layer& layer, float* head, int64_t row) const {
+        if (!layer.rotates) return;
+        const float* angles = angles_ + row * m_.head_dim;
+        ops_.rotate(head, angles, angles + m_.head_dim / 2, m_.head_dim / 2);
+    }
+
+    uint8_t* part(int64_t layer, int64_t head, int which, int64_t chunk) const {
+        const int64_t part = ((layer * m_.kv_heads + head) * 2 + which) * cache_.room_ + chunk;
+        return const_cast<uint8_t*>(cache_.parts_[size_t(part)]);
+    }
+
+    void store_keys(const Worker& me, int64_t number) {
+        const Layer& layer = m_.layers[size_t(number)];
+        const Share mine = share_of(rows_ * m_.kv_heads, me.id, threads_);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            const int64_t row = i / m_.kv_heads, head = i % m_.kv_heads, position = start_ + row;
+            float* key = k_ + i * m_.head_dim;
+            if (layer.norm_key) ops_.rms_norm(key, layer.norm_key, m_.head_dim, m_.eps, key);
+            rotate(layer, key, row);
+            const int64_t chunk = position / kChunk;
+            ops_.store_position(key, v_ + i * m_.head_dim, int(m_.head_dim), cache_.dtype_, position % kChunk,
+                                part(number, head, 0, chunk), part(number, head, 1, chunk));
+        }
+    }
+
+    // Queries [first, first + count) of one head of keys: query i is head i % group of row i / group.
+    void attend(const Worker& me, int64_t number, int64_t kv_head, int64_t first, int count) {
+        const Layer& layer = m_.layers[size_t(number)];
+        const int64_t group = m_.heads / m_.kv_heads, dim = m_.head_dim;
+        Attention a{};
+        a.count = count;
+        a.dim = int(dim);
+        a.dtype = cache_.dtype_;
+        const int64_t parts = (number * m_.kv_heads + kv_head) * 2 * cache_.room_;
+        a.keys = cache_.parts_.data() + parts;
+        a.values = a.keys + cache_.room_;
+        for (int i = 0; i < count; i++) {
+            const int64_t row = (first + i) / group, head = kv_head * group + (first + i) % group;
+            const int64_t at = (row * m_.heads + head) * dim;
+            float* query = me.queries + i * kMostHead;
+            if (layer.norm_query)
+                ops_.rms_norm(q_ + at, layer.norm_query, dim, m_.eps, query);
+            else
+                std::memcpy(query, q_ + at, size_t(dim) * 4);
+            rotate(layer, query, row);
+            for (int64_t j = 0; j < dim; j++) query[j] *= m_.scaling;
+            a.queries[i] = query;
+            a.outputs[i] = attended_ + at;
+            a.last[i] = start_ + row;
+            a.first[i] = layer.window ? std::max<int64_t>(0, a.last[i] - layer.window + 1) : 0;
+        }
+        ops_.attend(&a);
+    }
+
+    void attend_all(const Worker& me, int64_t number) {
+        const int64_t queries = rows_ * (m_.heads / m_.kv_heads);  // of a head of keys
+        if (rows_ == 1) {
+            const Share mine = share_of(m_.heads, me.id, threads_);
+            for (int64_t h = mine.begin; h < mine.end;) {
+                const int64_t kv_head = h / queries, end = std::min(mine.end, (kv_head + 1) * queries);
+                const int count = int(std::min<int64_t>(kQueries, end - h));
+                attend(me, number, kv_head, h - kv_head * queries, count);
+                h += count;
+            }
+            return;
+        }
+        const int64_t tiles = (queries + kQueries - 1) / kQueries;
+        std::atomic<int64_t>& next = tickets_[size_t(number)];
+        for (;;) {  // late rows see the most: first come first served, from the last on
+            const int64_t ticket = next.fetch_add(1, std::memory_order_relaxed);
+            if (ticket >= tiles * m_.kv_heads) return;
+            const int64_t tile = tiles - 1 - ticket / m_.kv_heads, first = tile * kQueries;
+            attend(me, number, ticket % m_.kv_heads, first,
+                   int(std::min<int64_t>(kQueries, queries - first)));
+        }
+    }
+
+    // Seconds since the last call go to `part`.
+    void spent(double DecoderTimes::* part) {
+        if (!times_) return;
+        const auto now = Clock::now();
+        times_->*part += std::chrono::duration<double>(now - since_).count();
+        since_ = now;
+    }
+
+    void work(int id) {
+        const Worker me = worker_of(id);
+        const bool timed = id == 0 && times_;
+        if (timed) since_ = Clock::now();
+        const Share some = share_of(rows_, id, threads_);
+        for (int64_t r = some.begin; r < some.end; r++)
+            read_row(m_.embedding, tokens_[r], m_.embedding_scale, x_ + r * m_.hidden);
+        if (id == threads_ - 1 && padded_ > rows_) {
+            std::memset(x_ + rows_ * m_.hidden, 0, size_t((padded_ - rows_) * m_.hidden) * 4);
+            std::memset(attended_ + rows_ * m_.heads * m_.head_dim, 0,
+                        size_t((padded_ - rows_) * m_.heads * m_.head_dim) * 4);
+        }
+        fill_angles(some);
+        barrier_.wait();
+        if (timed) spent(&DecoderTimes::rest);
+        for (size_t i = 0; i < m_.layers.size(); i++) layer(me, int64_t(i), timed);
+        if (logits_) head(me);
+        if (timed) spent(&DecoderTimes::head);
+    }
+
+    void layer(const Worker& me, int64_t number, bool timed) {
+        const Layer& l = m_.layers[size_t(number)];
+        make_ready(me, {&l.q.w, &l.k.w, &l.v.w}, x_, l.norm_attention);
+        multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr);
+        barrier_.wait();
+        if (timed) spent(&DecoderTimes::attention_products);
+        store_keys(me, number);
+        barrier_.wait();
+        attend_all(me, number);
+        barrier_.wait();
+        if (timed) spent(&DecoderTimes::attention);
+        make_ready(me, {&l.o.w}, attended_, nullptr);
+        multiply_all(me, {&l.o}, {x_}, x_);
+        barrier_.wait();
+        if (timed) spent(&DecoderTimes::attention_products);
+        const Packed* inner[] = {&l.gate.w, &l.up.w};
+        make_ready(me, {&l.gate.w, &l.up.w}, x_, l.norm_mlp);
+        const Share mine = share_of(units(l.gate.w), me.id, threads_);
+        multiply_some(me, l.gate, ready_for(me, inner, 0), gate_, nullptr, mine);
+        multiply_some(me, l.up, ready_for(me, inner, 1), up_, nullptr, mine);
+        const int64_t wide = kPanel * unit_of(l.gate.w.layout), from = mine.begin * wide;
+        const int64_t to = std::min(mine.end * wide, m_.inner);
+        for (int64_t r = 0; r < padded_ && from < to; r++)
+            ops_.gate(gate_ + r * m_.inner + from, up_ + r * m_.inner + from, to - from);
+        barrier_.wait();
+        make_ready(me, {&l.down.w}, gate_, nullptr);
+        multiply_all(me, {&l.down}, {x_}, x_);
+        barrier_.wait();
+        if (timed) spent(&DecoderTimes::mlp);
+    }
+
+    // Logits of all rows, or of the last alone.
+    void head(const Worker& me) {
+        if (all_) {
+            make_ready(me, {&m_.head.w}, x_, m_.norm);
+            multiply_all(me, {&m_.head}, {padded_ > rows_ ? spare_ : logits_}, nullptr);
+            if (padded_ > rows_) {
+                barrier_.wait();
+                const Share mine = share_of(rows_ * m_.vocabulary, me.id, threads_);
+                std::memcpy(logits_ + mine.begin, spare_ + mine.begin, size_t(mine.end - mine.begin) * 4);
+            }
+            return;
+        }
+        // as a row of its own, whatever the others were
+        const Packed& w = m_.head.w;
+        float* normed = me.id == 0 ? normed_ : nullptr;
+        if (normed) {
+            ops_.rms_norm(x_ + (rows_ - 1) * m_.hidden, m_.norm, m_.hidden, m_.eps, normed);
+            gossamer::make_ready(tier_, w, normed, kF32, 0, 1, activations_at(ready_of_head(), w, 1));
+        }
+        barrier_.wait();
+        const Share mine = share_of(units(w), me.id, threads_);
+        if (mine.begin == mine.end) return;
+        const int64_t unit = unit_of(w.layout), begin = mine.begin * unit,
+                      end = std::min(mine.end * unit, w.panels);
+        multiply(tier_, w, activations_at(ready_of_head(), w, 1), Output{logits_, kF32, nullptr}, begin, end,
+                 me.scratch);
+        if (m_.head.bias)
+            for (int64_t o = kPanel * begin; o < std::min(kPanel * end, w.out); o++)
+                logits_[o] += m_.head.bias[o];
+    }
+
+    uint8_t* ready_of_head() const { return padded_ == 1 ? worker_of(0).ready : ready_; }
+
+    const DecoderModel& m_;
+    DecoderCache& cache_;
+    const Tier& tier_;
+    const DecoderOps& ops_;
+    const int threads_;
+    Barrier barrier_;
+    const int64_t* tokens_ = nullptr;
+    int64_t rows_ = 0, padded_ = 0, start_ = 0;
+    bool all_ = false;
+    float* logits_ = nullptr;
+    float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_;
+    uint8_t *ready_ = nullptr, *workers_ = nullptr;
+    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0;
+    std::unique_ptr<std::atomic<int64_t>[]> tickets_;
+    DecoderTimes* times_ = nullptr;
+    Clock::time_point since_;
+};
+
+void decode(const DecoderModel& model, DecoderCache& cache, const Tier& tier, const int64_t* tokens,
+            int64_t count, bool all, float* logits, int threads, DecoderTimes* times) {
+    for (int64_t done = 0; done < count;) {
+        const int64_t some = std::min(count - done, kRows - cache.length() % kRows);
+        float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;
+        DecoderRun(model, cache, tier, threads).run(tokens + done, some, all, wanted, times);
+        done += some;
+    }
+}
+
+}  // namespace gossamer

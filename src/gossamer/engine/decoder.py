@@ -1,0 +1,195 @@
+"""A transformers decoder as a native one: what it must be like, and its parts handed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer import kernels
+from gossamer.errors import ModelError
+from gossamer.kernels import Handle
+from gossamer.kernels.native import native
+from gossamer.matrices import Packed
+from gossamer.nn import StructuredEmbedding, StructuredLinear
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Decoder:
+    """A model of one of the `FAMILIES` in native code: same weights, same logits within rounding.
+
+    Packed weights are used in place; plain ones are packed in their own dtype (float16 as float32), which
+    keeps every number. Norms, attention and what lies between layers is float32. ``context``: positions that
+    the model knows. Raises ModelError where `why_not` has a reason.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        reason = why_not(model)
+        if reason is not None:
+            raise ModelError(f"the native decoder cannot run this model: {reason}")
+        self.model = model
+        config: Any = model.config
+        body: Any = model.model
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self._alive: list[Any] = []
+        embedding = self._rows(body.embed_tokens)
+        tied = _source(body.embed_tokens) is _source(model.lm_head)
+        head = embedding if tied else self._linear(model.lm_head)[0]
+        attention, rotary = body.layers[0].self_attn, body.rotary_emb
+        self.vocabulary = head.out_features
+        sizes = [
+            config.hidden_size,
+            body.layers[0].mlp.gate_proj.out_features,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,
+            self.vocabulary,
+        ]
+        numbers = [
+            body.norm.variance_epsilon,
+            attention.scaling,
+            float(rotary.attention_scaling),
+            float(getattr(body.embed_tokens, "scale", 1.0)),
+        ]
+        self._native = native().DecoderModel(
+            sizes,
+            numbers,
+            self._array(rotary.inv_freq),
+            self._array(body.norm.weight),
+            embedding.packed,
+            head.packed,
+            self._array(getattr(model.lm_head, "bias", None)),
+        )
+        for layer in body.layers:
+            self._add(layer)
+        fault = self._native.check()
+        if fault:
+            raise ModelError(f"the native decoder cannot run this model: {fault}")
+
+    def new_cache(self, dtype: torch.dtype = torch.bfloat16) -> Any:
+        """An empty cache of keys and values in float32 or bfloat16."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ModelError(f"the cache of the native decoder is float32 or bfloat16, not {dtype}")
+        return native().DecoderCache(self._native, 0 if dtype == torch.float32 else 1)
+
+    def append(self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False) -> tuple[Tensor, Any]:
+        """Appends ``tokens``, int64 ``(n,)``, and gives float32 logits of the last one ``(vocab,)``, or with
+        ``every`` of all ``(n, vocab)``; and seconds of the parts where ``timed``.
+
+        Raises ModelError for tokens that the model does not have, and past its context.
+        """
+        tokens = tokens.to(torch.int64).contiguous()
+        if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary:
+            raise ModelError(f"tokens must be at least one, from 0 to {self.vocabulary - 1}")
+        if self.context is not None and cache.length + tokens.numel() > self.context:
+            raise ModelError(
+                f"{cache.length + tokens.numel()} tokens are more than the {self.context} positions that the "
+                "model knows"
+            )
+        shape = (tokens.numel(), self.vocabulary) if every else (self.vocabulary,)
+        logits = torch.empty(shape)
+        seconds = self._native.decode(
+            cache,
+            kernels.native.tier(None),
+            tokens.data_ptr(),
+            tokens.numel(),
+            every,
+            logits.data_ptr(),
+            torch.get_num_threads(),
+            timed,
+        )
+        return logits, seconds
+
+    def _add(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = [
+            self._array(layer.input_layernorm.weight),
+            self._array(layer.post_attention_layernorm.weight),
+            self._array(getattr(getattr(attention, "q_norm", None), "weight", None)),
+            self._array(getattr(getattr(attention, "k_norm", None), "weight", None)),
+        ]
+        linears = [self._linear(_part(attention, mlp, name)) for name in _LINEARS]
+        self._native.add_layer(
+            norms,
+            [handle.packed for handle, _ in linears],
+            [bias for _, bias in linears],
+            int(getattr(attention, "sliding_window", None) or 0),
+            bool(getattr(attention, "use_rope", True)),
+        )
+
+    def _array(self, tensor: Tensor | None) -> int:
+        """The address of a float32 copy that lives as long as the decoder; 0 for None."""
+        if tensor is None:
+            return 0
+        kept = tensor.detach().to(torch.float32, copy=True).contiguous()
+        self._alive.append(kept)
+        return kept.data_ptr()
+
+    def _linear(self, module: Any) -> tuple[Handle, int]:
+        matrix = module.matrix if isinstance(module, StructuredLinear) else _packed(module.weight)
+        return self._handle(matrix), self._array(module.bias)
+
+    def _rows(self, module: Any) -> Handle:
+        return self._handle(module.matrix if isinstance(module, StructuredEmbedding) else _packed(module.weight))
+
+    def _handle(self, matrix: Packed) -> Handle:
+        handle = matrix.leaf()
+        assert isinstance(handle, Handle)
+        self._alive.append(handle)
+        return handle
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why the native decoder cannot run ``model``, as part of a sentence; None where it can."""
+    if not kernels.native_available():
+        return "the native kernels are not built"
+    config: Any = getattr(model, "config", None)
+    family = getattr(config, "model_type", None)
+    if family not in FAMILIES:
+        return f"it is of the family {family!r}, not one of: {', '.join(FAMILIES)}"
+    body: Any = getattr(model, "model", None)
+    if body is None or not hasattr(model, "lm_head") or not len(getattr(body, "layers", ())):
+        return "it is no causal language model with layers and a head"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act}, not silu"
+    rotary = getattr(body.rotary_emb, "rope_type", "default")
+    if rotary not in ROTATIONS:
+        return f"its rotary embeddings are of the kind {rotary!r}"
+    head_dim = body.layers[0].self_attn.head_dim
+    if 2 * body.rotary_emb.inv_freq.numel() != head_dim:
+        return "it rotates a part of each head only"
+    for name, module in _weights(model):
+        matrix = getattr(module, "matrix", None)
+        if matrix is None:
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                return f"{name} is a {type(module).__name__}"
+        elif not isinstance(matrix, Packed):
+            return f"{name} is a {type(matrix).__name__}, not one packed weight"
+        elif isinstance(module, StructuredEmbedding) and matrix.layout != "dense":
+            return f"{name} has the layout {matrix.layout}"
+    return None
+
+
+def _weights(model: Any) -> list[tuple[str, Any]]:
+    found = [("the embedding", model.model.embed_tokens), ("the head", model.lm_head)]
+    for i, layer in enumerate(model.model.layers):
+        found += [(f"{name} of layer {i}", _part(layer.self_attn, layer.mlp, name)) for name in _LINEARS]
+    return found
+
+
+def _part(attention: Any, mlp: Any, name: str) -> Any:
+    return getattr(attention if hasattr(attention, name) else mlp, name)
+
+
+def _source(module: Any) -> Any:
+    """What a module multiplies by: the same object for a tied embedding and head."""
+    return module.matrix if hasattr(module, "matrix") else module.weight
+
+
+def _packed(weight: Tensor) -> Packed:
+    values = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+    return Packed.pack(weight.detach(), values=values, layout="dense")

@@ -1,0 +1,68 @@
+"""One sequence in progress in the native decoder, with the methods of `models.generate.Session`."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from gossamer.engine.decoder import Decoder
+
+ROWS = 512  # tokens of a prompt between two looks at what the user wants
+
+
+class NativeSession:
+    """Tokens so far, and their keys and values in ``cache_dtype``.
+
+    ``prompt`` appends many tokens and ``step`` one; both give the float32 logits ``(vocab,)`` of the token
+    that comes next. ``logits`` gives those of every position. Calls from several threads take turns.
+    """
+
+    def __init__(self, decoder: Decoder, cache_dtype: torch.dtype = torch.bfloat16) -> None:
+        self.decoder = decoder
+        self._cache = decoder.new_cache(cache_dtype)
+        self._turn = threading.Lock()
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+        return int(self._cache.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return int(self._cache.nbytes)
+
+    def prompt(self, ids: Tensor) -> Tensor:
+        """Append the tokens ``ids``, int64 ``(n,)`` with n >= 1."""
+        return self._append(ids.reshape(-1), every=False)[-1]
+
+    def step(self, token: int) -> Tensor:
+        """Append one token."""
+        return self._append(torch.tensor([token]), every=False)[-1]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Append the tokens ``ids`` and give the logits after each, float32 ``(n, vocab)``."""
+        return torch.cat(self._append(ids.reshape(-1), every=True))
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` positions."""
+        with self._turn:
+            self._cache.truncate(length)
+
+    def _append(self, ids: Tensor, every: bool) -> list[Tensor]:
+        with self._turn:
+            before = self._cache.length
+            found = []
+            try:
+                if not len(ids):
+                    self.decoder.append(self._cache, ids)  # says what is wrong
+                while len(ids):
+                    some = ROWS - self._cache.length % ROWS
+                    found.append(self.decoder.append(self._cache, ids[:some], every=every)[0])
+                    ids = ids[some:]
+            except BaseException:  # Ctrl-C too: as if nothing had been appended
+                self._cache.truncate(before)
+                raise
+            return found
