@@ -64,8 +64,8 @@ class Decoder:
             head.packed,
             self._array(getattr(model.lm_head, "bias", None)),
         )
-        for layer in body.layers:
-            self._add(layer)
+        for layer, window in zip(body.layers, _windows(config), strict=True):
+            self._add(layer, window)
         fault = self._native.check()
         if fault:
             raise ModelError(f"the native decoder cannot run this model: {fault}")
@@ -104,7 +104,7 @@ class Decoder:
         )
         return logits, seconds
 
-    def _add(self, layer: Any) -> None:
+    def _add(self, layer: Any, window: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         norms = [
             self._array(layer.input_layernorm.weight),
@@ -117,7 +117,7 @@ class Decoder:
             norms,
             [handle.packed for handle, _ in linears],
             [bias for _, bias in linears],
-            int(getattr(attention, "sliding_window", None) or 0),
+            window,
             bool(getattr(attention, "use_rope", True)),
         )
 
@@ -172,6 +172,14 @@ def why_not(model: nn.Module) -> str | None:
         elif isinstance(module, StructuredEmbedding) and matrix.layout != "dense":
             return f"{name} has the layout {matrix.layout}"
     return None
+
+
+def _windows(config: Any) -> list[int]:
+    """Positions that each layer sees, its own among them; 0: all."""
+    count = config.num_hidden_layers
+    window = int(getattr(config, "sliding_window", None) or 0)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    return [window if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:
