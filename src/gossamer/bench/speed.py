@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_threads
 from gossamer.errors import EvaluationError
-from gossamer.models.session import Session
+from gossamer.models.session import Session, SessionFactory
 from gossamer.nn import StructuredEmbedding
 from gossamer.progress import Progress, silent
 
@@ -135,7 +136,8 @@ def measure_speed(
     """Measure one model alone; see `compare_speed`."""
     options: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup}
     options |= {"threads": threads, "tokens": tokens, "seed": seed, "progress": progress}
-    return _measure({"the model": model}, **options)["the model"]
+    sessions = {"the model": partial(Session, model)}
+    return _measure({"the model": model}, sessions=sessions, **options)["the model"]
 
 
 def compare_speed(
@@ -148,6 +150,7 @@ def compare_speed(
     warmup: int = 1,
     tokens: Tensor | None = None,
     seed: int = 0,
+    sessions: Mapping[str, SessionFactory] | None = None,
     progress: Progress = silent,
 ) -> SpeedComparison:
     """Measure several models round by round, so that drift of the machine hits all alike.
@@ -156,13 +159,17 @@ def compare_speed(
     A run is a fresh key/value cache, a prompt of ``prompt`` tokens at once (``tokens``, int64 ``(prompt,)``,
     or random ones by ``seed``), and ``decode`` greedy steps from there. ``warmup`` rounds before that are
     shorter and not timed.
-    ``threads``: of PyTorch and the kernels; None leaves them. The first model is the baseline.
+    ``threads``: of PyTorch and the kernels; None leaves them. ``sessions``: what runs a model, where that is
+    not transformers. The first model is the baseline.
 
     Raises EvaluationError where there is no model, a count is below 1, or the model's context is too short.
     """
     facts = _facts(threads)
     options: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "warmup": warmup}
     options |= {"threads": threads, "tokens": tokens, "seed": seed, "progress": progress}
+    options["sessions"] = {name: partial(Session, model) for name, model in models.items()} | dict(
+        sessions or {}
+    )
     others = OtherWork()
     speeds = _measure(models, **options)
     return SpeedComparison(speeds, facts, others.cores())
@@ -201,6 +208,7 @@ def _measure(
     threads: int | None,
     tokens: Tensor | None,
     seed: int,
+    sessions: Mapping[str, SessionFactory],
     progress: Progress,
 ) -> dict[str, Speed]:
     inputs = _inputs(models, prompt, decode, repeats, warmup, tokens, seed)
@@ -216,9 +224,9 @@ def _measure(
                 shift = turn % len(names)
                 for name in names[shift:] + names[:shift]:
                     if turn < warmup:
-                        _run(models[name], inputs, min(decode, _WARM_STEPS))
+                        _run(sessions[name], inputs, min(decode, _WARM_STEPS))
                     else:
-                        runs[name].append(_run(models[name], inputs, decode))
+                        runs[name].append(_run(sessions[name], inputs, decode))
                     done += 1
                     progress("bench", done, total)
         finally:
@@ -238,15 +246,15 @@ def _measure(
     }
 
 
-def _run(model: nn.Module, ids: Tensor, decode: int) -> tuple[float, float]:
+def _run(start_session: SessionFactory, ids: Tensor, decode: int) -> tuple[float, float]:
     """Seconds from the prompt to the first new token, and of ``decode`` steps after it."""
     gc.collect()
-    session = Session(model)
+    session = start_session()
     start = time.perf_counter()
-    token = int(session.prompt(ids).argmax())
+    token = int(session.prompt(ids).numpy().argmax())  # PyTorch would start threads for it
     first = time.perf_counter()
     for _ in range(decode):
-        token = int(session.step(token).argmax())
+        token = int(session.step(token).numpy().argmax())
     return first - start, time.perf_counter() - first
 
 

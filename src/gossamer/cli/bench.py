@@ -54,6 +54,7 @@ def bench(
     dtype: options.Dtype = options.DtypeName.bfloat16,
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
+    engine: options.Engine = options.EngineName.auto,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure tokens a second, prompt and decode, of one or several models in turn."""
@@ -78,6 +79,7 @@ def bench(
             threads=threads,
             dtype=dtype.value,
             huge_pages=huge_pages,
+            engine=engine.value,
             progress=report,
         )
     if as_json:

@@ -36,6 +36,7 @@ def chat(
     dtype: options.Dtype = options.DtypeName.auto,
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
+    engine: options.Engine = options.EngineName.auto,
 ) -> None:
     """Chat with a model; /reset begins anew, /exit ends, Ctrl-C stops an answer.
 
@@ -48,7 +49,7 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     with progress() as report:
-        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, progress=report)
+        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, engine=engine.value, progress=report)
     conversation = Conversation(
         loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or ()
     )
@@ -56,7 +57,7 @@ def chat(
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  (input() then has a history and can be edited)
-        print(f"[{loaded.label}: {_HELP}]", file=sys.stderr)
+        print(f"[{loaded.label}, by {loaded.engine}: {_HELP}]", file=sys.stderr)
     while (line := _line(terminal)) is not None:
         if line == "/exit":
             return

@@ -25,6 +25,18 @@ Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A Gossam
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout; all else goes to stderr.")
 ]
+
+
+class EngineName(str, Enum):
+    auto = "auto"
+    native = "native"
+    transformers = "transformers"
+
+
+Engine = Annotated[
+    EngineName,
+    typer.Option("--engine", help="What runs the model; auto: the native decoder where it can a checkpoint."),
+]
 HugePages = Annotated[
     bool,
     typer.Option("--huge-pages", help="Copy a checkpoint's weights into huge pages of memory: read faster."),

@@ -41,6 +41,7 @@ def run(
     dtype: options.Dtype = options.DtypeName.auto,
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
+    engine: options.Engine = options.EngineName.auto,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a prompt, streamed as it is made; tokens a second are printed at the end."""
@@ -52,7 +53,7 @@ def run(
     from gossamer.recipes.load import load
 
     with progress() as report:
-        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, progress=report)
+        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, engine=engine.value, progress=report)
     stream = loaded.stream(
         prompt,
         max_new_tokens,
@@ -76,6 +77,7 @@ def run(
         show.document(
             {
                 "model": loaded.label,
+                "engine": loaded.engine,
                 "prompt": prompt,
                 "completion": "".join(pieces),
                 "finish": stream.finish,
@@ -89,7 +91,7 @@ def run(
         )
         return
     print(flush=True)
-    print(f"[{loaded.label}: {show.pace(timing)}]", file=sys.stderr)
+    print(f"[{loaded.label}, by {loaded.engine}: {show.pace(timing)}]", file=sys.stderr)
 
 
 def _tokens(tokens: Sequence[Token], decode: Callable[[int], str]) -> list[dict[str, object]]:

@@ -11,7 +11,7 @@ from gossamer import kernels
 from gossamer.errors import ModelError
 from gossamer.kernels import Handle
 from gossamer.kernels.native import native
-from gossamer.matrices import Packed
+from gossamer.matrices import Matrix, Packed
 from gossamer.nn import StructuredEmbedding, StructuredLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -76,7 +76,9 @@ class Decoder:
             raise ModelError(f"the cache of the native decoder is float32 or bfloat16, not {dtype}")
         return native().DecoderCache(self._native, 0 if dtype == torch.float32 else 1)
 
-    def append(self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False) -> tuple[Tensor, Any]:
+    def append(
+        self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False
+    ) -> tuple[Tensor, Any]:
         """Appends ``tokens``, int64 ``(n,)``, and gives float32 logits of the last one ``(vocab,)``, or with
         ``every`` of all ``(n, vocab)``; and seconds of the parts where ``timed``.
 
@@ -134,9 +136,12 @@ class Decoder:
         return self._handle(matrix), self._array(module.bias)
 
     def _rows(self, module: Any) -> Handle:
-        return self._handle(module.matrix if isinstance(module, StructuredEmbedding) else _packed(module.weight))
+        return self._handle(
+            module.matrix if isinstance(module, StructuredEmbedding) else _packed(module.weight)
+        )
 
-    def _handle(self, matrix: Packed) -> Handle:
+    def _handle(self, matrix: Matrix) -> Handle:
+        assert isinstance(matrix, Packed)  # why_not has looked
         handle = matrix.leaf()
         assert isinstance(handle, Handle)
         self._alive.append(handle)

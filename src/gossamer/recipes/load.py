@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.generate import generate, room, stop_tokens
@@ -26,18 +28,22 @@ if TYPE_CHECKING:
 
 _GREEDY = Sampling()
 
+Engine = Literal["auto", "native", "transformers"]
+
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal language model in memory, its tokenizer, and ``label``, what it was loaded as (of a path the
     last part; with the dtype where that was asked for).
 
-    ``new_session`` makes what runs tokens where that is not transformers itself."""
+    ``new_session`` makes what runs tokens where that is not transformers itself; ``engine`` says which one it
+    is, and why."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     label: str
     new_session: SessionFactory | None = None
+    engine: str = "transformers"
 
     def session(self) -> DecodingSession:
         """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
@@ -149,6 +155,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     huge_pages: bool = False,
+    engine: Engine = "auto",
     progress: Progress = silent,
 ) -> LoadedModel:
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
@@ -156,14 +163,16 @@ def load(
 
     ``dtype``: of a plain model's parameters (``"auto"``: as stored; a checkpoint has its own);
     ``huge_pages``: a checkpoint's weights are read into memory of huge pages instead of mapped from the file:
-    they take memory of this process's own, and are read faster. Raises ModelError or CheckpointError.
+    they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
+    C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
+    families that it knows (a plain model would lie in memory twice). Raises ModelError or CheckpointError.
     """
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
-        loaded = LoadedModel(model, load_tokenizer(path), label)
+        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)
@@ -171,7 +180,24 @@ def load(
     model, tokenizer = load_model(found.folder, dtype)
     progress(f"loading {found.label}", 1, 1)
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
-    return LoadedModel(model, tokenizer, found.label + asked)
+    loaded = LoadedModel(model, tokenizer, found.label + asked)
+    if engine == "auto":
+        return replace(loaded, engine="transformers: the model is no checkpoint of packed weights")
+    return _with_engine(loaded, engine)
+
+
+def _with_engine(loaded: LoadedModel, engine: Engine) -> LoadedModel:
+    if engine not in get_args(Engine):
+        raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
+    if engine == "transformers":
+        return replace(loaded, engine="transformers: asked for")
+    reason = why_not(loaded.model)
+    if reason is None:
+        decoder = Decoder(loaded.model)
+        return replace(loaded, new_session=partial(NativeSession, decoder), engine="the native decoder")
+    if engine == "native":
+        raise ModelError(f"the native decoder cannot run this model: {reason}")
+    return replace(loaded, engine=f"transformers: {reason}")
 
 
 def check_context(config: PreTrainedConfig, seqlen: int, label: str) -> None:

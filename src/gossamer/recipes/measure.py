@@ -14,11 +14,12 @@ from gossamer.bench import Plan, SpeedComparison, compare_speed
 from gossamer.bench import plan as _plan
 from gossamer.evaluate import Quality, compare
 from gossamer.models.manifest import is_checkpoint
+from gossamer.models.session import SessionFactory
 from gossamer.models.skeleton import skeleton
 from gossamer.models.sources import resolve
 from gossamer.models.text import Text, evaluation_windows, read_text
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import LoadedModel, check_context, load
+from gossamer.recipes.load import Engine, LoadedModel, check_context, load
 
 WINDOWS = 20  # of 2,048 tokens: enough to see a difference of a percent or two, in a minute for a small model
 
@@ -85,22 +86,32 @@ def speed(
     threads: int | None = None,
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
+    engine: Engine = "auto",
     progress: Progress = silent,
 ) -> SpeedComparison:
     """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
 
     ``dtype``: of models that are no checkpoints; by default bfloat16, in which a dense model is read fastest.
-    ``huge_pages``: for checkpoints (`load`).
+    ``huge_pages``, ``engine``: see `load`.
     Raises a GossamerError for whatever a person can mend.
     """
-    options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "progress": progress}
+    options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "engine": engine}
+    options["progress"] = progress
     loaded = [m if isinstance(m, LoadedModel) else load(m, **options) for m in models]
     found: dict[str, nn.Module] = {}
+    sessions: dict[str, SessionFactory] = {}
     for one in loaded:
         name = one.label if one.label not in found else f"{one.label} ({len(found) + 1})"
         found[name] = one.model
+        sessions[name] = one.session
     return compare_speed(
-        found, prompt=prompt, decode=decode, repeats=repeats, threads=threads, progress=progress
+        found,
+        prompt=prompt,
+        decode=decode,
+        repeats=repeats,
+        threads=threads,
+        sessions=sessions,
+        progress=progress,
     )
 
 
@@ -142,7 +153,7 @@ def _planned(model: str | Path | LoadedModel, progress: Progress) -> nn.Module:
     if isinstance(model, LoadedModel):
         found = model.model
     elif is_checkpoint(Path(model).expanduser()):
-        found = load(model, progress=progress).model
+        found = load(model, engine="transformers", progress=progress).model
     else:
         found = skeleton(resolve(str(model), progress=progress).folder)
     return found

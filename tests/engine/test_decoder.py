@@ -1,0 +1,284 @@
+"""The native decoder against transformers, family by family, and what it promises besides."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer import kernels
+from gossamer.engine import Decoder, NativeSession, why_not
+from gossamer.errors import ModelError
+from gossamer.matrices import Packed
+from gossamer.models.session import Session
+from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
+from gossamer.sparse import mask_from_scores, parse_pattern
+from tiny import VOCABULARY, tiny_model, tiny_tokens
+
+pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+
+
+def rope(**settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **settings}}
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tied": ("llama", {}),
+    "llama untied": ("llama_untied", {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "one head of keys": ("llama", {"num_key_value_heads": 1}),
+    "many heads of keys": ("llama", {"num_key_value_heads": 4}),
+    "seven queries a key": ("llama", {"hidden_size": 70, "num_attention_heads": 7, "num_key_value_heads": 1}),
+    "odd sizes": ("llama", {"hidden_size": 72, "intermediate_size": 104}),
+    "linear": ("llama", rope(rope_type="linear", factor=4.0)),
+    "dynamic NTK": ("llama", rope(rope_type="dynamic", factor=2.0)),
+    "yarn": ("llama", rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)),
+    "llama3": (
+        "llama",
+        rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "mistral": ("mistral", {"sliding_window": 37, "head_dim": 24}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def made(case: str, seed: int = 0) -> Any:
+    arch, changes = CASES[case]
+    return tiny_model(arch, seed, **changes)
+
+
+def packed(model: Any, values: str, layout: str = "dense") -> Any:
+    """``model`` with all weights packed, in place; the embedding and head dense int8."""
+    embedding = model.model.embed_tokens
+    rows = Packed.pack(embedding.weight.detach(), values="int8", layout="dense")
+    tied = model.lm_head.weight is embedding.weight
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight.detach()
+        if name == "lm_head":
+            matrix = rows if tied else Packed.pack(weight, values="int8", layout="dense")
+        else:
+            mask = None
+            if layout != "dense":
+                pattern = parse_pattern({"bitmap": "32:64"}.get(layout, layout))
+                mask = mask_from_scores(weight.abs(), pattern, 0.5)
+            matrix = Packed.pack(weight, values=values, layout=layout, mask=mask)
+        replace_module(model, name, StructuredLinear.from_linear(module, matrix))
+    replace_module(model, "model.embed_tokens", StructuredEmbedding.from_embedding(embedding, rows))
+    return model
+
+
+def close(got: torch.Tensor, want: torch.Tensor, bound: float = 1e-4) -> None:
+    assert float((got - want).abs().max() / want.abs().max()) <= bound
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(case: str) -> None:
+    model, ids = made(case), tiny_tokens(1, 330)[0]
+    with torch.no_grad():
+        want = model(ids[None]).logits[0]
+    session = NativeSession(Decoder(model), torch.float32)
+    got = [session.logits(ids[:300])]  # past the first chunk of the cache
+    got += [session.step(int(token))[None] for token in ids[300:]]
+    close(torch.cat(got), want)
+    assert session.length == 330
+
+
+@pytest.mark.parametrize("case", ["llama tied", "mistral", "qwen3"])
+def test_greedy_continuations_are_those_of_transformers(case: str) -> None:
+    model, ids = made(case), tiny_tokens(1, 20)[0]
+    session, other = NativeSession(Decoder(model), torch.float32), Session(model)
+    ours, theirs = session.prompt(ids), other.prompt(ids)
+    for _ in range(64):
+        close(ours, theirs)
+        best = theirs.topk(2)
+        token = int(ours.argmax())
+        if token != int(best.indices[0]):  # only where the two likeliest are as good as equal
+            assert float(best.values[0] - best.values[1]) <= 2e-4 * float(theirs.abs().max())
+            return
+        ours, theirs = session.step(token), other.step(token)
+
+
+@pytest.mark.parametrize(
+    ("values", "layout"),
+    [
+        ("int8", "dense"),
+        ("int4", "dense"),
+        ("int3", "dense"),
+        ("int4", "32:64"),
+        ("int4", "bitmap"),
+        ("int8", "16x4"),
+        ("bfloat16", "bitmap"),
+        ("float32", "16x4"),
+        ("int4", "columns"),
+    ],
+)
+def test_packed_weights_give_what_pytorch_gives_with_them(values: str, layout: str) -> None:
+    if layout == "columns":
+        model = packed(tiny_model("llama_untied", hidden_size=128, intermediate_size=256), values, "dense")
+        for module in model.model.layers.modules():
+            if isinstance(module, StructuredLinear):
+                module.matrix = module.matrix.repack("columns")
+    else:
+        model = packed(tiny_model("llama"), values, layout)
+    ids = tiny_tokens(1, 40)[0]
+    with torch.no_grad():
+        want = model(ids[None]).logits[0]
+    # codes of activations may round to the other side: a step of one activation now and then
+    close(NativeSession(Decoder(model), torch.float32).logits(ids), want, 2e-2)
+
+
+def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads() -> None:
+    decoder, ids = Decoder(packed(tiny_model("llama"), "int4", "32:64")), tiny_tokens(1, 60)[0]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            whole, steps = NativeSession(decoder), NativeSession(decoder)
+            found.append(whole.logits(ids))
+            found.append(torch.stack([steps.step(int(token)) for token in ids]))
+            parts = NativeSession(decoder)
+            found.append(torch.cat([parts.logits(some) for some in ids.split([3, 9, 1, 47])]))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other, found[0])
+
+
+def test_a_cache_in_bfloat16_is_near_one_in_float32() -> None:
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 100)[0]
+    full, half = NativeSession(decoder, torch.float32), NativeSession(decoder)
+    close(half.logits(ids), full.logits(ids), 3e-2)
+    assert half.nbytes * 2 == full.nbytes
+
+
+def test_truncated_and_used_again() -> None:
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 300)[0]
+    session = NativeSession(decoder)
+    session.prompt(ids)
+    size = session.nbytes
+    session.truncate(100)
+    assert session.length == 100
+    assert session.nbytes < size
+    again = NativeSession(decoder)
+    again.prompt(ids[:100])
+    assert torch.equal(session.prompt(ids[100:]), again.prompt(ids[100:]))
+
+
+def test_memory_grows_by_chunks_of_the_cache_alone() -> None:
+    session = NativeSession(Decoder(tiny_model("llama")))
+    session.prompt(tiny_tokens(1, 1)[0])
+    size = session.nbytes
+    for _ in range(255):
+        session.step(3)
+    assert session.nbytes == size
+    session.step(3)
+    assert session.nbytes == 2 * size
+
+
+def test_what_cannot_be_appended_changes_nothing() -> None:
+    model = tiny_model("llama")
+    session = NativeSession(Decoder(model))
+    session.prompt(tiny_tokens(1, 500)[0])
+    for ids, said in (
+        (torch.zeros(0, dtype=torch.int64), "at least one"),
+        (torch.tensor([VOCABULARY]), f"0 to {VOCABULARY - 1}"),
+        (torch.tensor([-1]), "0 to"),
+        (tiny_tokens(1, 13)[0], "512 positions"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            session.prompt(ids)
+        assert session.length == 500
+    session.prompt(tiny_tokens(1, 12)[0])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "gemma2", "mixtral", "phi"])
+def test_other_families_are_refused_with_a_reason(arch: str) -> None:
+    model = tiny_model(arch)
+    reason = why_not(model)
+    assert reason is not None
+    with pytest.raises(ModelError, match="family"):
+        Decoder(model)
+
+
+def test_a_model_that_does_not_fit_its_configuration_is_refused() -> None:
+    model = tiny_model("llama_untied")
+    model.config.num_key_value_heads = 1
+    with pytest.raises(ModelError, match="k of layer 0 is 32 x 64, not 16 x 64"):
+        Decoder(model)
+
+
+def test_threads_of_python_take_turns_and_decoders_live_side_by_side() -> None:
+    ids = tiny_tokens(1, 50)[0]
+    decoders = [Decoder(tiny_model("llama", seed)) for seed in range(2)]
+    want = [NativeSession(decoder).logits(ids) for decoder in decoders]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        session = NativeSession(decoders[number % 2])
+        got = torch.stack([session.step(int(token)) for token in ids])
+        if not torch.equal(got, want[number % 2]):
+            wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_decodes() -> None:
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 30)[0]
+    want = NativeSession(decoder).logits(ids)
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(NativeSession(decoder).logits(ids), want)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def divergence(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Mean KL in nats a token."""
+    logs = got.log_softmax(1), want.log_softmax(1)
+    return float(nn.functional.kl_div(*logs, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "layout"),
+    [("float32", "dense"), ("bfloat16", "dense"), ("int8", "dense"), ("int4", "dense"), ("int4", "32:64")],
+)
+def test_the_real_model(smollm2: Path, values: str, layout: str) -> None:
+    import pydoc_data.topics
+
+    from gossamer.models import load_model
+
+    model, tokenizer = load_model(smollm2, torch.float32)
+    packed(model, values, layout)
+    ids = torch.tensor(tokenizer(pydoc_data.topics.topics["assert"])["input_ids"][:200])
+    with torch.no_grad():
+        want = model(ids[None]).logits[0]
+        model.config._attn_implementation = "eager"
+        other = model(ids[None]).logits[0]
+    got = NativeSession(Decoder(model), torch.float32).logits(ids)
+    if values == "float32":
+        close(got, want)
+    # Where activations are rounded, a difference in the last bit becomes one of a code, and grows from layer to
+    # layer: PyTorch's two ways of attending differ as much from each other.
+    assert divergence(got, want) <= 2 * divergence(other, want) + 1e-5
