@@ -279,6 +279,6 @@ def test_the_real_model(smollm2: Path, values: str, layout: str) -> None:
     got = NativeSession(Decoder(model), torch.float32).logits(ids)
     if values == "float32":
         close(got, want)
-    # Where activations are rounded, a difference in the last bit becomes one of a code, and grows from layer to
-    # layer: PyTorch's two ways of attending differ as much from each other.
+    # Where activations are rounded, a difference in the last bit becomes one of a code, and grows from layer
+    # to layer: PyTorch's two ways of attending differ as much from each other.
     assert divergence(got, want) <= 2 * divergence(other, want) + 1e-5
