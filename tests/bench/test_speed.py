@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 
 from gossamer.bench import Machine, Speed, SpeedComparison, compare_speed, decode_bytes, measure_speed
 from gossamer.bench import speed as speed_module
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.layers import linear_layers
 from gossamer.matrices import Packed
+from gossamer.models.session import Session
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
 from tiny import tiny_model
 
@@ -72,8 +73,8 @@ def test_contenders_alternate_in_a_shifting_order(monkeypatch: pytest.MonkeyPatc
     names = {id(model): name for name, model in models.items()}
     order: list[tuple[str, int]] = []
 
-    def spy(model: nn.Module, ids: torch.Tensor, decode: int) -> tuple[float, float]:
-        order.append((names[id(model)], decode))
+    def spy(start: Callable[[], Session], ids: torch.Tensor, decode: int) -> tuple[float, float]:
+        order.append((names[id(start().model)], decode))
         return 1.0, 1.0
 
     monkeypatch.setattr(speed_module, "_run", spy)
