@@ -61,7 +61,14 @@ void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int6
 }
 
 bool flushes(const Tier& tier, const Plain& w) {
-    return w.values == kBFloat16 && w.layout != kColumns && strcmp(tier.name, "avx512") == 0;
+    return w.values == kBFloat16 && w.layout != kColumns &&
+           (has_tiles(tier) || strcmp(tier.name, "avx512") == 0);
+}
+
+bool has_tiles(const Tier& tier) { return tier.row_block == kTileRows; }
+
+bool two_ways(const Tier& tier, const Plain& w) {
+    return has_tiles(tier) && w.values == kBFloat16 && w.layout != kColumns && w.layout != kBySteps;
 }
 
 }  // namespace testing

@@ -31,4 +31,15 @@ void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int6
 // Whether the bfloat16 kernel of a tier and layout takes subnormal numbers for zero.
 bool flushes(const gossamer::Tier& tier, const Plain& w);
 
+// Whether a tier multiplies many rows by tiles, emulated or not.
+bool has_tiles(const gossamer::Tier& tier);
+
+// Whether bits of a row may depend on whether there are more than kFewRows rows: bfloat16 by tiles.
+bool two_ways(const gossamer::Tier& tier, const Plain& w);
+
+#if defined(GOSSAMER_X86)
+// The tier amx on emulated tiles; not one of gossamer::tiers().
+const gossamer::Tier& emulated_tiles();
+#endif
+
 }  // namespace testing
