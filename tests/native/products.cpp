@@ -54,17 +54,6 @@ const Tier* same_bits_as(const Tier& tier) {
     return nullptr;
 }
 
-// Rows by calls of at most kFewRows.
-Rows by_few(const Packed& w, const Tier& tier, const Rows& x, int64_t rows, Random& random) {
-    Rows y;
-    for (int64_t first = 0; first < rows; first += kFewRows) {
-        const Rows part =
-            run(w, tier, x, first, rows - first < kFewRows ? rows - first : kFewRows, kF32, 1, random);
-        y.insert(y.end(), part.begin(), part.end());
-    }
-    return y;
-}
-
 void check_weight(const Weight& weight, Random& random) {
     const Packed w = weight.packed();
     CHECK(well_formed(weight), "the test's own weight is not well formed");

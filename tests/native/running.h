@@ -18,6 +18,12 @@ Rows run(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, i
 Rows run(const gossamer::Program& program, const gossamer::Tier& tier, const Rows& x, int64_t first,
          int64_t rows, int dtype, int threads, Random& random);
 
+// Rows [0, rows) as float32, by calls of at most kFewRows.
+Rows by_few(const gossamer::Program& program, const gossamer::Tier& tier, const Rows& x, int64_t rows,
+            Random& random);
+Rows by_few(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, int64_t rows,
+            Random& random);
+
 // Random rows, among them such of zeros alone or partly, -0.0, subnormal, huge, infinite and NaN inputs.
 Rows random_rows(Random& random, int64_t rows, int64_t in);
 
