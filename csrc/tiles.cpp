@@ -10,8 +10,8 @@
 // added as in matmul_int.cpp, so results have the bits of the AVX-512 kernels. Sums of bfloat16 products have
 // an order of their own, the same for every row of every call.
 //
-// A compiler may take what tiles read for memory that nobody reads (GCC's intrinsics do not say): fence()
-// makes it finish writing first.
+// A compiler may take what tiles read for memory that nobody reads (GCC's intrinsics do not say): finish()
+// makes it write, and read again, what a pointer leads to.
 #include <immintrin.h>
 
 #include "multiply.h"
@@ -23,7 +23,7 @@ extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512;
 namespace gossamer {
 namespace {
 
-GOSSAMER_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
+GOSSAMER_INLINE void finish(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 // The numbers of tiles are written out where they are used, as the intrinsics want them:
 //     integer values   C 0       A 4      B 6
@@ -43,7 +43,7 @@ void configure(int parts) {
         tiles.row_bytes[i] = uint16_t(i == 4 || i == 5 ? 64 / parts : 64);
         tiles.rows[i] = uint8_t(i >= 6 ? 16 / parts : 16);
     }
-    fence();
+    finish(&tiles);
     _tile_loadconfig(&tiles);
 }
 
@@ -54,7 +54,7 @@ GOSSAMER_INLINE void multiply_codes(const int8_t* a, const uint8_t* b, int32_t (
     _tile_zero(0);
     _tile_dpbsud(0, 4, 6);
     _tile_stored(0, to, 64);
-    fence();
+    finish(to);
 }
 
 template <int V>
@@ -176,7 +176,7 @@ struct BFloat16Tiles {
         if constexpr (Q == 2) _tile_stored(1, carry[1], 64);
         if constexpr (B == 2) _tile_stored(2, carry[0] + kPanel * kTileRows, 64);
         if constexpr (Q == 2 && B == 2) _tile_stored(3, carry[1] + kPanel * kTileRows, 64);
-        fence();
+        finish(tile.carry);
     }
 };
 
@@ -199,7 +199,7 @@ void multiply_panels(const Packed& w, const Activations& x, const Output& out, i
             if (!kInPlace) Kernel::expand_groups(readers[q], tile.end - tile.begin, to, list);
             tile.weights[q] = kInPlace ? w.data + ((panel + q) * w.groups + tile.begin) * kBytes : to;
         }
-        fence();
+        finish(scratch);
         Kernel::template sweep_tile<Q>(w, x, tile);
     }
     for (int q = 0; q < Q; q++) {
@@ -293,6 +293,7 @@ bool right_codes(int parts) {
     }
     a[0][0] = -127, b[0][0] = 255;
     configure(parts);
+    finish(a), finish(b);
     multiply_codes(a[0], b[0], c);
     _tile_release();
     for (int row = 0; row < 16; row++)
@@ -318,13 +319,14 @@ bool right_floats() {
         __builtin_memcpy(&b[row][column], (const uint8_t*)&of_b + 2, 2);
     }
     configure(1);
+    finish(a), finish(b);
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     _tile_zero(0);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(0, 4, 6);
     _tile_stored(0, c, 64);
-    fence();
+    finish(c);
     _tile_release();
     for (int row = 0; row < 16; row++)
         for (int output = 0; output < 16; output++) {
