@@ -1,4 +1,4 @@
-"""The tier amx without a processor that has it: its source on emulated tiles, and the instructions of its unit.
+"""The tier amx without a processor that has it: its source on emulated tiles, its unit's instructions.
 
 What is compiled here is csrc/tiles.cpp itself, behind functions that do what Intel's manual says of each tile
 instruction (tests/native/emulated_tiles.h).
@@ -79,7 +79,7 @@ def check_tiles(w: Weight, handle: Handle, x: Tensor, emulated: Planted) -> None
         check_same(few, kernels.matmul(handle, some, "avx512"), "few rows have other bits than avx512's")
     narrow = x.bfloat16()
     wide = emulated.matmul(handle, narrow.float(), "amx")
-    check_same(emulated.matmul(handle, narrow, "amx"), wide.bfloat16(), "results are not rounded float32 ones")
+    check_same(emulated.matmul(handle, narrow, "amx"), wide.bfloat16(), "results are not rounded ones")
 
 
 @pytest.mark.slow

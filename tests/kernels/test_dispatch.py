@@ -112,7 +112,7 @@ def test_amx_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         assert kernels.isa() == "amx"
         assert marks(None) == MARKS["avx512"]
         return
-    with pytest.raises(KernelError, match="does not run amx.*GOSSAMER_ISA"):
+    with pytest.raises(KernelError, match=r"does not run amx.*GOSSAMER_ISA"):
         kernels.isa()
 
 

@@ -1,7 +1,8 @@
 // The tile instructions of AMX as functions, so that csrc/tiles.cpp runs where there is no AMX: put in front
 // of it (-include). Written from the "Operation" sections of Intel's manual (Software Developer's Manual,
 // volume 2; LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSUD, TDPBF16PS). What would raise
-// #GP or #UD stops the process with a sentence. The library's own build never sees it.
+// #GP or #UD stops the process with a sentence, and so does what only our kernels promise ("ours"). The
+// library's own build never sees it.
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -39,6 +40,7 @@ inline void need_tile(int t) {
 inline void load_config(const void* p) {
     uint8_t bytes[64];
     memcpy(bytes, p, 64);
+    need(!tiles.configured, "configured twice: the last multiplication did not release its tiles");  // ours
     memset(&tiles, 0, sizeof tiles);
     need(bytes[0] <= 1, "#GP: no such palette");
     if (bytes[0] == 0) return;
