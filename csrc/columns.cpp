@@ -139,14 +139,14 @@ struct Row {
 
 GOSSAMER_INLINE Row row_of(const Packed& w, const Activations& x, int64_t row) {
     const Place place = place_of(x, w.groups, row);
-    const int64_t at = row * active_room(w.groups), row_of_block = row % kMaxRowBlock;
+    const int64_t at = row * active_room(w.groups), in_block = row_of_block(x, row);
     const int size = w.values >= kInt8 ? 1 : 4;
     return {(const uint8_t*)x.codes + kGroup * place.first * element_bytes(w.values),
             x.active.inputs + at,
             (const uint8_t*)x.active.values + size * at,
             x.active.ends + row * w.groups * w.parts,
             x.scales + place.first,
-            x.negatives + (place.first - row_of_block) * w.parts + row_of_block,
+            x.negatives + (place.first - in_block) * w.parts + in_block,
             place.step};
 }
 

@@ -1,8 +1,12 @@
-// Asks the processor (CPUID) and the system (XCR0) which kernels may run.
+// Asks the processor (CPUID) and the system (XCR0, and for tiles a system call) which kernels may run.
 #include "dispatch.h"
 
 #if defined(GOSSAMER_X86)
 #include <cpuid.h>
+#endif
+#if defined(GOSSAMER_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 extern "C" {
@@ -12,6 +16,10 @@ extern const gossamer::DecoderOps gossamer_decoder_portable;
 extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2, gossamer_columns_avx2;
 extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512, gossamer_columns_avx512;
 extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512;
+#endif
+#if defined(GOSSAMER_AMX)
+extern const gossamer::Family gossamer_int_amx, gossamer_float_amx;
+bool gossamer_works_amx();
 #endif
 }
 
@@ -45,32 +53,71 @@ uint64_t saved_registers() {
     return uint64_t(high) << 32 | low;
 }
 
-bool avx2_runs() {
+bool has_avx2() {
     if (!all(uint32_t(saved_registers()), bits(1, 2))) return false;  // SSE and AVX registers
     return all(cpuid(1, 0).c, bits(12, 23, 28, 29))                   // FMA POPCNT AVX F16C
            && all(cpuid(0x80000001, 0).c, bits(5))                    // LZCNT
            && all(cpuid(7, 0).b, bits(3, 5, 8));                      // BMI1 AVX2 BMI2
 }
 
+bool has_avx512() {
+    if (!has_avx2() || !all(uint32_t(saved_registers()), bits(5, 6, 7))) return false;  // masks and ZMM
+    return all(cpuid(7, 0).b, bits(16, 17, 30, 31))                                     // F DQ BW VL
+           && all(cpuid(7, 0).c, bits(1, 6, 11))                                        // VBMI VBMI2 VNNI
+           && all(cpuid(7, 1).a, bits(5));                                              // BF16
+}
+
+bool avx2_runs() {
+    static const bool runs = has_avx2();
+    return runs;
+}
+
 bool avx512_runs() {
-    if (!avx2_runs() || !all(uint32_t(saved_registers()), bits(5, 6, 7))) return false;  // masks and ZMM
-    return all(cpuid(7, 0).b, bits(16, 17, 30, 31))                                      // F DQ BW VL
-           && all(cpuid(7, 0).c, bits(1, 6, 11))                                         // VBMI VBMI2 VNNI
-           && all(cpuid(7, 1).a, bits(5));                                               // BF16
+    static const bool runs = has_avx512();
+    return runs;
 }
 #endif
+
+#if defined(GOSSAMER_AMX)
+// Eight tiles of 16 rows x 64 bytes.
+bool has_amx() {
+    if (!all(cpuid(7, 0).d, bits(22, 24, 25))) return false;            // AMX-BF16 AMX-TILE AMX-INT8
+    if (!all(uint32_t(saved_registers()), bits(17, 18))) return false;  // TILECFG TILEDATA
+    const Registers palette = cpuid(0x1d, 1);
+    return palette.a >> 16 >= 1024 && (palette.b & 0xffff) >= 64 && palette.b >> 16 >= 8 &&
+           (palette.c & 0xffff) >= 16;
+}
+
+// Linux gives tiles to processes that ask for them, whose signal frames then are larger by 8 KiB: so this is
+// asked only where these kernels are.
+bool system_gives_tiles() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool amx_runs() {
+    static const bool runs = avx512_runs() && has_amx() && system_gives_tiles() && gossamer_works_amx();
+    return runs;
+}
+#endif
+
+bool always() { return true; }
 
 }  // namespace
 
 const Tier* tiers(int* count) {
     static const Tier all_tiers[] = {
         {"portable", &gossamer_int_portable, &gossamer_float_portable, &gossamer_columns_portable,
-         &gossamer_decoder_portable, true},
+         &gossamer_decoder_portable, always},
 #if defined(GOSSAMER_X86)
         {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, &gossamer_decoder_avx2,
-         avx2_runs()},
+         avx2_runs},
         {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512,
-         &gossamer_decoder_avx512, avx512_runs()},
+         &gossamer_decoder_avx512, avx512_runs},
+#endif
+#if defined(GOSSAMER_AMX)
+        {"amx", &gossamer_int_amx, &gossamer_float_amx, &gossamer_columns_avx512, &gossamer_decoder_avx512,
+         amx_runs, kTileRows, true},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

@@ -53,11 +53,11 @@ int64_t activation_bytes(const Stage& stage, int64_t padded) {
 }
 
 // Rows that a program takes at a time.
-int64_t chunk_rows(const Program& program, int64_t rows) {
+int64_t chunk_rows(const Program& program, int64_t rows, int64_t block) {
     for (int64_t s = 0; s < program.stages(); s++)
         for (const Term& term : program.stage(s).terms) {
             const int64_t most = kChunkBytes / Sizes::row_bytes(term.w);
-            rows = std::min(rows, std::max<int64_t>(64, most / kMaxRowBlock * kMaxRowBlock));
+            rows = std::min(rows, std::max<int64_t>(64, most / block * block));
         }
     return rows;
 }
@@ -106,12 +106,12 @@ int64_t stage_unit(const Stage& stage) {
     return unit;
 }
 
-// Adds up the terms of a stage for `rows` rows; `input(source)` is what a term multiplies. Sums of several
-// terms wait in `sums`, float32, and may lie in `to`.
+// Adds up the terms of a stage for `rows` rows, made ready in blocks of `row_block`; `input(source)` is what
+// a term multiplies. Sums of several terms wait in `sums`, float32, and may lie in `to`.
 template <class Input>
-void run_stage(const Stage& stage, const Tier& tier, int64_t rows, const Input& input, float* sums,
-               const Array& to, const Memory& memory, int threads) {
-    const int64_t padded = padded_rows(rows), unit = stage_unit(stage);
+void run_stage(const Stage& stage, const Tier& tier, int64_t rows, int64_t row_block, const Input& input,
+               float* sums, const Array& to, const Memory& memory, int threads) {
+    const int64_t padded = padded_rows(rows, row_block), unit = stage_unit(stage);
     const int64_t units = (stage.out + kPanel * unit - 1) / (kPanel * unit);
     const bool pads = padded > rows;
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, units)));
@@ -121,7 +121,8 @@ void run_stage(const Stage& stage, const Tier& tier, int64_t rows, const Input& 
         uint8_t* activations = memory.activations;
         for (const Term& term : stage.terms) {
             if (term.blocks > 1) continue;
-            prepare(tier, term, 0, input(term.source), begin, end, activations_at(activations, term.w, rows));
+            prepare(tier, term, 0, input(term.source), begin, end,
+                    activations_at(activations, term.w, rows, row_block));
             activations += activation_bytes(term.w, padded);
         }
     });
@@ -140,11 +141,11 @@ void run_stage(const Stage& stage, const Tier& tier, int64_t rows, const Input& 
                              writes ? nullptr : sums};
             const int64_t begin = first_unit * unit, end = std::min(end_unit * unit, w.panels);
             if (term.blocks == 1) {
-                multiply(tier, w, activations_at(activations, w, rows), out, begin, end, scratch);
+                multiply(tier, w, activations_at(activations, w, rows, row_block), out, begin, end, scratch);
                 activations += activation_bytes(w, padded);
                 continue;
             }
-            const Activations a = activations_at(scratch + memory.scratch, w, rows);
+            const Activations a = activations_at(scratch + memory.scratch, w, rows, row_block);
             const int64_t of_block = w.panels / term.blocks;
             for (int64_t from = begin, until; from < end; from = until) {
                 const int64_t block = from / of_block;
@@ -162,7 +163,9 @@ void run_stage(const Stage& stage, const Tier& tier, int64_t rows, const Input& 
 void matmul(const Program& program, const Tier& tier, const void* x, int64_t rows, int dtype, void* y,
             int threads) {
     if (rows == 0) return;
-    const int64_t chunk = chunk_rows(program, rows), padded = padded_rows(chunk);
+    // chosen by all rows, not by those of a chunk: it decides which kernels run, and so perhaps a row's bits
+    const int64_t row_block = rows > kFewRows ? tier.row_block : kMaxRowBlock;
+    const int64_t chunk = chunk_rows(program, rows, row_block), padded = padded_rows(chunk, row_block);
     const Stage last = program.stage(program.stages() - 1);
     const bool summed = dtype != kF32 && last.terms.size() > 1;
     const int64_t results = aligned((last.before + (summed ? last.out : 0)) * chunk * 4);
@@ -198,7 +201,7 @@ void matmul(const Program& program, const Tier& tier, const void* x, int64_t row
             float* waiting = stage.last && dtype == kF32 ? reinterpret_cast<float*>(to.data) : sums(stage);
             const Array written =
                 stage.last ? to : Array{reinterpret_cast<uint8_t*>(waiting), kF32, stage.out};
-            run_stage(stage, tier, n, input, waiting, written, memory, threads);
+            run_stage(stage, tier, n, row_block, input, waiting, written, memory, threads);
         }
     }
 }

@@ -10,7 +10,7 @@ template <class T, Floats (*load_some)(const T*, int)>
 void quantize_row(const Packed& w, const T* x, int64_t row, const Activations& to) {
     const int32_t zero_code = w.values == kInt8 ? 128 : w.values == kInt4 ? 8 : 4;
     const Place place = place_of(to, w.groups, row);
-    const int64_t row_of_block = row % kMaxRowBlock;
+    const int64_t in_block = row_of_block(to, row);
     for (int64_t g = 0; g < w.groups; g++) {
         int64_t left = w.in - kGroup * g;
         Floats v[4];
@@ -28,7 +28,7 @@ void quantize_row(const Packed& w, const T* x, int64_t row, const Activations& t
         GOSSAMER_UNROLL(4)
         for (int j = 0; j < 4; j++) rounded[j] = store_codes(codes + 16 * j, mul(v[j], floats(inverse)));
         to.scales[at] = top * float(1.0 / 127.0);
-        int32_t* negative = to.negatives + (at - row_of_block) * negatives_of(w) + row_of_block;
+        int32_t* negative = to.negatives + (at - in_block) * negatives_of(w) + in_block;
         if (w.layout == kBySteps) {
             for (int s = 0; s < kSteps; s++, codes += 4, negative += place.step)
                 negative[0] = -zero_code * (codes[0] + codes[1] + codes[2] + codes[3]);
@@ -82,12 +82,12 @@ struct IntKernel {
                                     Floats (&y)[Q][R][1]) {
         constexpr int kChains = Q * R >= 4 ? 1 : 4 / R;  // independent sums hide the latency of dot products
         const Place place = place_of(x, w.groups, row);
-        const int64_t row_of_block = row % kMaxRowBlock, at = place.first + begin * place.step;
+        const int64_t in_block = row_of_block(x, row), at = place.first + begin * place.step;
         const uint16_t* scales = w.scales + (panel * w.groups + begin) * w.parts * kPanel;
         const int64_t panel_scales = w.groups * w.parts * kPanel;  // from one panel's scales to the next's
         const int8_t* codes = (const int8_t*)x.codes + kGroup * at;
         const float* scales_x = x.scales + at;
-        const int32_t* negatives = x.negatives + (at - row_of_block) * negatives_of(w) + row_of_block;
+        const int32_t* negatives = x.negatives + (at - in_block) * negatives_of(w) + in_block;
         for (int64_t g = begin; g < end; g++) {
             GOSSAMER_UNROLL(2)
             for (int q = 0; q < Q; q++) readers[q].next();

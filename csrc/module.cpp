@@ -21,7 +21,7 @@ std::vector<std::string> tier_names(bool all) {
     const gossamer::Tier* tiers = gossamer::tiers(&count);
     std::vector<std::string> names;
     for (int i = 0; i < count; i++)
-        if (all || tiers[i].runs_here) names.emplace_back(tiers[i].name);
+        if (all || (!tiers[i].opt_in && tiers[i].runs_here())) names.emplace_back(tiers[i].name);
     return names;
 }
 
@@ -29,7 +29,7 @@ int tier_index(const std::string& name) {
     int count;
     const gossamer::Tier* tiers = gossamer::tiers(&count);
     for (int i = 0; i < count; i++)
-        if (name == tiers[i].name && tiers[i].runs_here) return i;
+        if (name == tiers[i].name && tiers[i].runs_here()) return i;
     return -1;
 }
 
@@ -118,7 +118,7 @@ NB_MODULE(_native, m) {
                int64_t count, bool all, uintptr_t logits, int threads, bool timed) {
                 int tiers_count;
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
-                if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here)
+                if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
                     throw nb::value_error("no such tier");
                 if (cache.layers() != int64_t(self.layers.size()))
                     throw nb::value_error("a cache of another model");
@@ -136,8 +136,10 @@ NB_MODULE(_native, m) {
             "timed.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
-    m.def("available", [] { return tier_names(false); }, "Those of them that this processor runs.");
-    m.def("tier", &tier_index, "Index of an available instruction set, or -1.");
+    m.def(
+        "available", [] { return tier_names(false); },
+        "Those of them that run here, but for such as must be named.");
+    m.def("tier", &tier_index, "Index of an instruction set that runs here, or -1.");
     m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
     m.def("cycles_per_second", &gossamer::cycles_per_second, nb::call_guard<nb::gil_scoped_release>(),
           "Cycles a second of the calling core, measured now.");
@@ -154,7 +156,7 @@ NB_MODULE(_native, m) {
         [](const Program& program, int tier, uintptr_t x, int64_t rows, int dtype, uintptr_t y, int threads) {
             int count;
             const gossamer::Tier* tiers = gossamer::tiers(&count);
-            if (tier < 0 || tier >= count || !tiers[tier].runs_here) throw nb::value_error("no such tier");
+            if (tier < 0 || tier >= count || !tiers[tier].runs_here()) throw nb::value_error("no such tier");
             nb::gil_scoped_release release;
             gossamer::matmul(program, tiers[tier], reinterpret_cast<const void*>(x), rows, dtype,
                              reinterpret_cast<void*>(y), threads);

@@ -25,6 +25,8 @@ constexpr int kSteps = kGroup / 4;  // dot-product steps of a panel-group
 constexpr int kWeights = 16 * 64;   // weights of a panel-group
 constexpr int kSlack = 128;         // bytes that may be read past the end of a panel-group's values
 constexpr int kMaxRowBlock = 8;     // most rows that one pass over a panel serves
+constexpr int kTileRows = 16;       // rows that tiles serve at once (tiles.cpp)
+constexpr int kFewRows = 16;        // calls of more rows may be multiplied by tiles
 
 // Bytes ahead that readers prefetch. On two threads of a Zen 5, beside none: 32:64 int4 1.16 times as fast,
 // 32:64 bfloat16 2.4 times; beside 1 KiB 1.14 and 1.08 times; 8 KiB is no better.
@@ -58,7 +60,8 @@ struct Packed {
     const int64_t* offsets;
 };
 
-// Input rows made ready, in blocks of 8 (the last of 1, 2, 4 or 8), so that a block is read as one stream:
+// Input rows made ready, in blocks of 8 (the last of 1, 2, 4 or 8), so that a block is read as one stream;
+// for tiles in whole blocks of 16:
 //
 //     codes      [block][group][row of block][64]     int8, bfloat16 or float32; zeros past the inputs
 //     scales     [block][group][row of block]         (integer values)
@@ -78,6 +81,7 @@ struct Activations {
     float* scales;
     int32_t* negatives;
     Active active{};
+    int64_t block = kMaxRowBlock;  // rows of a block, or kTileRows
 };
 
 // Where outputs go: `y`, a row-major array of `dtype`. Where `base` is not null, the float32 numbers there,
@@ -165,14 +169,16 @@ struct Place {
 };
 
 static inline Place place_of(const Activations& x, int64_t groups, int64_t row) {
-    int64_t block = row / kMaxRowBlock * kMaxRowBlock, left = x.padded - block;
-    return {block * groups + row - block, left < kMaxRowBlock ? left : kMaxRowBlock};
+    int64_t block = row & -x.block, left = x.padded - block;
+    return {block * groups + row - block, left < x.block ? left : x.block};
 }
 
-// Rows that `rows` are padded to: whole blocks, then one block of 1, 2, 4 or 8.
-static inline int64_t padded_rows(int64_t rows) {
-    int64_t rest = rows % kMaxRowBlock;
-    if (rest > 4) return rows - rest + 8;
+static inline int64_t row_of_block(const Activations& x, int64_t row) { return row & (x.block - 1); }
+
+// Rows that `rows` are padded to: whole blocks, then one block of 1, 2, 4 or 8; for tiles, whole blocks.
+static inline int64_t padded_rows(int64_t rows, int64_t block = kMaxRowBlock) {
+    int64_t rest = rows % block;
+    if (rest > 4 || (rest > 0 && block == kTileRows)) return rows - rest + block;
     return rest == 3 ? rows + 1 : rows;
 }
 

@@ -31,8 +31,10 @@ struct Sizes {
 
 inline int64_t activation_bytes(const Packed& w, int64_t padded) { return Sizes(w, padded).all(); }
 
-inline Activations activations_at(uint8_t* memory, const Packed& w, int64_t rows) {
-    const int64_t padded = padded_rows(rows);
+// `block`: of rows, kMaxRowBlock or what a tier asks for.
+inline Activations activations_at(uint8_t* memory, const Packed& w, int64_t rows,
+                                  int64_t block = kMaxRowBlock) {
+    const int64_t padded = padded_rows(rows, block);
     const Sizes sizes(w, padded);
     uint8_t* scales = memory + sizes.codes;
     uint8_t* negatives = scales + sizes.scales;
@@ -40,8 +42,8 @@ inline Activations activations_at(uint8_t* memory, const Packed& w, int64_t rows
     uint8_t* inputs = ends + sizes.ends;
     const Active active{reinterpret_cast<int32_t*>(ends), reinterpret_cast<int32_t*>(inputs),
                         inputs + sizes.inputs};
-    return {rows,  padded, memory, reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(negatives),
-            active};
+    return {rows,   padded, memory, reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(negatives),
+            active, block};
 }
 
 // Makes rows [begin, end) of `x`, float32 or bfloat16 and w.in wide, ready.

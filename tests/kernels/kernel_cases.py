@@ -117,7 +117,7 @@ def exact(w: Weight, x: Tensor, isa: str) -> tuple[Tensor, Tensor]:
         stored = torch.from_numpy(w.stored)
         if w.values == "bfloat16":
             x = x.to(torch.bfloat16).float()
-            if isa == "avx512" and w.layout != "columns":
+            if isa in ("avx512", "amx") and w.layout != "columns":
                 x, stored = flushed(x), flushed(stored)
         x, stored = x.double(), stored.double()
         want, magnitude = x @ stored.T, x.abs() @ stored.abs().T

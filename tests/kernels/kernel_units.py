@@ -14,9 +14,11 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 def flags_of(tier: str) -> list[str]:
     """What CMakeLists.txt compiles kernels with for one instruction set, and for no other."""
-    found = re.search(rf"add_tier\({tier}([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    text = (ROOT / "CMakeLists.txt").read_text()
+    found = re.search(rf"add_tier\({tier}([^)]*)\)", text)
     assert found, f"CMakeLists.txt has no tier {tier}"
-    return [f"-DGOSSAMER_TIER={tier}", *found[1].split()]
+    sets = dict(re.findall(r"set\((\w+)([^)]*)\)", text))
+    return [f"-DGOSSAMER_TIER={tier}", *re.sub(r"\$\{(\w+)\}", lambda name: sets[name[1]], found[1]).split()]
 
 
 def compile_cpp(*arguments: str | Path, into: Path) -> None:

@@ -3,8 +3,19 @@
 
 #include "driver.h"
 
+// The tier amx: on emulated tiles, and with the columns of avx512.
+#if defined(__AMX_TILE__)
+#define PLANTED_COLUMNS gossamer_columns_avx512
+constexpr int kRowBlock = gossamer::kTileRows;
+#else
+#define PLANTED_COLUMNS GOSSAMER_EXPORT(columns)
+constexpr int kRowBlock = gossamer::kMaxRowBlock;
+#endif
+
 extern "C" {
-extern const gossamer::Family GOSSAMER_EXPORT(int), GOSSAMER_EXPORT(float), GOSSAMER_EXPORT(columns);
+extern const gossamer::Family GOSSAMER_EXPORT(int), GOSSAMER_EXPORT(float), PLANTED_COLUMNS;
+
+int emulated_fault = 0;
 
 int planted_fault = kNoFault;
 
@@ -34,8 +45,9 @@ void multiply(int64_t out, int64_t in, int layout, int values, int keep, int par
                              masks,
                              scales,
                              offsets};
-    const gossamer::Tier tier{"planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float),
-                              &GOSSAMER_EXPORT(columns), true};
+    const gossamer::Tier tier{
+        "planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float), &PLANTED_COLUMNS, nullptr, nullptr,
+        kRowBlock};
     gossamer::Program program;
     program.add_term(w, 1, -1);
     gossamer::matmul(program, tier, x, rows, dtype, y, 1);

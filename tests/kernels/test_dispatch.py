@@ -44,7 +44,8 @@ def test_every_instruction_set_of_this_processor_is_tested() -> None:
     if platform.machine() not in ("x86_64", "AMD64"):
         assert kernels.available() == tiers() == ("portable",)
         return
-    assert native.native().compiled() == ["portable", "avx2", "avx512"]
+    compiled = native.native().compiled()
+    assert compiled in (["portable", "avx2", "avx512"], ["portable", "avx2", "avx512", "amx"])
     info = Path("/proc/cpuinfo")
     if not info.exists():
         pytest.skip("cannot ask the system what the processor has")
@@ -92,13 +93,27 @@ def test_a_slower_one_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["avx9", "AVX512", "amx", " portable"])
+@pytest.mark.parametrize("name", ["avx9", "AVX512", "AMX", " portable"])
 def test_what_cannot_run_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOSSAMER_ISA", name)
     _, handle = case("dense", "int4", 17, 130)
     for call in (kernels.isa, lambda: kernels.matmul(handle, torch.zeros(1, 130))):
         with pytest.raises(KernelError, match="GOSSAMER_ISA"):
             call()
+
+
+@needs_native
+def test_amx_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "amx" not in kernels.available()
+    if "amx" not in native.native().compiled():
+        pytest.skip("the compiler knows no tiles")
+    monkeypatch.setenv("GOSSAMER_ISA", "amx")
+    if native.native().tier("amx") >= 0:
+        assert kernels.isa() == "amx"
+        assert marks(None) == MARKS["avx512"]
+        return
+    with pytest.raises(KernelError, match=r"does not run amx.*GOSSAMER_ISA"):
+        kernels.isa()
 
 
 def test_a_missing_module_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,11 +33,16 @@ class Planted:
     """The kernels of one instruction set, compiled with faults that can be planted one at a time."""
 
     def __init__(self, isa: str, folder: Path) -> None:
-        flags = ["-O0", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *flags_of(isa)]
+        plain = ["-O0", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+        planted, flags = ["-include", str(HERE / "planted.h")], [*plain, *flags_of(isa)]
         units = [ROOT / "csrc" / f"{name}.cpp" for name in ("matmul_int", "matmul_float", "columns")]
+        most = flags_of("avx512" if isa == "amx" else isa)
+        objects = compile_units(units, [*plain, *most, *planted], folder)
+        if isa == "amx":  # one unit on top of avx512, here on emulated tiles
+            emulated = ["-include", str(ROOT / "tests" / "native" / "emulated_tiles.h")]
+            objects += compile_units([ROOT / "csrc" / "tiles.cpp"], [*flags, *emulated, *planted], folder)
         host = [ROOT / "csrc" / f"{name}.cpp" for name in ("driver", "program", "threads")]
         rest = [HERE / "planted.cpp", *host]
-        objects = compile_units(units, [*flags, "-include", str(HERE / "planted.h")], folder)
         compile_cpp(*flags, "-shared", *objects, *rest, "-o", "planted.so", "-pthread", "-ldl", into=folder)
         self.library = ctypes.CDLL(str(folder / "planted.so"))
         self.library.faults.restype = ctypes.c_char_p

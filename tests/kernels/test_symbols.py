@@ -33,9 +33,12 @@ def check(*objects: Path) -> subprocess.CompletedProcess[str]:
 PLAIN = ["-O0", "-fno-exceptions"]
 
 
-@pytest.mark.parametrize("tier", ["avx2", "avx512"])
+UNITS = [("matmul_int", "int"), ("matmul_float", "float"), ("columns", "columns")]
+TIERS = [(*unit, tier) for unit in UNITS for tier in ("avx2", "avx512")]
+
+
 @pytest.mark.parametrize(
-    ("name", "family"), [("matmul_int", "int"), ("matmul_float", "float"), ("columns", "columns")]
+    ("name", "family", "tier"), [*TIERS, ("tiles", "int", "amx"), ("tiles", "float", "amx")]
 )
 def test_units_export_their_table_only(name: str, family: str, tier: str, tmp_path: Path) -> None:
     source = ROOT / "csrc" / f"{name}.cpp"

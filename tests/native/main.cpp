@@ -8,7 +8,7 @@
 
 #include <chrono>
 
-#include "testing.h"
+#include "running.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -50,17 +50,22 @@ struct Test {
 };
 
 constexpr Test kTests[] = {
-    {"types", test_types},       {"tiers", test_tiers},         {"products", test_products},
-    {"exact", test_exact_sums},  {"threads", test_threads},     {"damage", test_damage},
-    {"programs", test_programs}, {"lies", test_lying_programs}, {"far", test_far_weights},
-    {"far-rows", test_far_rows},
+    {"types", test_types},     {"tiers", test_tiers},       {"products", test_products},
+    {"tiles", test_tiles},     {"exact", test_exact_sums},  {"threads", test_threads},
+    {"damage", test_damage},   {"programs", test_programs}, {"lies", test_lying_programs},
+    {"far", test_far_weights}, {"far-rows", test_far_rows},
 };
 
 bool choose_tier(const char* name) {
     int count;
     const gossamer::Tier* all = gossamer::tiers(&count);
-    for (int i = 0; i < count; i++)
-        if (all[i].runs_here && (!name || strcmp(all[i].name, name) == 0)) chosen.push_back(&all[i]);
+    auto choose = [&](const gossamer::Tier& tier) {
+        if ((!name || strcmp(tier.name, name) == 0) && tier.runs_here()) chosen.push_back(&tier);
+    };
+    for (int i = 0; i < count; i++) choose(all[i]);
+#if defined(GOSSAMER_X86)
+    choose(emulated_tiles());
+#endif
     return !chosen.empty();
 }
 

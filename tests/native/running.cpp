@@ -31,6 +31,22 @@ Rows run(const Program& program, const Tier& tier, const Rows& x, int64_t first,
     return y;
 }
 
+Rows by_few(const Program& program, const Tier& tier, const Rows& x, int64_t rows, Random& random) {
+    Rows y;
+    for (int64_t first = 0; first < rows; first += kFewRows) {
+        const int64_t some = rows - first < kFewRows ? rows - first : kFewRows;
+        const Rows part = run(program, tier, x, first, some, kF32, 1, random);
+        y.insert(y.end(), part.begin(), part.end());
+    }
+    return y;
+}
+
+Rows by_few(const Packed& w, const Tier& tier, const Rows& x, int64_t rows, Random& random) {
+    Program program;
+    program.add_term(w, 1, -1);
+    return by_few(program, tier, x, rows, random);
+}
+
 Rows random_rows(Random& random, int64_t rows, int64_t in) {
     Rows x;
     for (int64_t row = 0; row < rows; row++) {
@@ -61,7 +77,14 @@ void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int6
 }
 
 bool flushes(const Tier& tier, const Plain& w) {
-    return w.values == kBFloat16 && w.layout != kColumns && strcmp(tier.name, "avx512") == 0;
+    return w.values == kBFloat16 && w.layout != kColumns &&
+           (has_tiles(tier) || strcmp(tier.name, "avx512") == 0);
+}
+
+bool has_tiles(const Tier& tier) { return tier.row_block == kTileRows; }
+
+bool two_ways(const Tier& tier, const Plain& w) {
+    return has_tiles(tier) && w.values == kBFloat16 && w.layout != kColumns && w.layout != kBySteps;
 }
 
 }  // namespace testing

@@ -18,6 +18,12 @@ Rows run(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, i
 Rows run(const gossamer::Program& program, const gossamer::Tier& tier, const Rows& x, int64_t first,
          int64_t rows, int dtype, int threads, Random& random);
 
+// Rows [0, rows) as float32, by calls of at most kFewRows.
+Rows by_few(const gossamer::Program& program, const gossamer::Tier& tier, const Rows& x, int64_t rows,
+            Random& random);
+Rows by_few(const gossamer::Packed& w, const gossamer::Tier& tier, const Rows& x, int64_t rows,
+            Random& random);
+
 // Random rows, among them such of zeros alone or partly, -0.0, subnormal, huge, infinite and NaN inputs.
 Rows random_rows(Random& random, int64_t rows, int64_t in);
 
@@ -30,5 +36,16 @@ void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int6
 
 // Whether the bfloat16 kernel of a tier and layout takes subnormal numbers for zero.
 bool flushes(const gossamer::Tier& tier, const Plain& w);
+
+// Whether a tier multiplies many rows by tiles, emulated or not.
+bool has_tiles(const gossamer::Tier& tier);
+
+// Whether bits of a row may depend on whether there are more than kFewRows rows: bfloat16 by tiles.
+bool two_ways(const gossamer::Tier& tier, const Plain& w);
+
+#if defined(GOSSAMER_X86)
+// The tier amx on emulated tiles; not one of gossamer::tiers().
+const gossamer::Tier& emulated_tiles();
+#endif
 
 }  // namespace testing

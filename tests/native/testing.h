@@ -20,7 +20,8 @@ void describe(const char* format, ...) __attribute__((format(printf, 1, 2)));
         if (!(condition)) ::testing::fail(__FILE__, __LINE__, __VA_ARGS__); \
     } while (0)
 
-// The instruction sets that run here, or the one that --tier names.
+// The instruction sets that run here, tiles emulated among them (emulated_tiles.h); or the one that --tier
+// names.
 const std::vector<const gossamer::Tier*>& tiers_under_test();
 
 // Same numbers on every machine (splitmix64).
@@ -80,6 +81,7 @@ void test_products();
 void test_exact_sums();
 void test_threads();
 void test_tiers();
+void test_tiles();
 void test_damage();
 void test_types();
 void test_far_weights();

@@ -37,7 +37,10 @@ def native_available() -> bool:
 
 
 def available() -> tuple[str, ...]:
-    """Instruction sets that kernels run on here, from ``portable`` to the fastest."""
+    """Instruction sets that kernels run on here, from ``portable`` to the fastest.
+
+    ``amx`` is never among them: it runs where it is named, in ``GOSSAMER_ISA`` or for one call.
+    """
     return tuple(native().available())
 
 
@@ -50,7 +53,7 @@ def tier(name: str | None) -> int:
         return index
     if name in native().compiled():
         raise KernelError(
-            f"this processor has no {name}; kernels run here on: {', '.join(available())} "
+            f"this machine does not run {name}; kernels run here on: {', '.join(available())} "
             "(see the environment variable GOSSAMER_ISA)"
         )
     raise KernelError(
