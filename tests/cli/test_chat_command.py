@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from cli_run import run
@@ -55,6 +56,13 @@ def test_a_turn_that_does_not_fit_ends_a_pipe(model: Path) -> None:
     assert "512 positions" in done.err
 
 
+def press_until(process: subprocess.Popen[bytes], stopped: threading.Event) -> None:
+    """Ctrl-C, and again every five seconds as a person would: Python drops one inside a destructor."""
+    process.send_signal(signal.SIGINT)
+    while not stopped.wait(5) and process.poll() is None:
+        process.send_signal(signal.SIGINT)
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path: Path) -> None:
     """The first answer would go on for a million tokens; the second is asked of what stood until Ctrl-C."""
     model = tiny_folder(tmp_path / "endless", max_position_embeddings=10**6, eos_token_id=None)
@@ -70,9 +78,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path: Path) -> None:
         process.stdin.write(b"hello\n")
         process.stdin.flush()
         assert process.stdout.read(1)  # the answer has begun
-        process.send_signal(signal.SIGINT)
+        stopped = threading.Event()
+        again = threading.Thread(target=press_until, args=(process, stopped))
+        again.start()
         while b"prompt tokens" not in (line := process.stderr.readline()):
             assert line, "the program ended"
+        stopped.set()
+        again.join()
         os.set_blocking(process.stdout.fileno(), False)
         while process.stdout.read():  # the rest of this answer, which was written before that line
             pass
