@@ -136,41 +136,6 @@ std::string DecoderModel::check() const {
     return fault;
 }
 
-// ---- the cache
-
-DecoderCache::DecoderCache(const DecoderModel& model, int dtype)
-    : layers_(int64_t(model.layers.size())),
-      kv_heads_(model.kv_heads),
-      head_dim_(model.head_dim),
-      dtype_(dtype),
-      part_bytes_(aligned(kChunk * model.head_dim * (dtype == kF32 ? 4 : 2))),
-      chunk_bytes_(layers_ * kv_heads_ * 2 * part_bytes_) {}
-
-void DecoderCache::truncate(int64_t length) {
-    length_ = std::min(length_, std::max<int64_t>(0, length));
-    chunks_.resize(size_t((length_ + kChunk - 1) / kChunk));
-}
-
-void DecoderCache::grow(int64_t length) {
-    const int64_t wanted = (length + kChunk - 1) / kChunk;
-    if (wanted == int64_t(chunks_.size())) return;
-    while (int64_t(chunks_.size()) < wanted)
-        chunks_.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(64, size_t(chunk_bytes_))));
-    for (auto& chunk : chunks_)
-        if (!chunk) {
-            chunks_.resize(size_t((length_ + kChunk - 1) / kChunk));
-            throw std::bad_alloc();
-        }
-    const int64_t parts = layers_ * kv_heads_ * 2;
-    if (wanted > room_) {
-        room_ = std::max<int64_t>(wanted, 2 * room_);
-        parts_.resize(size_t(parts * room_));
-    }
-    for (int64_t part = 0; part < parts; part++)
-        for (int64_t c = 0; c < wanted; c++)
-            parts_[size_t(part * room_ + c)] = chunks_[size_t(c)].get() + part * part_bytes_;
-}
-
 // ---- a run of the layers
 
 // Numbers in memory that all threads see are [row][...]; rows are padded to whole blocks, whose last rows are
@@ -178,8 +143,14 @@ void DecoderCache::grow(int64_t length) {
 // another.
 class DecoderRun {
   public:
-    DecoderRun(const DecoderModel& model, DecoderCache& cache, const Tier& tier, int threads)
-        : m_(model), cache_(cache), tier_(tier), ops_(*tier.decoder), threads_(threads), barrier_(threads) {}
+    DecoderRun(const DecoderModel& model, Cache& cache, const Tier& tier, int threads)
+        : m_(model),
+          cache_(cache),
+          tier_(tier),
+          ops_(*tier.decoder),
+          attention_(*tier.attention),
+          threads_(threads),
+          barrier_(threads) {}
 
     void run(const int64_t* tokens, int64_t count, bool all, float* logits, DecoderTimes* times) {
         tokens_ = tokens;
@@ -188,17 +159,19 @@ class DecoderRun {
         all_ = all;
         logits_ = logits;
         times_ = times;
-        start_ = cache_.length_;
+        start_ = cache_.length();
         cache_.grow(start_ + count);
         lay_out();
-        tickets_ = std::make_unique<std::atomic<int64_t>[]>(m_.layers.size());
-        for (size_t i = 0; i < m_.layers.size(); i++) tickets_[i] = 0;
+        if (rows_ > 1) {
+            tickets_ = std::make_unique<std::atomic<int64_t>[]>(m_.layers.size());
+            for (size_t i = 0; i < m_.layers.size(); i++) tickets_[i] = 0;
+        }
         if (threads_ == 1)
             work(0);
         else
             run_together(
                 threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
-        cache_.length_ = start_ + count;
+        cache_.fill(start_ + count);
     }
 
   private:
@@ -224,16 +197,28 @@ class DecoderRun {
             need({&l.down.w});
         }
         need({&m_.head.w});
-        const int64_t numbers[] = {padded_ * m_.hidden, padded_ * m_.hidden,
-                                   padded_ * queries,   padded_ * keys,
-                                   padded_ * keys,      padded_ * queries,
-                                   padded_ * m_.inner,  padded_ * m_.inner,
-                                   rows_ * m_.head_dim, padded_ * m_.vocabulary * (all_ && padded_ > rows_)};
-        float** places[] = {&x_, &normed_, &q_, &k_, &v_, &attended_, &gate_, &up_, &angles_, &spare_};
+        const int64_t state = state_size(m_.head_dim);
+        most_chunks_ = (start_ + rows_ + kChunk - 1) / kChunk;
+        const int64_t numbers[] = {padded_ * m_.hidden,
+                                   padded_ * m_.hidden,
+                                   padded_ * queries,
+                                   padded_ * keys,
+                                   padded_ * keys,
+                                   padded_ * queries,
+                                   padded_ * m_.inner,
+                                   padded_ * m_.inner,
+                                   rows_ * m_.head_dim,
+                                   padded_ * m_.vocabulary * (all_ && padded_ > rows_),
+                                   rows_ * m_.heads * wide_of(m_.head_dim),
+                                   rows_ == 1 ? m_.heads * most_chunks_ * state : 0};
+        float** places[] = {&x_,    &normed_, &q_,      &k_,     &v_,       &attended_,
+                            &gate_, &up_,     &angles_, &spare_, &queries_, &states_};
         constexpr int kPlaces = sizeof places / sizeof *places;
-        const bool own = padded_ == 1;  // activations, and the normed row
-        const int64_t of_worker =
-            scratch + (own ? ready + aligned(4 * m_.hidden) : 0) + aligned(4 * kQueries * kMostHead);
+        const bool own = padded_ == 1;  // activations, and the row that they are made of
+        const int64_t of_attention =
+            aligned(attention_.scratch_bytes(m_.head_dim, cache_.type())) + aligned(4 * kQueries * state);
+        const int64_t of_own = own ? ready + aligned(4 * std::max(m_.hidden, queries)) : 0;
+        const int64_t of_worker = scratch + of_own + of_attention;
         int64_t bytes = own ? 0 : ready;
         for (int64_t n : numbers) bytes += aligned(4 * n);
         uint8_t* at = workspace.get(bytes + threads_ * of_worker);
@@ -246,26 +231,29 @@ class DecoderRun {
         of_worker_ = of_worker;
         scratch_bytes_ = scratch;
         ready_bytes_ = own ? ready : 0;
+        own_bytes_ = of_own;
     }
 
     struct Worker {
         int id;
         uint8_t* scratch;
-        uint8_t* ready;  // activations made ready
-        float* normed;   // rows of them before
-        float* queries;
+        uint8_t* ready;            // activations made ready
+        float *normed, *attended;  // rows that they are made of
+        float* states;             // of queries that attend
+        uint8_t* attention;        // scratch of theirs
     };
 
     Worker worker_of(int id) const {
         uint8_t* at = workers_ + id * of_worker_;
-        Worker w{id, at, ready_, normed_, nullptr};
+        Worker w{id, at, ready_, normed_, attended_, nullptr, nullptr};
         at += scratch_bytes_;
         if (padded_ == 1) {
             w.ready = at;
-            w.normed = reinterpret_cast<float*>(at + ready_bytes_);
-            at += ready_bytes_ + aligned(4 * m_.hidden);
+            w.normed = w.attended = reinterpret_cast<float*>(at + ready_bytes_);
+            at += own_bytes_;
         }
-        w.queries = reinterpret_cast<float*>(at);
+        w.states = reinterpret_cast<float*>(at);
+        w.attention = at + aligned(4 * kQueries * state_size(m_.head_dim));
         return w;
     }
 
@@ -332,7 +320,7 @@ class DecoderRun {
         int64_t all = 0;
         for (size_t i = 0; i < N; i++) {
             weights[i] = &linears[i]->w;
-            all += units(*weights[i]) * unit_of(weights[i]->layout);
+            all += weights[i]->panels;
         }
         const Share mine = share_of(all, me.id, threads_);
         int64_t before = 0;
@@ -343,7 +331,7 @@ class DecoderRun {
             };
             multiply_some(me, *linears[i], ready_for(me, weights, i), y[i], base,
                           {clipped(mine.begin), clipped(mine.end)});
-            before += count * unit;
+            before += weights[i]->panels;
         }
     }
 
@@ -364,74 +352,125 @@ class DecoderRun {
         ops_.rotate(head, angles, angles + m_.head_dim / 2, m_.head_dim / 2);
     }
 
-    uint8_t* part(int64_t layer, int64_t head, int which, int64_t chunk) const {
-        const int64_t part = ((layer * m_.kv_heads + head) * 2 + which) * cache_.room_ + chunk;
-        return const_cast<uint8_t*>(cache_.parts_[size_t(part)]);
-    }
-
-    void store_keys(const Worker& me, int64_t number) {
+    // Queries and keys are normed and rotated; keys and values go into the cache.
+    void place(const Worker& me, int64_t number) {
         const Layer& layer = m_.layers[size_t(number)];
-        const Share mine = share_of(rows_ * m_.kv_heads, me.id, threads_);
+        const int64_t dim = m_.head_dim, heads = m_.heads + m_.kv_heads;
+        const Share mine = share_of(rows_ * heads, me.id, threads_);
         for (int64_t i = mine.begin; i < mine.end; i++) {
-            const int64_t row = i / m_.kv_heads, head = i % m_.kv_heads, position = start_ + row;
-            float* key = k_ + i * m_.head_dim;
-            if (layer.norm_key) ops_.rms_norm(key, layer.norm_key, m_.head_dim, m_.eps, key);
-            rotate(layer, key, row);
-            const int64_t chunk = position / kChunk;
-            ops_.store_position(key, v_ + i * m_.head_dim, int(m_.head_dim), cache_.dtype_, position % kChunk,
-                                part(number, head, 0, chunk), part(number, head, 1, chunk));
+            const int64_t row = i / heads, head = i % heads, key_head = head - m_.heads;
+            const bool query = key_head < 0;
+            float* x = query ? q_ + (row * m_.heads + head) * dim : k_ + (row * m_.kv_heads + key_head) * dim;
+            const float* norm = query ? layer.norm_query : layer.norm_key;
+            if (norm) ops_.rms_norm(x, norm, dim, m_.eps, x);
+            rotate(layer, x, row);
+            if (query) {
+                attention_.place_query(x, dim, m_.scaling, cache_.type(), query_at(row, head));
+                continue;
+            }
+            const int64_t position = start_ + row, chunk = position / kChunk;
+            attention_.place_position(x, v_ + (row * m_.kv_heads + key_head) * dim, dim, cache_.type(),
+                                      position % kChunk, row + 1 == rows_,
+                                      cache_.keys_of(number, key_head)[chunk],
+                                      cache_.values_of(number, key_head)[chunk]);
         }
     }
 
-    // Queries [first, first + count) of one head of keys: query i is head i % group of row i / group.
-    void attend(const Worker& me, int64_t number, int64_t kv_head, int64_t first, int count) {
-        const Layer& layer = m_.layers[size_t(number)];
-        const int64_t group = m_.heads / m_.kv_heads, dim = m_.head_dim;
+    // Rows of a head lie side by side.
+    uint8_t* query_at(int64_t row, int64_t head) const {
+        const int64_t bytes = wide_of(m_.head_dim) * (cache_.type() == kCacheF32 ? 4 : 2);
+        return reinterpret_cast<uint8_t*>(queries_) + (head * rows_ + row) * bytes;
+    }
+
+    // `count` queries from (row, head) on, as they lie, look at all that they see in [begin, end).
+    void attend(const Worker& me, int64_t number, int64_t row, int64_t head, int count, int64_t begin,
+                int64_t end, float* states) {
+        const int64_t kv_head = head / (m_.heads / m_.kv_heads);
         Attention a{};
         a.count = count;
-        a.dim = int(dim);
-        a.dtype = cache_.dtype_;
-        const int64_t parts = (number * m_.kv_heads + kv_head) * 2 * cache_.room_;
-        a.keys = cache_.parts_.data() + parts;
-        a.values = a.keys + cache_.room_;
+        a.dim = m_.head_dim;
+        a.type = cache_.type();
+        a.keys = cache_.keys_of(number, kv_head);
+        a.values = cache_.values_of(number, kv_head);
+        a.queries = query_at(row, head);
         for (int i = 0; i < count; i++) {
-            const int64_t row = (first + i) / group, head = kv_head * group + (first + i) % group;
-            const int64_t at = (row * m_.heads + head) * dim;
-            float* query = me.queries + i * kMostHead;
-            if (layer.norm_query)
-                ops_.rms_norm(q_ + at, layer.norm_query, dim, m_.eps, query);
-            else
-                std::memcpy(query, q_ + at, size_t(dim) * 4);
-            rotate(layer, query, row);
-            for (int64_t j = 0; j < dim; j++) query[j] *= m_.scaling;
-            a.queries[i] = query;
-            a.outputs[i] = attended_ + at;
-            a.last[i] = start_ + row;
-            a.first[i] = layer.window ? std::max<int64_t>(0, a.last[i] - layer.window + 1) : 0;
+            a.last[i] = start_ + (rows_ == 1 ? 0 : row + i);
+            a.first[i] = first_seen(number, a.last[i]);
+            open_state(states + i * state_size(m_.head_dim), m_.head_dim);
         }
-        ops_.attend(&a);
+        a.block_begin = std::max(begin, a.first[0]) / kBlock;
+        a.block_end = (std::min(end, a.last[count - 1] + 1) + kBlock - 1) / kBlock;
+        a.states = states;
+        a.scratch = me.attention;
+        attention_.attend(&a);
     }
 
-    void attend_all(const Worker& me, int64_t number) {
-        const int64_t queries = rows_ * (m_.heads / m_.kv_heads);  // of a head of keys
-        if (rows_ == 1) {
-            const Share mine = share_of(m_.heads, me.id, threads_);
-            for (int64_t h = mine.begin; h < mine.end;) {
-                const int64_t kv_head = h / queries, end = std::min(mine.end, (kv_head + 1) * queries);
-                const int count = int(std::min<int64_t>(kQueries, end - h));
-                attend(me, number, kv_head, h - kv_head * queries, count);
-                h += count;
+    int64_t first_seen(int64_t number, int64_t position) const {
+        const int64_t window = m_.layers[size_t(number)].window;
+        return window ? std::max<int64_t>(0, position - window + 1) : 0;
+    }
+
+    // One row: chunks of all heads are shared out, by their blocks, and merged afterwards. Returns how many
+    // blocks there are; `before`: those of earlier ones.
+    template <class F>
+    int64_t each_chunk(int64_t number, const F& f) const {
+        const int64_t first = first_seen(number, start_), group = m_.heads / m_.kv_heads;
+        int64_t before = 0;
+        for (int64_t head = 0; head < m_.heads;) {
+            const int64_t count = std::min<int64_t>(kQueries, group - head % group);
+            for (int64_t chunk = first / kChunk; chunk <= start_ / kChunk; chunk++) {
+                const int64_t begin = std::max(first, chunk * kChunk) / kBlock;
+                const int64_t end = std::min(start_, (chunk + 1) * kChunk - 1) / kBlock + 1;
+                f(head, int(count), chunk, before);
+                before += end - begin;
             }
-            return;
+            head += count;
         }
-        const int64_t tiles = (queries + kQueries - 1) / kQueries;
+        return before;
+    }
+
+    float* state_of(int64_t head, int64_t chunk) const {
+        return states_ + (chunk * m_.heads + head) * state_size(m_.head_dim);
+    }
+
+    void attend_by_chunks(const Worker& me, int64_t number) {
+        const int64_t all = each_chunk(number, [](int64_t, int, int64_t, int64_t) {});
+        const Share mine = share_of(all, me.id, threads_);
+        each_chunk(number, [&](int64_t head, int count, int64_t chunk, int64_t before) {
+            if (before >= mine.begin && before < mine.end)
+                attend(me, number, 0, head, count, chunk * kChunk, (chunk + 1) * kChunk,
+                       state_of(head, chunk));
+        });
+    }
+
+    // Each worker for itself.
+    void merge_chunks(const Worker& me, int64_t number) const {
+        const int64_t first = first_seen(number, start_) / kChunk;
+        for (int64_t head = 0; head < m_.heads; head++) {
+            float* state = me.states;
+            open_state(state, m_.head_dim);
+            for (int64_t chunk = first; chunk <= start_ / kChunk; chunk++)
+                attention_.merge(state_of(head, chunk), m_.head_dim, state);
+            attention_.finish(state, m_.head_dim, me.attended + head * m_.head_dim);
+        }
+    }
+
+    // Several rows: tiles of a head's rows, which lie between multiples of kQueries. Late rows see the most:
+    // first come first served, from the last on.
+    void attend_by_tiles(const Worker& me, int64_t number) {
+        const int64_t first = start_ / kQueries, tiles = (start_ + rows_ - 1) / kQueries - first + 1;
+        const int64_t size = state_size(m_.head_dim);
         std::atomic<int64_t>& next = tickets_[size_t(number)];
-        for (;;) {  // late rows see the most: first come first served, from the last on
+        for (;;) {
             const int64_t ticket = next.fetch_add(1, std::memory_order_relaxed);
-            if (ticket >= tiles * m_.kv_heads) return;
-            const int64_t tile = tiles - 1 - ticket / m_.kv_heads, first = tile * kQueries;
-            attend(me, number, ticket % m_.kv_heads, first,
-                   int(std::min<int64_t>(kQueries, queries - first)));
+            if (ticket >= tiles * m_.heads) return;
+            const int64_t tile = first + tiles - 1 - ticket / m_.heads, head = ticket % m_.heads;
+            const int64_t begin = std::max(start_, tile * kQueries);
+            const int64_t end = std::min(start_ + rows_, (tile + 1) * kQueries);
+            attend(me, number, begin - start_, head, int(end - begin), 0, end, me.states);
+            for (int64_t i = 0; i < end - begin; i++)
+                attention_.finish(me.states + i * size, m_.head_dim,
+                                  attended_ + ((begin + i - start_) * m_.heads + head) * m_.head_dim);
         }
     }
 
@@ -469,12 +508,16 @@ class DecoderRun {
         multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
-        store_keys(me, number);
+        place(me, number);
         barrier_.wait();
-        attend_all(me, number);
+        if (rows_ == 1)
+            attend_by_chunks(me, number);
+        else
+            attend_by_tiles(me, number);
         barrier_.wait();
+        if (rows_ == 1) merge_chunks(me, number);
         if (timed) spent(&DecoderTimes::attention);
-        make_ready(me, {&l.o.w}, attended_, nullptr);
+        make_ready(me, {&l.o.w}, me.attended, nullptr);
         multiply_all(me, {&l.o}, {x_}, x_);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
@@ -528,25 +571,26 @@ class DecoderRun {
     uint8_t* ready_of_head() const { return padded_ == 1 ? worker_of(0).ready : ready_; }
 
     const DecoderModel& m_;
-    DecoderCache& cache_;
+    Cache& cache_;
     const Tier& tier_;
     const DecoderOps& ops_;
+    const AttentionOps& attention_;
     const int threads_;
     Barrier barrier_;
     const int64_t* tokens_ = nullptr;
     int64_t rows_ = 0, padded_ = 0, start_ = 0;
     bool all_ = false;
     float* logits_ = nullptr;
-    float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_;
+    float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
-    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0;
+    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, most_chunks_ = 0;
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     DecoderTimes* times_ = nullptr;
     Clock::time_point since_;
 };
 
-void decode(const DecoderModel& model, DecoderCache& cache, const Tier& tier, const int64_t* tokens,
-            int64_t count, bool all, float* logits, int threads, DecoderTimes* times) {
+void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
+            bool all, float* logits, int threads, DecoderTimes* times) {
     for (int64_t done = 0; done < count;) {
         const int64_t some = std::min(count - done, kRows - cache.length() % kRows);
         float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;

@@ -9,12 +9,10 @@
 // (about six times a layer), so that a token costs one call of the team.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "cache.h"
 #include "dispatch.h"
 
 namespace gossamer {
@@ -47,33 +45,6 @@ struct DecoderModel {
     std::string check() const;
 };
 
-// Keys and values of one sequence: chunks of kChunk positions of all layers and heads.
-class DecoderCache {
-  public:
-    DecoderCache(const DecoderModel& model, int dtype);
-    DecoderCache(const DecoderCache&) = delete;
-    int64_t length() const { return length_; }
-    void truncate(int64_t length);  // forgets what comes after
-    int64_t layers() const { return layers_; }
-    int64_t bytes() const { return int64_t(chunks_.size()) * chunk_bytes_; }
-
-  private:
-    friend class DecoderRun;
-    void grow(int64_t length);
-
-    const int64_t layers_, kv_heads_, head_dim_;
-    const int dtype_;
-    const int64_t part_bytes_;  // keys, or values, of one head in a chunk
-    const int64_t chunk_bytes_;
-    int64_t length_ = 0;
-    struct Free {
-        void operator()(uint8_t* p) const { std::free(p); }
-    };
-    std::vector<std::unique_ptr<uint8_t[], Free>> chunks_;
-    std::vector<const uint8_t*> parts_;  // [layer][head][keys, values][chunk of room_]
-    int64_t room_ = 0;
-};
-
 // Seconds of the parts of a forward pass, of the first thread, its waiting for others included.
 struct DecoderTimes {
     double attention_products, attention, mlp, head, rest;
@@ -81,7 +52,7 @@ struct DecoderTimes {
 
 // Appends `count` tokens to the cache. Logits, float32 (vocabulary) a row: of the last token, or of all.
 // Tokens must lie in the vocabulary. Throws std::bad_alloc, and leaves the cache as it was then.
-void decode(const DecoderModel& model, DecoderCache& cache, const Tier& tier, const int64_t* tokens,
-            int64_t count, bool all, float* logits, int threads, DecoderTimes* times);
+void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
+            bool all, float* logits, int threads, DecoderTimes* times);
 
 }  // namespace gossamer

@@ -1,5 +1,6 @@
 // The instruction sets that kernels were compiled for, and which of them this processor runs.
 #pragma once
+#include "attention.h"
 #include "decoder_ops.h"
 #include "packed.h"
 
@@ -11,6 +12,7 @@ struct Tier {
     const Family* floats;
     const Family* columns;
     const DecoderOps* decoder;
+    const AttentionOps* attention;
     bool (*runs_here)();               // the processor has it and the system saves its registers; asked once
     int64_t row_block = kMaxRowBlock;  // Activations::block where a call has more than kFewRows
     bool opt_in = false;               // runs only where somebody names it: runs_here() changes the process

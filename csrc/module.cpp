@@ -67,11 +67,17 @@ NB_MODULE(_native, m) {
         .def("check", &Program::check, "An empty string, or which term does not fit.")
         .def_prop_ro("in_features", &Program::in)
         .def_prop_ro("out_features", &Program::out);
-    nb::class_<gossamer::DecoderCache>(m, "DecoderCache")
-        .def(nb::init<const gossamer::DecoderModel&, int>(), "Of a model; dtype 0: float32, 1: bfloat16.")
-        .def_prop_ro("length", &gossamer::DecoderCache::length)
-        .def_prop_ro("nbytes", &gossamer::DecoderCache::bytes)
-        .def("truncate", &gossamer::DecoderCache::truncate, "Forgets all but the first positions.");
+    nb::class_<gossamer::Cache>(m, "Cache")
+        .def(
+            "__init__",
+            [](gossamer::Cache* self, int64_t layers, int64_t kv_heads, int64_t head_dim, int type) {
+                if (type < 0 || type > gossamer::kCacheI8) throw nb::value_error("no such type of cache");
+                new (self) gossamer::Cache(layers, kv_heads, head_dim, gossamer::CacheType(type));
+            },
+            "Of layers, heads of keys, and numbers of a head; type 0: float32, 1: bfloat16, 2: int8.")
+        .def_prop_ro("length", &gossamer::Cache::length)
+        .def_prop_ro("nbytes", &gossamer::Cache::bytes)
+        .def("truncate", &gossamer::Cache::truncate, "Forgets all but the first positions.");
     nb::class_<gossamer::DecoderModel>(m, "DecoderModel")
         .def(
             "__init__",
@@ -114,13 +120,14 @@ NB_MODULE(_native, m) {
         .def("check", &gossamer::DecoderModel::check, "An empty string, or which part does not fit.")
         .def(
             "decode",
-            [](const gossamer::DecoderModel& self, gossamer::DecoderCache& cache, int tier, uintptr_t tokens,
+            [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
                int64_t count, bool all, uintptr_t logits, int threads, bool timed) {
                 int tiers_count;
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
                 if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
                     throw nb::value_error("no such tier");
-                if (cache.layers() != int64_t(self.layers.size()))
+                if (cache.layers() != int64_t(self.layers.size()) || cache.kv_heads() != self.kv_heads ||
+                    cache.head_dim() != self.head_dim)
                     throw nb::value_error("a cache of another model");
                 gossamer::DecoderTimes times{};
                 {

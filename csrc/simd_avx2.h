@@ -206,6 +206,16 @@ GOSSAMER_INLINE Floats dot32(Floats sum, Bytes w, const float* x) {
 
 // ---- integers and floats
 
+GOSSAMER_INLINE Bytes pair(const uint16_t* x) {
+    int32_t two;
+    __builtin_memcpy(&two, x, 4);
+    return {_mm256_set1_epi32(two), _mm256_set1_epi32(two)};
+}
+GOSSAMER_INLINE Floats dot_pairs(Floats sum, Bytes w, Bytes x) {
+    return {_mm256_fmadd_ps(odd(w.a), odd(x.a), _mm256_fmadd_ps(even(w.a), even(x.a), sum.a)),
+            _mm256_fmadd_ps(odd(w.b), odd(x.b), _mm256_fmadd_ps(even(w.b), even(x.b), sum.b))};
+}
+
 GOSSAMER_INLINE Ints ints(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
 GOSSAMER_INLINE Ints add(Ints x, Ints y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 GOSSAMER_INLINE Floats floats(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -214,6 +224,28 @@ GOSSAMER_INLINE Floats mul_add(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 GOSSAMER_INLINE Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
+GOSSAMER_INLINE Floats smaller(Floats x, Floats y) {
+    return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
+}
+GOSSAMER_INLINE Floats larger(Floats x, Floats y) {
+    return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
+GOSSAMER_INLINE Floats quotient(Floats x, Floats y) {
+    return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+GOSSAMER_INLINE __m256 two_to_half(__m256 x) {
+    const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x4b400000 - 127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+}
+GOSSAMER_INLINE Floats two_to(Floats x) { return {two_to_half(x.a), two_to_half(x.b)}; }
+GOSSAMER_INLINE float first_of(Floats x) { return _mm256_cvtss_f32(x.a); }
+GOSSAMER_INLINE float largest_of(Floats x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 
 GOSSAMER_INLINE __m256 pairs_of(__m256 x, __m256 y) {
     __m256d mixed = _mm256_castps_pd(_mm256_hadd_ps(x, y));  // x x y y | x x y y
@@ -283,6 +315,15 @@ GOSSAMER_INLINE void store_bfloat16(uint16_t* p, Floats v, int n) {
     uint16_t some[16];
     _mm256_storeu_si256((__m256i*)some, all);
     for (int i = 0; i < n; i++) p[i] = some[i];
+}
+
+GOSSAMER_INLINE void store_pairs(uint16_t* p, Floats x, Floats y) {
+    store_bfloat16(p, x, 16);
+    store_bfloat16(p + 16, y, 16);
+}
+GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
 }
 
 GOSSAMER_INLINE float largest(const Floats (&x)[4]) {

@@ -89,6 +89,15 @@ GOSSAMER_INLINE Floats dot32(Floats sum, Bytes w, const float* x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_broadcast_f32x4(_mm_loadu_ps(x)), sum);
 }
 
+GOSSAMER_INLINE Bytes pair(const uint16_t* x) {
+    int32_t two;
+    __builtin_memcpy(&two, x, 4);
+    return _mm512_set1_epi32(two);
+}
+GOSSAMER_INLINE Floats dot_pairs(Floats sum, Bytes w, Bytes x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+}
+
 // ---- integers and floats
 
 GOSSAMER_INLINE Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
@@ -97,6 +106,16 @@ GOSSAMER_INLINE Floats floats(float value) { return _mm512_set1_ps(value); }
 GOSSAMER_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 GOSSAMER_INLINE Floats mul_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 GOSSAMER_INLINE Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+
+GOSSAMER_INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+GOSSAMER_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+GOSSAMER_INLINE Floats quotient(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+GOSSAMER_INLINE Floats two_to(Floats a) {
+    const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(0x4b400000 - 127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(n, 23));
+}
+GOSSAMER_INLINE float first_of(Floats a) { return _mm512_cvtss_f32(a); }
+GOSSAMER_INLINE float largest_of(Floats a) { return _mm512_reduce_max_ps(a); }
 
 GOSSAMER_INLINE Floats pair_sums(Floats a, Floats b) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -136,6 +155,13 @@ GOSSAMER_INLINE void store_bfloat16(uint16_t* p, Floats a, int n) {
     __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(rounded));
+}
+
+GOSSAMER_INLINE void store_pairs(uint16_t* p, Floats a, Floats b) {
+    store(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
 
 GOSSAMER_INLINE float largest(const Floats (&x)[4]) {

@@ -141,6 +141,24 @@ GOSSAMER_INLINE Floats dot32(Floats sum, const Bytes& w, const float* x) {
     return sum;
 }
 
+// Both products of a pair of bfloat16 in each lane.
+GOSSAMER_INLINE Floats dot_pairs(Floats sum, const Bytes& w, const Bytes& x) {
+    uint32_t of_w[16], of_x[16];
+    __builtin_memcpy(of_w, &w, 64);
+    __builtin_memcpy(of_x, &x, 64);
+    for (int i = 0; i < 16; i++) sum.v[i] += float_of_bits(of_w[i] << 16) * float_of_bits(of_x[i] << 16);
+    for (int i = 0; i < 16; i++)
+        sum.v[i] += float_of_bits(of_w[i] & 0xffff0000) * float_of_bits(of_x[i] & 0xffff0000);
+    return sum;
+}
+
+// Two bfloat16 in every lane.
+GOSSAMER_INLINE Bytes pair(const uint16_t* x) {
+    Bytes r;
+    for (int i = 0; i < 16; i++) __builtin_memcpy(r.v + 4 * i, x, 4);
+    return r;
+}
+
 // ---- integers and floats
 
 GOSSAMER_INLINE Ints ints(int32_t value) {
@@ -175,6 +193,36 @@ GOSSAMER_INLINE Floats to_floats(const Ints& a) {
     Floats r;
     for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]);
     return r;
+}
+
+// The smaller and the larger of two; b where one is NaN.
+GOSSAMER_INLINE Floats smaller(Floats a, const Floats& b) {
+    for (int i = 0; i < 16; i++) a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+GOSSAMER_INLINE Floats larger(Floats a, const Floats& b) {
+    for (int i = 0; i < 16; i++) a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+
+GOSSAMER_INLINE Floats quotient(Floats a, const Floats& b) {
+    for (int i = 0; i < 16; i++) a.v[i] /= b.v[i];
+    return a;
+}
+
+// 2^n of 1.5 * 2^23 + n, n from -127 (of which 0 is made) to 127.
+GOSSAMER_INLINE Floats two_to(const Floats& a) {
+    Floats r;
+    for (int i = 0; i < 16; i++) r.v[i] = float_of_bits((bits_of_float(a.v[i]) - (0x4b400000 - 127)) << 23);
+    return r;
+}
+
+GOSSAMER_INLINE float first_of(const Floats& a) { return a.v[0]; }
+
+GOSSAMER_INLINE float largest_of(const Floats& a) {
+    float top = a.v[0];
+    for (int i = 1; i < 16; i++) top = a.v[i] > top ? a.v[i] : top;
+    return top;
 }
 
 // Sums of neighbours: 8 of `a`, then 8 of `b`.
@@ -241,6 +289,18 @@ GOSSAMER_INLINE void store_floats(float* p, const Floats& a, int n) {
 
 GOSSAMER_INLINE void store_bfloat16(uint16_t* p, const Floats& a, int n) {
     for (int i = 0; i < n; i++) p[i] = bfloat16_of_float(a.v[i]);
+}
+
+// 32 numbers as bfloat16; subnormal ones may become zeros.
+GOSSAMER_INLINE void store_pairs(uint16_t* p, const Floats& a, const Floats& b) {
+    store_bfloat16(p, a, 16);
+    store_bfloat16(p + 16, b, 16);
+}
+
+GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
+    Ints r;
+    for (int i = 0; i < 16; i++) r.v[i] = p[i];
+    return r;
 }
 
 // Largest magnitude of 64 values; NaN if any is NaN (as bits, NaN is the largest).

@@ -16,6 +16,7 @@ from gossamer.nn import StructuredEmbedding, StructuredLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
+CACHES = (torch.float32, torch.bfloat16, torch.int8)  # in the order of csrc/attention.h
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,6 +50,7 @@ class Decoder:
             attention.head_dim,
             self.vocabulary,
         ]
+        self._cache_sizes = (len(body.layers), config.num_key_value_heads, attention.head_dim)
         numbers = [
             body.norm.variance_epsilon,
             attention.scaling,
@@ -71,10 +73,10 @@ class Decoder:
             raise ModelError(f"the native decoder cannot run this model: {fault}")
 
     def new_cache(self, dtype: torch.dtype = torch.bfloat16) -> Any:
-        """An empty cache of keys and values in float32 or bfloat16."""
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ModelError(f"the cache of the native decoder is float32 or bfloat16, not {dtype}")
-        return native().DecoderCache(self._native, 0 if dtype == torch.float32 else 1)
+        """An empty cache of keys and values in one of the `CACHES` (int8: a scale a position and head)."""
+        if dtype not in CACHES:
+            raise ModelError(f"the cache of the native decoder is float32, bfloat16 or int8, not {dtype}")
+        return native().Cache(*self._cache_sizes, CACHES.index(dtype))
 
     def append(
         self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False
