@@ -10,6 +10,7 @@
 
 #include "ready.h"
 #include "threads.h"
+#include "workspace.h"
 
 namespace gossamer {
 namespace {
@@ -74,29 +75,7 @@ void read_row(const Packed& w, int64_t row, float scale, float* to) {
     }
 }
 
-class Memory {
-  public:
-    ~Memory() { std::free(memory_); }
-    // Zeroed the first time. What lay there before is gone.
-    uint8_t* get(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = 0;
-            bytes = (bytes + 4095) / 4096 * 4096;
-            memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(bytes)));
-            if (!memory_) throw std::bad_alloc();
-            std::memset(memory_, 0, size_t(bytes));
-            size_ = bytes;
-        }
-        return memory_;
-    }
-
-  private:
-    uint8_t* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-thread_local Memory workspace;
+thread_local Workspace workspace;
 
 struct Share {
     int64_t begin, end;

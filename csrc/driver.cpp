@@ -7,12 +7,11 @@
 #include "driver.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "ready.h"
 #include "threads.h"
+#include "workspace.h"
 
 namespace gossamer {
 namespace {
@@ -20,27 +19,6 @@ namespace {
 // Activations of a chunk of rows: weights are expanded once for each.
 constexpr int64_t kChunkBytes = 8 << 20;
 constexpr int64_t kAloneBytes = 200 << 10;  // one thread reads these before others could start
-
-// Memory that a calling thread keeps between calls.
-class Workspace {
-  public:
-    ~Workspace() { std::free(memory_); }
-    uint8_t* get(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(memory_);
-            size_ = 0;
-            bytes = (bytes + 4095) / 4096 * 4096;
-            memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, size_t(bytes)));
-            if (!memory_) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return memory_;
-    }
-
-  private:
-    uint8_t* memory_ = nullptr;
-    int64_t size_ = 0;
-};
 
 thread_local Workspace workspace;
 

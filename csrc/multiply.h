@@ -120,11 +120,12 @@ GOSSAMER_INLINE void expand(Reader& reader, int64_t groups, uint8_t* to, StepLis
     list->count = count;
 }
 
-// Panels [panel, panel + Q). `scratch`: the expanded tile, the list of its steps, and the carry. In place:
-// dense weights that are stored as they are multiplied.
-template <class Kernel, class Reader, bool kInPlace, int Q>
-void expand_and_sweep(const Packed& w, const Activations& x, const Output& out, int64_t panel,
-                      uint8_t* scratch, Storage* storage) {
+// Walks panels [panel, panel + Q) by tiles: `expand(reader, groups, to, list)` the next groups of each panel,
+// then `sweep(tile)`. `scratch`: the expanded tile, the list of its steps, and the carry. In place: dense
+// weights that are stored as they are multiplied.
+template <class Kernel, class Reader, bool kInPlace, int Q, class Expand, class Sweep>
+GOSSAMER_INLINE void walk_tiles(const Packed& w, int64_t panel, uint8_t* scratch, Storage* storage,
+                                const Expand& expand, const Sweep& sweep) {
     constexpr int kBytes = 64 * kPieces<Kernel::kValues>;  // of an expanded panel-group
     const int64_t most = tile_groups(w);
     Tile tile;
@@ -137,11 +138,19 @@ void expand_and_sweep(const Packed& w, const Activations& x, const Output& out, 
         tile.end = tile.begin + most < w.groups ? tile.begin + most : w.groups;
         for (int q = 0; q < Q; q++) {
             uint8_t* to = scratch + q * most * kBytes;
-            if (!kInPlace) expand<Kernel>(readers[q], tile.end - tile.begin, to, list);
+            if (!kInPlace) expand(readers[q], tile.end - tile.begin, to, list);
             tile.weights[q] = kInPlace ? w.data + ((panel + q) * w.groups + tile.begin) * kBytes : to;
         }
-        sweep<Kernel, typename Reader::Swept, Q>(w, x, out, tile);
+        sweep(tile);
     }
+}
+
+template <class Kernel, class Reader, bool kInPlace, int Q>
+void expand_and_sweep(const Packed& w, const Activations& x, const Output& out, int64_t panel,
+                      uint8_t* scratch, Storage* storage) {
+    walk_tiles<Kernel, Reader, kInPlace, Q>(
+        w, panel, scratch, storage, expand<Kernel, Reader>,
+        [&](const Tile& tile) { sweep<Kernel, typename Reader::Swept, Q>(w, x, out, tile); });
 }
 
 // Whether panels keep the same steps, as in blocks of 32 outputs.

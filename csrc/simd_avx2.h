@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "simd_shared.h"
+
 namespace gossamer {
 namespace {
 
@@ -350,17 +352,6 @@ GOSSAMER_INLINE Ints store_codes(int8_t* p, Floats v) {
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i*)p, bytes);
     return codes;
-}
-
-template <class T>
-GOSSAMER_INLINE int list_active(const T* x, int32_t first, int32_t* inputs, T* values) {
-    int count = 0;
-    for (int i = 0; i < 16; i++) {
-        inputs[count] = first + i;
-        values[count] = x[i];
-        count += x[i] != 0;
-    }
-    return count;
 }
 
 GOSSAMER_INLINE int32_t total(Ints v) {

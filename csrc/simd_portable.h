@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "simd_shared.h"
+
 namespace gossamer {
 namespace {
 
@@ -323,19 +325,6 @@ GOSSAMER_INLINE Ints store_codes(int8_t* p, const Floats& a) {
         p[i] = int8_t(codes.v[i]);
     }
     return codes;
-}
-
-// Lists those of 16 numbers that are not zero (NaN is not), which stand for inputs `first`.. on, and returns
-// how many; room for 16 is written.
-template <class T>
-GOSSAMER_INLINE int list_active(const T* x, int32_t first, int32_t* inputs, T* values) {
-    int count = 0;
-    for (int i = 0; i < 16; i++) {
-        inputs[count] = first + i;
-        values[count] = x[i];
-        count += x[i] != 0;
-    }
-    return count;
 }
 
 GOSSAMER_INLINE int32_t total(const Ints& a) {

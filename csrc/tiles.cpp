@@ -180,35 +180,23 @@ struct BFloat16Tiles {
     }
 };
 
-// Panels [panel, panel + Q), as expand_and_sweep() of multiply.h; the carry holds (Q, padded, 16) sums.
+// Panels [panel, panel + Q); the carry holds (Q, padded, 16) sums.
 template <class Kernel, class Reader, bool kInPlace, int Q>
 void multiply_panels(const Packed& w, const Activations& x, const Output& out, int64_t panel,
                      uint8_t* scratch, Storage* storage) {
-    constexpr int kBytes = 64 * kPieces<Kernel::kValues>;  // of an expanded panel-group
-    const int64_t most = tile_groups(w);
-    Tile tile;
-    tile.panel = panel;
-    tile.carry = (float*)(scratch + kTileBytes + kListBytes);
-    StepList* list = (StepList*)(scratch + kTileBytes);
-    Reader readers[] = {Reader(w, panel, panel + 1, storage[0]),
-                        Reader(w, panel + Q - 1, panel + Q, storage[Q - 1])};
-    for (tile.begin = 0; tile.begin < w.groups; tile.begin = tile.end) {
-        tile.end = tile.begin + most < w.groups ? tile.begin + most : w.groups;
-        for (int q = 0; q < Q; q++) {
-            uint8_t* to = scratch + q * most * kBytes;
-            if (!kInPlace) Kernel::expand_groups(readers[q], tile.end - tile.begin, to, list);
-            tile.weights[q] = kInPlace ? w.data + ((panel + q) * w.groups + tile.begin) * kBytes : to;
-        }
-        finish(scratch);
-        Kernel::template sweep_tile<Q>(w, x, tile);
-    }
-    for (int q = 0; q < Q; q++) {
-        const int64_t first = kPanel * (panel + q), left = w.out - first;
-        for (int64_t row = 0; row < x.rows; row++)
-            store_outputs(out, row * w.out + first,
-                          load_floats(tile.carry + kPanel * (q * x.padded + row), kPanel),
-                          left < kPanel ? int(left) : kPanel);
-    }
+    walk_tiles<Kernel, Reader, kInPlace, Q>(
+        w, panel, scratch, storage, Kernel::template expand_groups<Reader>, [&](const Tile& tile) {
+            finish(scratch);
+            Kernel::template sweep_tile<Q>(w, x, tile);
+            if (tile.end < w.groups) return;
+            for (int q = 0; q < Q; q++) {
+                const int64_t first = kPanel * (panel + q), left = w.out - first;
+                for (int64_t row = 0; row < x.rows; row++)
+                    store_outputs(out, row * w.out + first,
+                                  load_floats(tile.carry + kPanel * (q * x.padded + row), kPanel),
+                                  left < kPanel ? int(left) : kPanel);
+            }
+        });
 }
 
 template <class Kernel, class Reader, bool kInPlace>

@@ -53,7 +53,7 @@ constexpr Test kTests[] = {
     {"types", test_types},     {"tiers", test_tiers},       {"products", test_products},
     {"tiles", test_tiles},     {"exact", test_exact_sums},  {"threads", test_threads},
     {"damage", test_damage},   {"programs", test_programs}, {"lies", test_lying_programs},
-    {"far", test_far_weights}, {"far-rows", test_far_rows},
+    {"decoder", test_decoder}, {"far", test_far_weights},   {"far-rows", test_far_rows},
 };
 
 bool choose_tier(const char* name) {

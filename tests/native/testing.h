@@ -88,5 +88,6 @@ void test_far_weights();
 void test_far_rows();
 void test_programs();
 void test_lying_programs();
+void test_decoder();
 
 }  // namespace testing

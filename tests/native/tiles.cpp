@@ -7,6 +7,7 @@ int emulated_fault = 0;
 #if defined(GOSSAMER_X86)
 extern "C" {
 extern const gossamer::Family gossamer_int_emulated, gossamer_float_emulated, gossamer_columns_avx512;
+extern const gossamer::DecoderOps gossamer_decoder_avx512;
 bool gossamer_works_emulated();
 }
 #endif
@@ -32,7 +33,7 @@ const Tier& emulated_tiles() {
                            &gossamer_int_emulated,
                            &gossamer_float_emulated,
                            &gossamer_columns_avx512,
-                           nullptr,
+                           &gossamer_decoder_avx512,
                            avx512_runs,
                            kTileRows,
                            true};

@@ -1,0 +1,163 @@
+// A whole decoder on random packed weights: finite logits, and the same bits of a token whatever the threads,
+// and whatever came with it. That they are the right ones is tested from Python (tests/engine).
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "running.h"
+#include "validate.h"
+
+namespace testing {
+
+using namespace gossamer;
+
+namespace {
+
+// Nothing is a whole number of panels, groups or registers; three heads share keys, of which four attend
+// together.
+constexpr int64_t kHidden = 60, kInner = 100, kHeads = 6, kKvHeads = 2, kHead = 20, kVocabulary = 70;
+constexpr int64_t kPrompt = 600, kTokens = 620;  // past two chunks of the cache, and one border of 512 rows
+
+// A decoder and all that it points to.
+class RandomDecoder {
+  public:
+    explicit RandomDecoder(Random& random) : random_(random) {
+        const Packed rows = weight("dense", "int8", kVocabulary, kHidden);
+        const float scale = 1 / std::sqrt(float(kHead));
+        model = {kHidden, kInner,  kHeads,  kKvHeads, kHead, kVocabulary, 1e-5f, scale,
+                 1,       nullptr, nullptr, rows,     1.5f,  {},          {}};
+        float* frequencies = numbers(kHead / 2, 0, 1);
+        for (int i = 0; i < kHead / 2; i++) frequencies[i] = float(std::pow(10000, -2.0 * i / kHead));
+        model.frequencies = frequencies;
+        model.norm = numbers(kHidden, 0.5, 1.5);
+        model.head = {rows, numbers(kVocabulary, -1, 1)};
+        model.layers = {
+            {numbers(kHidden, 0.5, 1.5), numbers(kHidden, 0.5, 1.5), numbers(kHead, 0.5, 1.5),
+             numbers(kHead, 0.5, 1.5), linear("dense", "int4", kHeads * kHead, kHidden, false),
+             linear("dense", "int4", kKvHeads * kHead, kHidden, false),
+             linear("bitmap", "bfloat16", kKvHeads * kHead, kHidden, false),
+             linear("32:64", "int4", kHidden, kHeads * kHead, false),
+             linear("32:64", "int4", kInner, kHidden, false), linear("32:64", "int4", kInner, kHidden, false),
+             linear("columns", "int8", kHidden, kInner, false), 0, true},
+            {numbers(kHidden, 0.5, 1.5), numbers(kHidden, 0.5, 1.5), nullptr, nullptr,
+             linear("dense", "bfloat16", kHeads * kHead, kHidden, true),
+             linear("32:64", "int4 by 32", kKvHeads * kHead, kHidden, true),
+             linear("16x4", "int8", kKvHeads * kHead, kHidden, true),
+             linear("dense", "float32", kHidden, kHeads * kHead, true),
+             linear("columns", "int4", kInner, kHidden, true),
+             linear("columns", "int4", kInner, kHidden, true), linear("dense", "int3", kHidden, kInner, true),
+             100, true}};
+    }
+
+    DecoderModel model;
+
+  private:
+    Packed weight(const char* layout, const char* values, int64_t out, int64_t in) {
+        const LayoutCase* laid = kLayouts;
+        while (strcmp(laid->name, layout)) laid++;
+        const ValuesCase* kind = kValues;
+        while (strcmp(kind->name, values)) kind++;
+        weights_.emplace_back(random_, *laid, *kind, out, in);
+        Weight& w = weights_.back();
+        // such that results are about as large as inputs: 2^-10 to 2^-9 for int8, 16 times that for int4
+        const int exponent = kind->values == kInt8 ? 5 : kind->values == kInt4 ? 9 : 10;
+        for (int64_t i = 0; i < w.scales.size() / 2; i++)
+            w.scales.as<uint16_t>()[i] = uint16_t(exponent << 10 | random_.below(1024));
+        CHECK(check(w.packed(), 1).empty(), "a good weight is refused");
+        return w.packed();
+    }
+
+    float* numbers(int64_t count, double low, double high) {
+        numbers_.emplace_back(4 * count, random_);
+        float* at = numbers_.back().as<float>();
+        for (int64_t i = 0; i < count; i++) at[i] = float(low + (high - low) * random_.unit());
+        return at;
+    }
+
+    Linear linear(const char* layout, const char* values, int64_t out, int64_t in, bool bias) {
+        return {weight(layout, values, out, in), bias ? numbers(out, -1, 1) : nullptr};
+    }
+
+    Random& random_;
+    std::vector<Weight> weights_;
+    std::vector<Buffer> numbers_;
+};
+
+// One sequence: logits of what is appended, all rows or the last.
+class Sequence {
+  public:
+    Sequence(const DecoderModel& model, const Tier& tier, int dtype, int threads, Random& random)
+        : cache(model, dtype), model_(model), tier_(tier), threads_(threads), random_(random) {}
+
+    Rows append(const std::vector<int64_t>& tokens, int64_t count, bool all) {
+        const Buffer logits((all ? count : 1) * kVocabulary * 4, random_);
+        memset(logits.data(), 0xff, size_t(logits.size()));  // NaN: what is not written shows
+        decode(model_, cache, tier_, tokens.data() + cache.length(), count, all, logits.as<float>(), threads_,
+               nullptr);
+        const float* first = logits.as<float>();
+        return Rows(first, first + logits.size() / 4);
+    }
+
+    DecoderCache cache;
+
+  private:
+    const DecoderModel& model_;
+    const Tier& tier_;
+    const int threads_;
+    Random& random_;
+};
+
+// Goes on after the prompt, and again from within it: `want` are the logits of all tokens.
+void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Rows& want, Random& random) {
+    some.cache.truncate(kPrompt);
+    while (some.cache.length() < kTokens) {
+        const int64_t at = some.cache.length();
+        check_same(some.append(tokens, 1, random.chance(0.5)), 0, want, at, 1, kVocabulary,
+                   "a token alone, and among all");
+    }
+    // within a chunk: what lay behind in it must not be seen again
+    const int64_t bytes = some.cache.bytes();
+    some.cache.truncate(495 + random.below(10));
+    CHECK(some.cache.bytes() < bytes, "a cache that was truncated keeps %lld bytes",
+          (long long)some.cache.bytes());
+    while (some.cache.length() < kTokens) {
+        const int64_t pieces[] = {2, 3, 7, 8, 9, 47}, at = some.cache.length();
+        const int64_t count = std::min(pieces[random.below(6)], kTokens - at);
+        check_same(some.append(tokens, count, true), 0, want, at, count, kVocabulary,
+                   "a piece, and all at once");
+    }
+}
+
+void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier, int dtype,
+                   int threads, Random& random) {
+    const char* cache = dtype == kF32 ? "float32" : "bfloat16";
+    describe("%s, decoder, cache of %s", tier.name, cache);
+    Sequence whole(model, tier, dtype, 1, random);
+    const Rows want = whole.append(tokens, kTokens, true);
+    for (size_t i = 0; i < want.size(); i++)
+        CHECK(std::isfinite(want[i]), "logit %zu of token %zu is %g", i % kVocabulary, i / kVocabulary,
+              double(want[i]));
+    check_going_on(whole, tokens, want, random);
+    describe("%s, decoder, cache of %s, %d threads", tier.name, cache, threads);
+    Sequence other(model, tier, dtype, threads, random);
+    check_same(other.append(tokens, kPrompt, false), 0, want, kPrompt - 1, 1, kVocabulary,
+               "the last token of a prompt, and it among all");
+    CHECK(other.cache.length() == kPrompt, "there are %lld positions", (long long)other.cache.length());
+    check_going_on(other, tokens, want, random);
+}
+
+}  // namespace
+
+void test_decoder() {
+    Random random(10);
+    const RandomDecoder decoder(random);
+    CHECK(decoder.model.check().empty(), "a good decoder is refused: %s", decoder.model.check().c_str());
+    std::vector<int64_t> tokens;
+    for (int64_t i = 0; i < kTokens; i++) tokens.push_back(random.below(kVocabulary));
+    for (const Tier* tier : tiers_under_test())
+        for (int dtype : {kF32, kBF16})
+            check_decoder(decoder.model, tokens, *tier, dtype, dtype == kF32 ? 2 : 3, random);
+}
+
+}  // namespace testing
