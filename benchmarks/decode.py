@@ -153,7 +153,7 @@ def play(
                 continue
             read = reader.step(record=False)
             try:
-                run = players[c].run(64 if turn < 0 and long else prompt, args.steps)
+                run = players[c].run(64 if turn < 0 and long else prompt, args.steps, turn)
             except GoneError as why:
                 found.note(str(why))
                 del series[c.name]

@@ -210,15 +210,17 @@ def dense_folder(job: Job, tokenizer: Path) -> None:
     """Random bfloat16 weights beside a random model's config, and any tokenizer, for tools that convert."""
     from safetensors.torch import save_file
 
-    from benchmarks.kernel_layers import random_weight
-
     folder = Path(job.model) / "dense"
     if (folder / SINGLE_FILE).exists():
         return
     folder_of(job.config, folder)
     for file in tokenizer.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    tensors = {name: random_weight(shape, torch.bfloat16) * SPREAD for name, _, shape in shapes(job.config)}
+    # every one different: a tool may store, and then read, equal weights once
+    tensors = {
+        name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=SPREAD)
+        for name, _, shape in shapes(job.config)
+    }
     tensors |= {
         name: torch.ones(job.config["hidden_size"], dtype=torch.bfloat16) for name, _ in norms(job.config)
     }

@@ -44,10 +44,11 @@ class Server:
             )
         self.ready = Ready(**self._answer("ready"))
 
-    def run(self, prompt: int, steps: int) -> Run:
+    def run(self, prompt: int, steps: int, seed: int) -> Run:
         assert self.process.stdin
+        asked = {"prompt": prompt, "steps": steps, "seed": seed}
         try:
-            print(json.dumps({"prompt": prompt, "steps": steps}), file=self.process.stdin, flush=True)
+            print(json.dumps(asked), file=self.process.stdin, flush=True)
         except BrokenPipeError:
             raise GoneError(self._last_words()) from None
         return Run(**self._answer("run"))

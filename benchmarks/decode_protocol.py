@@ -1,8 +1,8 @@
 """What the decode benchmark runs, and how its contenders' processes are spoken to. Needs nothing but Python.
 
 A contender is a process, `python -m MODULE JOB`, with a `Job` as JSON. It loads its model and prints a line
-`{"ready": {...}}`; then it answers each line of its standard input, `{"prompt": 512, "steps": 64}`, by
-`{"run": {...}}`, and ends with its input. With `--make` it makes the file that it loads, where that is
+`{"ready": {...}}`; then it answers each line of its standard input, `{"prompt": 512, "steps": 64, "seed": 0}`,
+by `{"run": {...}}`, and ends with its input. With `--make` it makes the file that it loads, where that is
 missing, and ends. Whatever a library prints goes to the standard error.
 """
 
@@ -174,8 +174,8 @@ PARTS = ("q k v o", "attention", "MLP", "head", "rest")
 
 @dataclass
 class Ready:
-    """``seconds``: of loading; ``weight_bytes``: all of them; ``setting``: what it runs by; ``parts``: seconds
-    that each part of a token takes, where they can be told apart."""
+    """``seconds``: of loading; ``weight_bytes``: all of them; ``setting``: what it runs by; ``parts``:
+    seconds of each part of a token, where they can be told apart."""
 
     weight_bytes: int
     versions: dict[str, str]
@@ -231,15 +231,16 @@ def main(load: Callable[[Job], Engine], make: Callable[[Job], None], argv: Seque
     vocabulary = job.config["vocab_size"]
     for line in sys.stdin:
         asked = json.loads(line)
-        run = engine.run(prompt_ids(asked["prompt"], vocabulary), asked["steps"])
+        run = engine.run(prompt_ids(asked["prompt"], vocabulary, asked["seed"]), asked["steps"])
         run.tokens = run.tokens[:8]
         run.resident, run.peak = memory()
         _emit(out, "run", run)
 
 
-def prompt_ids(count: int, vocabulary: int) -> list[int]:
-    """The same random tokens for everybody; the first few, special in most vocabularies, are left out."""
-    return random.Random(count).choices(range(16, min(vocabulary, 40000)), k=count)
+def prompt_ids(count: int, vocabulary: int, seed: int = -1) -> list[int]:
+    """The same random tokens for everybody, others with each seed, so that nobody has read them before; the
+    first few of the vocabulary, special in most, are left out."""
+    return random.Random(seed).choices(range(16, min(vocabulary, 40000)), k=count)
 
 
 def _emit(out: TextIO, kind: str, content: Ready | Run) -> None:

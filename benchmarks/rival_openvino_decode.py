@@ -49,7 +49,7 @@ class OpenVino:
     """A pipeline, and how it is asked."""
 
     def __init__(self, job: Job) -> None:
-        self.config = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
+        self.config: dict[str, Any] = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
         if job.setting == "f32":
             self.config["INFERENCE_PRECISION_HINT"] = "f32"
         self.folder = str(made(job))
@@ -71,7 +71,11 @@ class OpenVino:
 
     def _load(self, backend: str) -> None:
         self.pipeline: Any = None  # frees the one before
-        self.pipeline = genai.LLMPipeline(self.folder, "CPU", ATTENTION_BACKEND=backend, **self.config)
+        options = {**self.config, "ATTENTION_BACKEND": backend}
+        if backend == "PA":
+            options["scheduler_config"] = genai.SchedulerConfig()
+            options["scheduler_config"].enable_prefix_caching = False  # every prompt is read
+        self.pipeline = genai.LLMPipeline(self.folder, "CPU", **options)
 
     def run(self, ids: list[int], steps: int) -> Run:
         asked = genai.GenerationConfig()
@@ -80,8 +84,8 @@ class OpenVino:
         asked.do_sample = False
         found = self.pipeline.generate(ov.Tensor(np.array([ids], np.int64)), asked)
         raw = found.perf_metrics.raw_metrics
-        first = float(raw.m_times_to_first_token[0]) / 1e3
-        # one duration for each token after the first, microseconds
+        first = float(raw.m_times_to_first_token[0]) / 1e6
+        # microseconds; one duration for each token after the first
         rest = [float(t) / 1e6 for t in raw.m_durations][-steps:]
         return Run(first, rest, [int(token) for token in found.tokens[0]])
 
