@@ -71,9 +71,10 @@ def norms(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def folder_of(config: dict[str, Any], out: Path) -> Path:
-    """A folder with a random model's config alone."""
+    """A folder with a random model's config alone. One that is there stays: others may be reading it."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if not (out / "config.json").exists():
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return out
 
 

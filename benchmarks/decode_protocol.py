@@ -1,9 +1,10 @@
 """What the decode benchmark runs, and how its contenders' processes are spoken to. Needs nothing but Python.
 
 A contender is a process, `python -m MODULE JOB`, with a `Job` as JSON. It loads its model and prints a line
-`{"ready": {...}}`; then it answers each line of its standard input, `{"prompt": 512, "steps": 64, "seed": 0}`,
-by `{"run": {...}}`, and ends with its input. With `--make` it makes the file that it loads, where that is
-missing, and ends. Whatever a library prints goes to the standard error.
+`{"ready": {...}}`; then it answers each line of its standard input, such as
+`{"prompt": 512, "steps": 64, "seed": 0}`, by `{"run": {...}}`, and ends with its input. With `--make` it
+makes the file that it loads, where that is missing, and ends. Whatever a library prints goes to
+the standard error.
 """
 
 from __future__ import annotations
@@ -224,11 +225,11 @@ def main(load: Callable[[Job], Engine], make: Callable[[Job], None], argv: Seque
         return
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    vocabulary = job.config["vocab_size"]
     start = time.perf_counter()
     engine = load(job)
     engine.ready.seconds = time.perf_counter() - start
     _emit(out, "ready", engine.ready)
-    vocabulary = job.config["vocab_size"]
     for line in sys.stdin:
         asked = json.loads(line)
         run = engine.run(prompt_ids(asked["prompt"], vocabulary, asked["seed"]), asked["steps"])
