@@ -80,7 +80,7 @@ def own_table(run: Run) -> Table:
                 f"{run['prompt'] / prompt:,.0f}",
                 f"{prompt:.3f}",
                 f"{one['peak'] / 1e9:.2f}",
-                ", ".join(f"{1e6 * s:,.0f}" for s in one["parts"].values()),
+                ", ".join(f"{1e6 * s:,.0f}" for s in one.get("parts", {}).values()),
             ]
         )
     head = ["", "weights, MB", f"decode after {run['prompt']:,}, tokens/s", "of reading", "prompt, tokens/s"]
