@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import decode_start, protocol
 from benchmarks.decode_processes import GoneError, Server, job_of, make, python_of
@@ -126,13 +129,24 @@ def measure(args: argparse.Namespace, name: str, pythons: dict[str, str], reader
                 found.note(str(why))
         for prompt in prompts if servers and reader else ():
             players = {c: s for c, s in servers.items() if prompt == subject.prompts[0] or c.long}
-            others = OtherWork()
+            others, start, own = OtherWork(), time.perf_counter(), cpu_seconds(players)
             found.series[prompt] = play(args, players, prompt, prompt != subject.prompts[0], reader, found)
-            found.other_work[prompt] = round(others.cores(), 3)
+            own = (cpu_seconds(players) - own) / (time.perf_counter() - start)
+            found.other_work[prompt] = round(max(0.0, others.cores() - own), 3)
     finally:
         for server in servers.values():
             server.close()
     return found
+
+
+def cpu_seconds(players: dict[Contender, Server]) -> float:
+    """Of processor time that the contenders that still live have taken."""
+    times = [
+        psutil.Process(server.process.pid).cpu_times()
+        for server in players.values()
+        if server.process.poll() is None
+    ]
+    return sum(t.user + t.system for t in times)
 
 
 def play(
