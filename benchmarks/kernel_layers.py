@@ -37,15 +37,18 @@ class Packed:
         self.pieces = {} if structure.layout == "16x4" else random_pieces(structure, values, group)
 
     def __call__(self, layer: Layer) -> Made:
-        if self.pieces:
-            sections = put_together(self.pieces, layer)
-        else:
-            if layer not in self.whole:
-                self.whole[layer] = random_sections(self.structure, self.values, layer, self.group)
-            sections = {name: t.clone() for name, t in self.whole[layer].items()}
+        sections = self.sections(layer)
         size = sum(t.nbytes for t in sections.values())
         handle = kernels.make_handle(self.structure.layout, self.values, *layer, self.group, sections)
         return partial(kernels.matmul, handle), size
+
+    def sections(self, layer: Layer) -> dict[str, Tensor]:
+        """The sections of one more layer, in memory of its own."""
+        if self.pieces:
+            return put_together(self.pieces, layer)
+        if layer not in self.whole:
+            self.whole[layer] = random_sections(self.structure, self.values, layer, self.group)
+        return {name: t.clone() for name, t in self.whole[layer].items()}
 
 
 def random_sections(

@@ -111,15 +111,16 @@ def protocol_threads(threads: int) -> dict[str, str]:
     return {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
-def rivals_in(pythons: list[str]) -> list[tuple[str, str]]:
-    """(python, module) of each rival that the environments have; refuses one that has none."""
+def rivals_in(pythons: list[str], modules: dict[str, str]) -> list[tuple[str, str]]:
+    """(python, module) of each rival that the environments have, of ``modules`` by package; refuses one that
+    has none."""
     found = []
     for python in pythons:
-        done = subprocess.run([python, "-c", PROBE, *RIVALS], capture_output=True, text=True, check=False)
+        done = subprocess.run([python, "-c", PROBE, *modules], capture_output=True, text=True, check=False)
         names = done.stdout.split()
         if not names:
-            raise SystemExit(f"{python} has neither of: {', '.join(RIVALS)} {done.stderr.strip()}")
-        found += [(python, RIVALS[name]) for name in names]
+            raise SystemExit(f"{python} has neither of: {', '.join(modules)} {done.stderr.strip()}")
+        found += [(python, modules[name]) for name in names]
     return found
 
 
@@ -366,7 +367,7 @@ def main() -> None:
     args = parse()
     task = task_of(args)
     out = args.out or (None if args.quick or args.own_mib else protocol.RESULTS / "kernels.json")
-    rivals = rivals_in(args.rival_python)
+    rivals = rivals_in(args.rival_python, RIVALS)
     if args.isa and args.isa not in HELD_TO:
         progress(f"rivals cannot be held to {args.isa}: they run as fast as they can")
     facts = Facts()

@@ -8,7 +8,6 @@ benchmarks/README.md). The source is expanded to float32 first, so all variants 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import math
 import os
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import protocol
+from benchmarks.llamacpp_files import quantize
 
 DEFAULT_VARIANTS = "BF16,Q8_0,Q4_1,Q4_0,Q4_0+q4_0,Q4_K_M,Q3_K_M,Q2_K"
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -53,37 +53,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "llamacpp.json", metavar="FILE")
     return parser.parse_args()
-
-
-def _constant(prefix: str, name: str) -> int:
-    import llama_cpp
-
-    value = getattr(llama_cpp, prefix + name, None)
-    if value is None:
-        raise SystemExit(f"llama.cpp knows no type {name}")
-    return int(value)
-
-
-def quantize(source: Path, target: Path, variant: str, threads: int) -> Path:
-    """Write `target` from `source` in the variant's type, unless it is there already."""
-    import llama_cpp
-
-    if target.exists():
-        return target
-    quant, _, head = variant.partition("+")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = threads
-    params.allow_requantize = True
-    params.ftype = _constant("LLAMA_FTYPE_ALL_" if quant == "F32" else "LLAMA_FTYPE_MOSTLY_", quant)
-    if head:
-        # With tied embeddings llama.cpp has one tensor for both, and asks either option for its type.
-        params.token_embedding_type = params.output_tensor_type = _constant("GGML_TYPE_", head.upper())
-    beside = target.with_suffix(".part")
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(beside).encode(), ctypes.byref(params))
-    if code != 0:
-        raise SystemExit(f"llama.cpp could not quantize to {variant} (code {code})")
-    beside.replace(target)
-    return target
 
 
 def sizes(path: Path) -> dict[str, Any]:

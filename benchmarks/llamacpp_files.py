@@ -1,0 +1,40 @@
+"""Makes llama.cpp's quantized files. Needs llama-cpp-python alone."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+
+def _constant(prefix: str, name: str) -> int:
+    import llama_cpp
+
+    value = getattr(llama_cpp, prefix + name, None)
+    if value is None:
+        raise SystemExit(f"llama.cpp knows no type {name}")
+    return int(value)
+
+
+def quantize(source: Path, target: Path, variant: str, threads: int) -> Path:
+    """Write `target` from `source` in the variant's type, unless it is there already.
+
+    `QUANT` leaves the tied head as llama.cpp chooses it; `QUANT+TYPE` sets it: `Q4_0+q4_0`.
+    """
+    import llama_cpp
+
+    if target.exists():
+        return target
+    quant, _, head = variant.partition("+")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = threads
+    params.allow_requantize = True
+    params.ftype = _constant("LLAMA_FTYPE_ALL_" if quant == "F32" else "LLAMA_FTYPE_MOSTLY_", quant)
+    if head:
+        # With tied embeddings llama.cpp has one tensor for both, and asks either option for its type.
+        params.token_embedding_type = params.output_tensor_type = _constant("GGML_TYPE_", head.upper())
+    beside = target.with_suffix(".part")
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(beside).encode(), ctypes.byref(params))
+    if code != 0:
+        raise SystemExit(f"llama.cpp could not quantize to {variant} (code {code})")
+    beside.replace(target)
+    return target
