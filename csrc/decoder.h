@@ -54,7 +54,10 @@ class DecoderCache {
     DecoderCache(const DecoderCache&) = delete;
     int64_t length() const { return length_; }
     void truncate(int64_t length);  // forgets what comes after
-    int64_t layers() const { return layers_; }
+    bool fits(const DecoderModel& model) const {
+        return layers_ == int64_t(model.layers.size()) && kv_heads_ == model.kv_heads &&
+               head_dim_ == model.head_dim;
+    }
     int64_t bytes() const { return int64_t(chunks_.size()) * chunk_bytes_; }
 
   private:

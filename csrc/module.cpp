@@ -120,8 +120,7 @@ NB_MODULE(_native, m) {
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
                 if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
                     throw nb::value_error("no such tier");
-                if (cache.layers() != int64_t(self.layers.size()))
-                    throw nb::value_error("a cache of another model");
+                if (!cache.fits(self)) throw nb::value_error("a cache of another model");
                 gossamer::DecoderTimes times{};
                 {
                     nb::gil_scoped_release release;

@@ -174,6 +174,12 @@ def why_not(model: nn.Module) -> str | None:
     head_dim = body.layers[0].self_attn.head_dim
     if 2 * body.rotary_emb.inv_freq.numel() != head_dim:
         return "it rotates a part of each head only"
+    if not bool(body.rotary_emb.inv_freq.isfinite().all()):
+        return "its rotary frequencies are not finite"
+    if not 0 <= body.norm.variance_epsilon < float("inf"):
+        return f"its norms would add {body.norm.variance_epsilon} to a mean of squares"
+    if min(_windows(config)) < 0:
+        return f"its layers would see {min(_windows(config))} positions"
     for name, module in _weights(model):
         matrix = getattr(module, "matrix", None)
         if matrix is None:
