@@ -95,14 +95,17 @@ def test_ctrl_c_in_a_prompt_leaves_the_session_as_it_was() -> None:
     assert torch.equal(session.logits(ids[20:]), again.logits(ids[20:]))
 
 
-def test_ctrl_c_while_tokens_are_written_and_the_same_ones_again() -> None:
+def test_ctrl_c_while_tokens_are_written_and_on_from_there() -> None:
     model, ids = endless(), tiny_tokens(1, 20)[0]
-    session = PrefixSession(partial(NativeSession, Decoder(model)))
+    decoder = Decoder(model)
+    session = PrefixSession(partial(NativeSession, decoder))
     written: list[int] = []
     with ctrl_c_when(lambda: len(written) > 50):
         for token in greedy(model, session, ids):
             written.append(token)
-    assert list(islice(greedy(model, session, ids), len(written))) == written
+    on = islice(greedy(model, session, torch.tensor([*ids, *written])), 20)
+    whole = greedy(model, PrefixSession(partial(NativeSession, decoder)), ids)
+    assert [*written, *on] == list(islice(whole, len(written) + 20))
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -131,11 +134,13 @@ def test_an_interruption_around_any_call_loses_nothing(
         sessions.append(NativeSession(decoder))
         return sessions[-1]
 
-    session = PrefixSession(start)
+    session, written = PrefixSession(start), []
     with pytest.raises(KeyboardInterrupt):
-        list(greedy(model, session, ids, 10))
+        list(map(written.append, greedy(model, session, ids, 10)))
+    assert written == want[: max(0, call - 1)]
     assert sessions[0].length == (0 if call < 2 else 700 + call - 2)
-    assert list(greedy(model, session, ids, 10)) == want
+    on = torch.tensor([*ids, *written])
+    assert written + list(greedy(model, session, on, 10 - len(written))) == want
 
 
 def test_an_exception_where_tokens_are_shown_ends_nothing_else() -> None:
@@ -255,15 +260,22 @@ def test_decoders_of_different_sizes_take_turns_in_one_thread() -> None:
 
 
 def test_threads_that_share_a_session_take_turns() -> None:
-    decoder = Decoder(tiny_model("llama"))
+    decoder, ids = Decoder(endless()), torch.full((64,), 5)
     one, other = NativeSession(decoder), NativeSession(decoder)
-    threads = [threading.Thread(target=lambda: [one.step(5) for _ in range(50)]) for _ in range(4)]
+    together = threading.Barrier(4)
+
+    def work() -> None:
+        together.wait()
+        for _ in range(20):
+            one.prompt(ids)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert one.length == 200
-    other.prompt(torch.full((200,), 5))
+    assert one.length == 4 * 20 * 64
+    other.prompt(torch.full((one.length,), 5))
     assert torch.equal(one.step(7), other.step(7))
 
 
