@@ -43,6 +43,12 @@ struct DecoderModel {
 
     // An empty string, or which part does not fit.
     std::string check() const;
+
+    // Whether a cache is of this shape.
+    bool owns(const Cache& cache) const {
+        return cache.layers() == int64_t(layers.size()) && cache.kv_heads() == kv_heads &&
+               cache.head_dim() == head_dim;
+    }
 };
 
 // Seconds of the parts of a forward pass, of the first thread, its waiting for others included.

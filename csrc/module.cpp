@@ -136,11 +136,17 @@ NB_MODULE(_native, m) {
                                      count, all, reinterpret_cast<float*>(logits), threads,
                                      timed ? &times : nullptr);
                 }
-                return std::vector<double>{times.attention_products, times.attention, times.mlp, times.head,
-                                           times.rest};
+                nb::dict parts;
+                parts["attention_products"] = times.attention_products;
+                parts["attention"] = times.attention;
+                parts["mlp"] = times.mlp;
+                parts["head"] = times.head;
+                parts["rest"] = times.rest;
+                return parts;
             },
-            "Appends tokens; logits of the last one, or of all. Returns seconds of the parts, zeros if not "
-            "timed.");
+            "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
+            "if "
+            "not timed.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def(

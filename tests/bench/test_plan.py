@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,12 @@ def stopwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
 
 
 def packed_model(values: str = "int4", pattern: str = "32:64", sparsity: float | None = None) -> Any:
-    """A tiny llama, its linears packed sparse and its tied embeddings dense int8."""
+    """A tiny llama, its linears packed sparse and its tied embeddings dense int8; a copy of its own."""
+    return deepcopy(_packed_model(values, pattern, sparsity))
+
+
+@cache
+def _packed_model(values: str, pattern: str, sparsity: float | None) -> Any:
     model = tiny_model("llama")
     with torch.no_grad():
         for block in find_parts(model).blocks:

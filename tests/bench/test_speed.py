@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gossamer.bench import Machine, Speed, SpeedComparison, compare_speed, decode_bytes, measure_speed
+from gossamer.bench import machine as machine_module
 from gossamer.bench import speed as speed_module
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.layers import linear_layers
@@ -21,6 +22,11 @@ from tiny import tiny_model
 LINEAR = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
 EDGE = 384 * 64
 NORMS = 7 * 64
+
+
+@pytest.fixture(autouse=True)
+def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_module, "read_bandwidth", lambda: 10e9)  # half a second, tested by itself
 
 
 def facts(cache_bytes: int | None = 1000) -> Machine:

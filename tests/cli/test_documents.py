@@ -36,6 +36,7 @@ def test_every_document_has_the_documented_keys(
         "`compress`": ("compress", model, "-o", tmp_path / "out", "--method", "magnitude", *SMALL),
         "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
         "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),
+        "`bench --profile`": ("bench", checkpoint, "--profile", "--prompt", 4, "--decode", 2, "--threads", 1),
         "`bench --plan`": ("bench", checkpoint, "--plan", "--prompt", 4, "--decode", 2, "--threads", 1),
         "`run`": ("run", checkpoint, "hello", "--max-new-tokens", 2),
         "`info` of a checkpoint": ("info", checkpoint),

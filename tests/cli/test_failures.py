@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cli_run import SMALL, Outcome, run
 
+from gossamer import kernels
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 
@@ -98,6 +99,46 @@ def test_models_that_cannot_be(text: Path, tmp_path: Path) -> None:
     for command in (("compress", odd, *options), ("info", odd), ("eval", odd), ("run", odd, "hello")):
         refused(run(*command), "odd", "abacus")
     assert not (tmp_path / "out").exists()
+
+
+NATIVE = {
+    "run": ("run", "hello", "--engine", "native"),
+    "bench": ("bench", "--prompt", "8", "--decode", "2", "--repeats", "1", "--engine", "native"),
+    "profile": ("bench", "--prompt", "8", "--decode", "2", "--profile"),
+}
+
+
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("command", NATIVE)
+def test_damaged_models_in_the_native_decoder(
+    command: str, checkpoint: Path, model: Path, tmp_path: Path
+) -> None:
+    """Every file of a model empty or cut in half, a family that nobody knows and numbers that cannot be."""
+    name, *options = NATIVE[command]
+
+    def copy(of: Path) -> Path:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        return shutil.copytree(of, tmp_path / "copy")
+
+    for of in (model, checkpoint):
+        for file in sorted(path.name for path in of.iterdir() if path.suffix != ".jinja"):
+            data = (of / file).read_bytes()
+            for kept in (0, len(data) // 2, len(data) - 2):
+                folder = copy(of)
+                (folder / file).write_bytes(data[:kept])
+                refused(run(name, folder, *options))
+    for changes, words in (
+        ({"model_type": "abacus"}, ("copy", "abacus")),
+        ({"num_attention_heads": 5}, ("copy", "multiple of the number of attention heads")),
+        ({"rms_norm_eps": float("nan")}, ("copy", "rms_norm_eps", "NaN")),
+        ({"rms_norm_eps": -1.0}, ("native decoder", "-1.0")),
+    ):
+        folder = copy(model)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        refused(run(name, folder, *options), *words)
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    refused(run(name, tmp_path / "empty.gguf", *options), "empty.gguf", "no GGUF file")
 
 
 def test_nan_weights(text: Path, tmp_path: Path) -> None:

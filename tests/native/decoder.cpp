@@ -87,8 +87,12 @@ class RandomDecoder {
 // One sequence: logits of what is appended, all rows or the last.
 class Sequence {
   public:
-    Sequence(const DecoderModel& model, const Tier& tier, int dtype, int threads, Random& random)
-        : cache(model, dtype), model_(model), tier_(tier), threads_(threads), random_(random) {}
+    Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, Random& random)
+        : cache(int64_t(model.layers.size()), model.kv_heads, model.head_dim, type),
+          model_(model),
+          tier_(tier),
+          threads_(threads),
+          random_(random) {}
 
     Rows append(const std::vector<int64_t>& tokens, int64_t count, bool all) {
         const Buffer logits((all ? count : 1) * kVocabulary * 4, random_);
@@ -99,7 +103,7 @@ class Sequence {
         return Rows(first, first + logits.size() / 4);
     }
 
-    DecoderCache cache;
+    Cache cache;
 
   private:
     const DecoderModel& model_;
@@ -129,18 +133,18 @@ void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Ro
     }
 }
 
-void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier, int dtype,
-                   int threads, Random& random) {
-    const char* cache = dtype == kF32 ? "float32" : "bfloat16";
+void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
+                   CacheType type, int threads, Random& random) {
+    const char* cache = type == kCacheF32 ? "float32" : type == kCacheBF16 ? "bfloat16" : "int8";
     describe("%s, decoder, cache of %s", tier.name, cache);
-    Sequence whole(model, tier, dtype, 1, random);
+    Sequence whole(model, tier, type, 1, random);
     const Rows want = whole.append(tokens, kTokens, true);
     for (size_t i = 0; i < want.size(); i++)
         CHECK(std::isfinite(want[i]), "logit %zu of token %zu is %g", i % kVocabulary, i / kVocabulary,
               double(want[i]));
     check_going_on(whole, tokens, want, random);
     describe("%s, decoder, cache of %s, %d threads", tier.name, cache, threads);
-    Sequence other(model, tier, dtype, threads, random);
+    Sequence other(model, tier, type, threads, random);
     check_same(other.append(tokens, kPrompt, false), 0, want, kPrompt - 1, 1, kVocabulary,
                "the last token of a prompt, and it among all");
     CHECK(other.cache.length() == kPrompt, "there are %lld positions", (long long)other.cache.length());
@@ -156,8 +160,8 @@ void test_decoder() {
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < kTokens; i++) tokens.push_back(random.below(kVocabulary));
     for (const Tier* tier : tiers_under_test())
-        for (int dtype : {kF32, kBF16})
-            check_decoder(decoder.model, tokens, *tier, dtype, dtype == kF32 ? 2 : 3, random);
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
+            check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, random);
 }
 
 }  // namespace testing

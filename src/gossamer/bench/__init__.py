@@ -3,13 +3,16 @@
 from gossamer.bench.machine import Machine, machine_facts, read_bandwidth
 from gossamer.bench.memory import MemoryUse, peak_bytes, reset_peak, resident_bytes, resident_memory
 from gossamer.bench.planning import Plan, PlanRow, plan
+from gossamer.bench.profiling import Part, Profile, profile
 from gossamer.bench.speed import Speed, SpeedComparison, compare_speed, decode_bytes, measure_speed
 
 __all__ = [
     "Machine",
     "MemoryUse",
+    "Part",
     "Plan",
     "PlanRow",
+    "Profile",
     "Speed",
     "SpeedComparison",
     "compare_speed",
@@ -18,6 +21,7 @@ __all__ = [
     "measure_speed",
     "peak_bytes",
     "plan",
+    "profile",
     "read_bandwidth",
     "reset_peak",
     "resident_bytes",

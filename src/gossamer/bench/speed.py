@@ -211,7 +211,7 @@ def _measure(
     sessions: Mapping[str, SessionFactory],
     progress: Progress,
 ) -> dict[str, Speed]:
-    inputs = _inputs(models, prompt, decode, repeats, warmup, tokens, seed)
+    inputs = prompt_for(models, prompt, decode, repeats, warmup, tokens, seed)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     names = list(models)
     total, done = (warmup + repeats) * len(names), 0
@@ -258,16 +258,17 @@ def _run(start_session: SessionFactory, ids: Tensor, decode: int) -> tuple[float
     return first - start, time.perf_counter() - first
 
 
-def _inputs(
+def prompt_for(
     models: Mapping[str, nn.Module],
     prompt: int,
     decode: int,
     repeats: int,
-    warmup: int,
-    tokens: Tensor | None,
-    seed: int,
+    warmup: int = 0,
+    tokens: Tensor | None = None,
+    seed: int = 0,
 ) -> Tensor:
-    """The prompt; raises EvaluationError where it, or what follows it, cannot be run."""
+    """The prompt: ``tokens``, or random ones by ``seed`` that all ``models`` know. Raises EvaluationError
+    where it, or what follows it, cannot be run."""
     if not models:
         raise EvaluationError("no model was given to measure")
     counts = {"prompt": prompt, "decode": decode, "repeats": repeats}

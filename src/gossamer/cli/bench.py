@@ -1,4 +1,4 @@
-"""`gossamer bench`: prompt and decode speed, rivals side by side; or a plan of one model's layouts."""
+"""`gossamer bench`: prompt and decode speed, rivals side by side; or one model's plan, or its profile."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ def bench(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="With --plan: measure anew what this machine's cache holds.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Instead: where a token's time goes in the native decoder, part by part."
+        ),
+    ] = False,
     dtype: options.Dtype = options.DtypeName.bfloat16,
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
@@ -58,30 +64,31 @@ def bench(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure tokens a second, prompt and decode, of one or several models in turn."""
+    if plan and profile:
+        raise EvaluationError("--plan and --profile are two things: ask for one")
+    if (plan or profile) and len(models) != 1:
+        raise EvaluationError(
+            f"--{'plan' if plan else 'profile'} is of one model, got {len(models)}: name one"
+        )
     if plan:
         if huge_pages:
             raise EvaluationError("--huge-pages is for measuring a model: leave it out with --plan")
-        if len(models) != 1:
-            raise EvaluationError(f"--plan is of one model, got {len(models)}: name one")
         chosen = {"values": values, "pattern": pattern, "sparsity": sparsity, "zeros": zeros}
         _plan(models[0], as_json, prompt=prompt, decode=decode, threads=threads, refresh=refresh, **chosen)
         return
     if refresh or any(given is not None for given in (values, pattern, sparsity, zeros)):
         raise EvaluationError("--values, --pattern, --sparsity, --zeros and --refresh are for --plan: add it")
+    settings: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "threads": threads}
+    settings |= {"dtype": dtype.value, "huge_pages": huge_pages}
+    if profile:
+        if engine is options.EngineName.transformers:
+            raise EvaluationError("--profile is of the native decoder: leave --engine transformers out")
+        _profile(models[0], as_json, **settings)
+        return
     from gossamer.recipes.measure import speed
 
     with progress() as report:
-        found = speed(
-            *models,
-            prompt=prompt,
-            decode=decode,
-            repeats=repeats,
-            threads=threads,
-            dtype=dtype.value,
-            huge_pages=huge_pages,
-            engine=engine.value,
-            progress=report,
-        )
+        found = speed(*models, engine=engine.value, progress=report, **settings)
     if as_json:
         show.document(found.to_dict())
         return
@@ -113,6 +120,18 @@ def _plan(model: str, as_json: bool, **settings: Any) -> None:
         show.document({"model": model, **found.to_dict()})
     else:
         print_plan(found, machine_notes(found.machine, found.other_work))
+
+
+def _profile(model: str, as_json: bool, **settings: Any) -> None:
+    from gossamer.cli.profile import print_profile
+    from gossamer.recipes.measure import profile
+
+    with progress() as report:
+        found = profile(model, progress=report, **settings)
+    if as_json:
+        show.document({"model": model, **found.to_dict()})
+    else:
+        print_profile(found, machine_notes(found.machine, found.other_work))
 
 
 def _row(found: SpeedComparison, name: str) -> tuple[str, ...]:

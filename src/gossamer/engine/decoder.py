@@ -11,13 +11,15 @@ from gossamer import kernels
 from gossamer.errors import ModelError
 from gossamer.kernels import Handle
 from gossamer.kernels.native import native
-from gossamer.matrices import Matrix, Packed
+from gossamer.matrices import Packed
 from gossamer.nn import StructuredEmbedding, StructuredLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
 CACHES = (torch.float32, torch.bfloat16, torch.int8)  # in the order of csrc/attention.h
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# a layer's weights, by the part of a token that multiplies them
+_LINEARS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_products")
+_LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 
 
 class Decoder:
@@ -25,7 +27,9 @@ class Decoder:
 
     Packed weights are used in place; plain ones are packed in their own dtype (float16 as float32), which
     keeps every number. Norms, attention and what lies between layers is float32. ``context``: positions that
-    the model knows. Raises ModelError where `why_not` has a reason.
+    the model knows; ``weights``: those that a token reads whole, by the part of `append`'s times that does;
+    ``windows``: positions that each layer sees, its own among them (0: all). Raises ModelError where
+    `why_not` has a reason.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,21 +40,26 @@ class Decoder:
         config: Any = model.config
         body: Any = model.model
         self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.weights: dict[str, list[Packed]] = {}
+        self.windows = _windows(config)
         self._alive: list[Any] = []
-        embedding = self._rows(body.embed_tokens)
+        rows = _matrix(body.embed_tokens)
+        embedding = self._handle(rows)
         tied = _source(body.embed_tokens) is _source(model.lm_head)
-        head = embedding if tied else self._linear(model.lm_head)[0]
+        head = self._weight("head", rows) if tied else self._linear("head", model.lm_head)[0]
         attention, rotary = body.layers[0].self_attn, body.rotary_emb
         self.vocabulary = head.out_features
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = attention.head_dim
         sizes = [
             config.hidden_size,
             body.layers[0].mlp.gate_proj.out_features,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            attention.head_dim,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
             self.vocabulary,
         ]
-        self._cache_sizes = (len(body.layers), config.num_key_value_heads, attention.head_dim)
+        self._cache_sizes = (len(body.layers), self.kv_heads, self.head_dim)
         numbers = [
             body.norm.variance_epsilon,
             attention.scaling,
@@ -66,7 +75,7 @@ class Decoder:
             head.packed,
             self._array(getattr(model.lm_head, "bias", None)),
         )
-        for layer, window in zip(body.layers, _windows(config), strict=True):
+        for layer, window in zip(body.layers, self.windows, strict=True):
             self._add(layer, window)
         fault = self._native.check()
         if fault:
@@ -80,9 +89,10 @@ class Decoder:
 
     def append(
         self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, dict[str, float]]:
         """Appends ``tokens``, int64 ``(n,)``, and gives float32 logits of the last one ``(vocab,)``, or with
-        ``every`` of all ``(n, vocab)``; and seconds of the parts where ``timed``.
+        ``every`` of all ``(n, vocab)``; and seconds of the parts by name (zeros unless ``timed``):
+        ``attention_products`` (q, k, v, o), ``attention``, ``mlp``, ``head``, ``rest``.
 
         Raises ModelError for tokens that the model does not have, and past its context.
         """
@@ -116,7 +126,7 @@ class Decoder:
             self._array(getattr(getattr(attention, "q_norm", None), "weight", None)),
             self._array(getattr(getattr(attention, "k_norm", None), "weight", None)),
         ]
-        linears = [self._linear(_part(attention, mlp, name)) for name in _LINEARS]
+        linears = [self._linear(part, _part(attention, mlp, name)) for name, part in _LINEARS.items()]
         self._native.add_layer(
             norms,
             [handle.packed for handle, _ in linears],
@@ -133,17 +143,14 @@ class Decoder:
         self._alive.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, module: Any) -> tuple[Handle, int]:
-        matrix = module.matrix if isinstance(module, StructuredLinear) else _packed(module.weight)
-        return self._handle(matrix), self._array(module.bias)
+    def _linear(self, part: str, module: Any) -> tuple[Handle, int]:
+        return self._weight(part, _matrix(module)), self._array(module.bias)
 
-    def _rows(self, module: Any) -> Handle:
-        return self._handle(
-            module.matrix if isinstance(module, StructuredEmbedding) else _packed(module.weight)
-        )
+    def _weight(self, part: str, matrix: Packed) -> Handle:
+        self.weights.setdefault(part, []).append(matrix)
+        return self._handle(matrix)
 
-    def _handle(self, matrix: Matrix) -> Handle:
-        assert isinstance(matrix, Packed)  # why_not has looked
+    def _handle(self, matrix: Packed) -> Handle:
         handle = matrix.leaf()
         assert isinstance(handle, Handle)
         self._alive.append(handle)
@@ -169,6 +176,12 @@ def why_not(model: nn.Module) -> str | None:
     head_dim = body.layers[0].self_attn.head_dim
     if 2 * body.rotary_emb.inv_freq.numel() != head_dim:
         return "it rotates a part of each head only"
+    if not bool(body.rotary_emb.inv_freq.isfinite().all()):
+        return "its rotary frequencies are not finite"
+    if not 0 <= body.norm.variance_epsilon < float("inf"):
+        return f"its norms would add {body.norm.variance_epsilon} to a mean of squares"
+    if min(_windows(config)) < 0:
+        return f"its layers would see {min(_windows(config))} positions"
     for name, module in _weights(model):
         matrix = getattr(module, "matrix", None)
         if matrix is None:
@@ -205,6 +218,10 @@ def _source(module: Any) -> Any:
     return module.matrix if hasattr(module, "matrix") else module.weight
 
 
-def _packed(weight: Tensor) -> Packed:
-    values = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
-    return Packed.pack(weight.detach(), values=values, layout="dense")
+def _matrix(module: Any) -> Packed:
+    """The packed weight of a linear layer or an embedding, its own or one that is made."""
+    if isinstance(module, (StructuredLinear, StructuredEmbedding)):
+        assert isinstance(module.matrix, Packed)  # why_not has looked
+        return module.matrix
+    values = "bfloat16" if module.weight.dtype == torch.bfloat16 else "float32"
+    return Packed.pack(module.weight.detach(), values=values, layout="dense")

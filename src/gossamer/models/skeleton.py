@@ -139,14 +139,17 @@ def empty_model(folder: Path) -> PreTrainedModel:
     tied ones tied; buffers real; evaluation mode. Weights are not looked at. Raises ModelError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    name = Path(folder).name
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with _parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged configuration may break transformers anywhere
         raise ModelError(
-            f"transformers makes no causal language model of {Path(folder).name}: {_first_line(error)}"
+            f"transformers makes no causal language model of {name}: {_first_line(error)}"
         ) from error
+    if unknown := [key for key, value in _numbers(config.to_dict()) if value != value]:
+        raise ModelError(f"the config of {name} is damaged: {unknown[0]} is no number (NaN)")
     model.tie_weights()
     model.eval()
     return model
@@ -266,7 +269,12 @@ def load_model(
     if (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # a damaged file may break transformers anywhere
+            raise ModelError(
+                f"generation_config.json in {folder.name} is damaged: {_first_line(error)}"
+            ) from error
     return model, load_tokenizer(folder)
 
 
@@ -321,4 +329,18 @@ def _dtype(name: torch.dtype | str) -> torch.dtype:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says first: its first line, and the next where that only announces it."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a configuration, each with the key that it, or the list that it is in, lies under."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, (int, float)):
+        yield key, value

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.bench import Plan, SpeedComparison, compare_speed
+from gossamer.bench import Plan, Profile, SpeedComparison, compare_speed
 from gossamer.bench import plan as _plan
+from gossamer.bench import profile as _profile
+from gossamer.engine import NativeSession
+from gossamer.errors import EvaluationError
 from gossamer.evaluate import Quality, compare
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.session import SessionFactory
@@ -112,6 +115,33 @@ def speed(
         threads=threads,
         sessions=sessions,
         progress=progress,
+    )
+
+
+def profile(
+    model: str | Path | LoadedModel,
+    *,
+    prompt: int = 512,
+    decode: int = 64,
+    repeats: int = 3,
+    threads: int | None = None,
+    dtype: torch.dtype | str = "bfloat16",
+    huge_pages: bool = False,
+    progress: Progress = silent,
+) -> Profile:
+    """Where a token's time goes in the native decoder, of the prompt and after it; see
+    :func:`gossamer.bench.profile`. ``dtype``, ``huge_pages``: see `speed` and `load`.
+    Raises a GossamerError for whatever a person can mend, such as a model that the decoder cannot run.
+    """
+    if not isinstance(model, LoadedModel):
+        model = load(model, dtype=dtype, huge_pages=huge_pages, engine="native", progress=progress)
+    session = model.session()
+    if not isinstance(session, NativeSession):
+        raise EvaluationError(
+            f"a profile is of the native decoder, but {model.label} runs in another engine ({model.engine})"
+        )
+    return _profile(
+        session.decoder, prompt=prompt, decode=decode, repeats=repeats, threads=threads, progress=progress
     )
 
 
