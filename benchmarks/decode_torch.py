@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.decode_files import checkpoint
-from benchmarks.decode_protocol import PARTS, Job, Ready, Run, main, prompt_ids, stepped
+from benchmarks.decode_protocol import Job, Ready, Run, main, prompt_ids, stepped
 
 TIMED = 20  # tokens whose parts are timed
 
@@ -48,8 +48,7 @@ class Native:
         cache = self.decoder.new_cache()
         self.decoder.append(cache, torch.tensor(prompt_ids(prompt, self.decoder.vocabulary)))
         found = [self.decoder.append(cache, torch.tensor([16]), timed=True)[1] for _ in range(TIMED)]
-        medians = map(statistics.median, zip(*found, strict=True))
-        return dict(zip(PARTS, medians, strict=True))
+        return {part: statistics.median(one[part] for one in found) for part in found[0]}
 
     def run(self, ids: list[int], steps: int) -> Run:
         from gossamer.engine import NativeSession
