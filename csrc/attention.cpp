@@ -33,13 +33,15 @@ GOSSAMER_INLINE Floats dot(const Floats& sum, const Bytes& w, const Bytes& x) { 
 template <class T>
 struct Block {
     const T *keys, *values;
-    const float *key_scales, *value_scales;  // or null
-    int64_t start;                           // its first position
-    int count;                               // positions that anyone sees
+    const float *key_scales, *value_scales;    // or null
+    const uint8_t *values_ahead, *keys_ahead;  // what memory is asked for meanwhile
+    int64_t start;                             // its first position
+    int count;                                 // positions that anyone sees
 };
 
 template <class T, int N>
-__attribute__((noinline)) void score(const T* queries, int wide, const T* keys, float* scores) {
+__attribute__((noinline)) void score(const T* queries, int wide, const T* keys, float* scores,
+                                     const uint8_t* ahead) {
     const int words = wide / kWord<T>;
     for (int j = 0; j < kBlock / 16; j += kSide) {
         Floats sum[N][kSide];
@@ -52,8 +54,10 @@ __attribute__((noinline)) void score(const T* queries, int wide, const T* keys, 
         for (int w = 0; w < words; w++) {
             decltype(load_words(from)) k[kSide];
             GOSSAMER_UNROLL(4)
-            for (int m = 0; m < kSide; m++)
+            for (int m = 0; m < kSide; m++) {
                 k[m] = load_words(from + (int64_t(m) * words + w) * 16 * kWord<T>);
+                __builtin_prefetch(ahead + 64 * (int64_t(j) * words + w * kSide + m));
+            }
             GOSSAMER_UNROLL(6)
             for (int n = 0; n < N; n++) {
                 const auto x = spread(queries + n * wide + w * kWord<T>);
@@ -113,7 +117,7 @@ GOSSAMER_INLINE float soften(const Block<T>& block, int64_t first, int64_t last,
 // sums = sums * fade + weights * values, for numbers [from, from + 16 J) of the head.
 template <class T, int N, int J>
 GOSSAMER_INLINE void gather_some(const T* weights, const T* values, int words, int wide, int from,
-                                 const float* fade, float* sums, int size) {
+                                 const float* fade, float* sums, int size, const uint8_t* ahead) {
     Floats sum[N][J];
     GOSSAMER_UNROLL(6)
     for (int n = 0; n < N; n++) {
@@ -126,6 +130,8 @@ GOSSAMER_INLINE void gather_some(const T* weights, const T* values, int words, i
         GOSSAMER_UNROLL(4)
         for (int j = 0; j < J; j++)
             v[j] = load_words(values + (int64_t(w) * wide + from + 16 * j) * kWord<T>);
+        GOSSAMER_UNROLL(4)
+        for (int j = 0; j < J; j++) __builtin_prefetch(ahead + 64 * (int64_t(w) * wide / 16 + from / 16 + j));
         GOSSAMER_UNROLL(6)
         for (int n = 0; n < N; n++) {
             const auto x = spread(weights + n * kBlock + w * kWord<T>);
@@ -142,13 +148,13 @@ GOSSAMER_INLINE void gather_some(const T* weights, const T* values, int words, i
 
 template <class T, int N>
 __attribute__((noinline)) void gather(const T* weights, const T* values, int words, int wide,
-                                      const float* fade, float* sums) {
+                                      const float* fade, float* sums, const uint8_t* ahead) {
     const int size = state_size(wide);
     int from = 0;
     for (; from + 16 * kSide <= wide; from += 16 * kSide)
-        gather_some<T, N, kSide>(weights, values, words, wide, from, fade, sums, size);
+        gather_some<T, N, kSide>(weights, values, words, wide, from, fade, sums, size, ahead);
     for (; from < wide; from += 16)
-        gather_some<T, N, 1>(weights, values, words, wide, from, fade, sums, size);
+        gather_some<T, N, 1>(weights, values, words, wide, from, fade, sums, size, ahead);
 }
 
 // ---- a walk over blocks
@@ -166,11 +172,12 @@ void meet(const Attention& a, const Block<T>& block, int from, const Part& part)
     float fade[N];
     const int wide = wide_of(a.dim), size = state_size(a.dim);
     float* states = part.states + from * size;
-    score<T, N>((const T*)a.queries + from * wide, wide, block.keys, scores);
+    score<T, N>((const T*)a.queries + from * wide, wide, block.keys, scores, block.values_ahead);
     for (int n = 0; n < N; n++)
         fade[n] = soften<T>(block, a.first[from + n], a.last[from + n], scores + n * kBlock,
                             states + n * size + wide, part.sums + 16 * (from + n), weights + n * kBlock);
-    gather<T, N>(weights, block.values, (block.count + kWord<T> - 1) / kWord<T>, wide, fade, states);
+    gather<T, N>(weights, block.values, (block.count + kWord<T> - 1) / kWord<T>, wide, fade, states,
+                 block.keys_ahead);
 }
 
 template <class T>
@@ -229,23 +236,38 @@ int64_t attention_scratch(int64_t dim, int type) {
     return 4 * kQueries * (state_size(dim) + 16) + (type == kCacheI8 ? 4 * kBlock * wide_of(dim) : 0);
 }
 
-template <class T>
-void block_of(const Attention& a, const Scratch&, int64_t chunk, int in_chunk, Block<T>* block) {
-    const int64_t at = int64_t(in_chunk) * kBlock * wide_of(a.dim);
-    block->keys = (const T*)a.keys[chunk] + at;
-    block->values = (const T*)a.values[chunk] + at;
+// Codes, or numbers, of one block in a part.
+const uint8_t* at_block(const Attention& a, const uint8_t* const* parts, int64_t number) {
+    const int64_t start = number * kBlock, size = a.type == kCacheF32 ? 4 : a.type == kCacheBF16 ? 2 : 1;
+    return parts[start / kChunk] + start % kChunk * wide_of(a.dim) * size;
 }
 
-void open_block(const Attention& a, const Scratch& scratch, int64_t chunk, int in_chunk,
-                Block<uint16_t>* block) {
-    const int64_t some = int64_t(kBlock) * wide_of(a.dim), all = int64_t(kChunk) * wide_of(a.dim);
-    open_codes((const int8_t*)a.keys[chunk] + in_chunk * some, some, scratch.keys);
-    open_codes((const int8_t*)a.values[chunk] + in_chunk * some, (block->count + 1) / 2 * 2 * wide_of(a.dim),
-               scratch.values);
-    block->keys = scratch.keys;
-    block->values = scratch.values;
-    block->key_scales = (const float*)(a.keys[chunk] + all) + in_chunk * kBlock;
-    block->value_scales = (const float*)(a.values[chunk] + all) + in_chunk * kBlock;
+const float* scales_of(const Attention& a, const uint8_t* part, int64_t start) {
+    return (const float*)(part + int64_t(kChunk) * wide_of(a.dim)) + start % kChunk;
+}
+
+// Block `number`, as it lies or opened; `next`: the one that is looked at after it.
+template <class T>
+Block<T> open_block(const Attention& a, const Scratch& scratch, int64_t number, int64_t next, int count) {
+    const uint8_t *keys = at_block(a, a.keys, number), *values = at_block(a, a.values, number);
+    const int64_t start = number * kBlock;
+    const uint8_t* next_keys = at_block(a, a.keys, next);
+    if constexpr (sizeof(T) == 2) {
+        if (a.type == kCacheI8) {
+            const int wide = wide_of(a.dim);
+            open_codes((const int8_t*)keys, kBlock * wide, scratch.keys);
+            open_codes((const int8_t*)values, (count + 1) / 2 * 2 * wide, scratch.values);
+            return {scratch.keys,
+                    scratch.values,
+                    scales_of(a, a.keys[start / kChunk], start),
+                    scales_of(a, a.values[start / kChunk], start),
+                    at_block(a, a.values, next),
+                    next_keys,
+                    start,
+                    count};
+        }
+    }
+    return {(const T*)keys, (const T*)values, nullptr, nullptr, values, next_keys, start, count};
 }
 
 template <class T>
@@ -274,18 +296,10 @@ void attend_blocks(const Attention& a) {
             for (int n = 0; n < a.count; n++) open_state(scratch.part.states + n * size, a.dim);
             __builtin_memset(scratch.part.sums, 0, size_t(a.count) * 64);
         }
-        Block<T> block{};
-        block.start = start;
-        block.count = last - start + 1 < kBlock ? int(last - start + 1) : kBlock;
-        const int in_chunk = int(start % kChunk / kBlock);
-        if constexpr (sizeof(T) == 2) {
-            if (a.type == kCacheI8)
-                open_block(a, scratch, chunk, in_chunk, &block);
-            else
-                block_of(a, scratch, chunk, in_chunk, &block);
-        } else {
-            block_of(a, scratch, chunk, in_chunk, &block);
-        }
+        const int64_t later = i + 1 < a.block_end ? a.blocks ? a.blocks[i + 1] : i + 1 : number;
+        const int count = last - start + 1 < kBlock ? int(last - start + 1) : kBlock;
+        const Block<T> block =
+            open_block<T>(a, scratch, number, later * kBlock > last ? number : later, count);
         meet_all(a, block, scratch.part);
     }
     close();

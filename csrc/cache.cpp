@@ -3,7 +3,28 @@
 #include <algorithm>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace gossamer {
+namespace {
+
+constexpr int64_t kHuge = 2 << 20;  // bytes of a huge page
+
+// Chunks of more than a huge page lie on huge pages where the system gives them: a token reads all of them,
+// and 4 KiB pages cost it as much as the reading.
+uint8_t* chunk_memory(int64_t bytes) {
+    const int64_t unit = bytes > kHuge ? kHuge : 64;
+    const int64_t whole = (bytes + unit - 1) / unit * unit;
+    void* memory = std::aligned_alloc(size_t(unit), size_t(whole));
+#if defined(__linux__)
+    if (memory && unit == kHuge) madvise(memory, size_t(whole), MADV_HUGEPAGE);
+#endif
+    return static_cast<uint8_t*>(memory);
+}
+
+}  // namespace
 
 Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type)
     : layers_(layers),
@@ -23,7 +44,7 @@ void Cache::grow(int64_t length) {
     if (wanted <= had) return;
     try {
         while (int64_t(chunks_.size()) < wanted) {
-            chunks_.emplace_back(static_cast<uint8_t*>(std::aligned_alloc(64, size_t(chunk_bytes_))));
+            chunks_.emplace_back(chunk_memory(chunk_bytes_));
             if (!chunks_.back()) throw std::bad_alloc();
         }
         const int64_t parts = layers_ * kv_heads_ * 2;
