@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from gossamer import kernels
 from gossamer.engine import Decoder, NativeSession, why_not
+from gossamer.engine.decoder import CACHES
 from gossamer.errors import ModelError
 from gossamer.matrices import Packed
 from gossamer.models.session import Session
@@ -141,17 +143,18 @@ def test_packed_weights_give_what_pytorch_gives_with_them(values: str, layout: s
     close(NativeSession(Decoder(model), torch.float32).logits(ids), want, 2e-2)
 
 
-def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads() -> None:
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(cache: torch.dtype) -> None:
     decoder, ids = Decoder(packed(tiny_model("llama"), "int4", "32:64")), tiny_tokens(1, 60)[0]
+    session = partial(NativeSession, decoder, cache)
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            whole, steps = NativeSession(decoder), NativeSession(decoder)
+            whole, steps, parts = session(), session(), session()
             found.append(whole.logits(ids))
             found.append(torch.stack([steps.step(int(token)) for token in ids]))
-            parts = NativeSession(decoder)
             found.append(torch.cat([parts.logits(some) for some in ids.split([3, 9, 1, 47])]))
     finally:
         torch.set_num_threads(before)
@@ -159,11 +162,45 @@ def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads() -> None:
         assert torch.equal(other, found[0])
 
 
-def test_a_cache_in_bfloat16_is_near_one_in_float32() -> None:
-    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 100)[0]
-    full, half = NativeSession(decoder, torch.float32), NativeSession(decoder)
-    close(half.logits(ids), full.logits(ids), 3e-2)
-    assert half.nbytes * 2 == full.nbytes
+def test_a_row_after_several_chunks_has_the_bits_of_a_prompt() -> None:
+    ids = tiny_tokens(1, 500)[0]
+    for case in ("mistral", "seven queries a key"):  # windows that begin within blocks, and none
+        decoder = Decoder(made(case))
+        whole, steps = NativeSession(decoder), NativeSession(decoder)
+        steps.prompt(ids[:440])
+        got = torch.stack([steps.step(int(token)) for token in ids[440:]])
+        assert torch.equal(got, whole.logits(ids)[440:])
+
+
+@pytest.mark.parametrize("dim", [16, 24])  # 24 lies in 32
+@pytest.mark.parametrize(("cache", "bytes_a_number"), [(torch.bfloat16, 2), (torch.int8, 1)])
+def test_smaller_caches_are_near_one_in_float32(dim: int, cache: torch.dtype, bytes_a_number: int) -> None:
+    decoder, ids = Decoder(tiny_model("llama", head_dim=dim)), tiny_tokens(1, 300)[0]
+    full, small = NativeSession(decoder, torch.float32), NativeSession(decoder, cache)
+    close(small.logits(ids), full.logits(ids), 3e-2)
+    numbers = full.nbytes // 4
+    scales = numbers // {16: 16, 24: 32}[dim] if cache == torch.int8 else 0
+    assert small.nbytes == numbers * bytes_a_number + 4 * scales
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_was_forgotten_leaves_nothing_behind(cache: torch.dtype) -> None:
+    """NaN that a token left in the cache does not reach those that come once it is gone."""
+    model, ids = tiny_model("llama_untied"), tiny_tokens(1, 90)[0]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    decoder, ids = Decoder(model), torch.where(ids == 5, 6, ids)
+    session, other = NativeSession(decoder, cache), NativeSession(decoder, cache)
+    for length in (1, 31, 64):
+        session.truncate(0)
+        session.prompt(ids[:length])
+        session.prompt(torch.full((70,), 5))
+        session.truncate(length)
+        other.truncate(0)
+        other.prompt(ids[:length])
+        want = other.step(7)
+        assert want.isfinite().all()
+        assert torch.equal(session.step(7), want)
 
 
 def test_truncated_and_used_again() -> None:

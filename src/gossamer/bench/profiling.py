@@ -17,7 +17,6 @@ from gossamer.engine import Decoder
 from gossamer.progress import Progress, silent
 
 _WARM_STEPS = 8  # tokens written in the round that is not timed
-_CACHE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,11 @@ def profile(
     repeats: int = 3,
     threads: int | None = None,
     seed: int = 0,
+    cache_dtype: torch.dtype = torch.bfloat16,
     progress: Progress = silent,
 ) -> Profile:
-    """Time the parts of ``decoder``: ``repeats`` times a fresh cache in bfloat16, a prompt of ``prompt``
-    random tokens by ``seed``, and ``decode`` greedy tokens; before that a round that is not timed.
+    """Time the parts of ``decoder``: ``repeats`` times a fresh cache in ``cache_dtype``, a prompt of
+    ``prompt`` random tokens by ``seed``, and ``decode`` greedy tokens; before that a round that is not timed.
 
     ``threads``: of the decoder; None leaves them. Bytes of weights are all that they have; of the layout
     columns fewer may be read. Raises EvaluationError where a count is below 1 or the context is too short.
@@ -113,7 +113,7 @@ def profile(
     with use_threads(threads):
         machine, others = machine_facts(), OtherWork()
         for turn in range(repeats + 1):
-            first, steps = _run(decoder, ids, decode if turn else min(decode, _WARM_STEPS))
+            first, steps = _run(decoder, cache_dtype, ids, decode if turn else min(decode, _WARM_STEPS))
             if turn:
                 read.append({name: seconds / prompt for name, seconds in first.items()})
                 written += steps
@@ -122,7 +122,10 @@ def profile(
     nbytes = {name: sum(one.nbytes for one in weights) for name, weights in decoder.weights.items()}
     # keys and values are read once for all heads of queries, and multiplied once by each
     seen = _positions(decoder, range(prompt + 1, prompt + decode + 1)) / decode
-    token_bytes = {**nbytes, "attention": seen * 2 * decoder.kv_heads * decoder.head_dim * _CACHE.itemsize}
+    token_bytes = {
+        **nbytes,
+        "attention": seen * 2 * decoder.kv_heads * decoder.head_dim * cache_dtype.itemsize,
+    }
     products = {
         name: 2.0 * sum(one.shape[0] * one.shape[1] for one in weights)
         for name, weights in decoder.weights.items()
@@ -148,9 +151,11 @@ def profile(
     return Profile(prompt, decode, {name: part(name) for name in read[0]}, whole, machine, other_work)
 
 
-def _run(decoder: Decoder, ids: Tensor, decode: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+def _run(
+    decoder: Decoder, cache_dtype: torch.dtype, ids: Tensor, decode: int
+) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Seconds of the parts of the prompt, and of each of ``decode`` greedy tokens after it."""
-    cache = decoder.new_cache(_CACHE)
+    cache = decoder.new_cache(cache_dtype)
 
     def timed(ids: Tensor) -> tuple[int, dict[str, float]]:
         start = time.perf_counter()

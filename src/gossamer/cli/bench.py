@@ -61,6 +61,7 @@ def bench(
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
+    cache: options.Cache = options.CacheName.bfloat16,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure tokens a second, prompt and decode, of one or several models in turn."""
@@ -79,7 +80,7 @@ def bench(
     if refresh or any(given is not None for given in (values, pattern, sparsity, zeros)):
         raise EvaluationError("--values, --pattern, --sparsity, --zeros and --refresh are for --plan: add it")
     settings: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "threads": threads}
-    settings |= {"dtype": dtype.value, "huge_pages": huge_pages}
+    settings |= {"dtype": dtype.value, "huge_pages": huge_pages, "cache": cache.value}
     if profile:
         if engine is options.EngineName.transformers:
             raise EvaluationError("--profile is of the native decoder: leave --engine transformers out")

@@ -37,6 +37,7 @@ def chat(
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
+    cache: options.Cache = options.CacheName.bfloat16,
 ) -> None:
     """Chat with a model; /reset begins anew, /exit ends, Ctrl-C stops an answer.
 
@@ -49,7 +50,14 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     with progress() as report:
-        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, engine=engine.value, progress=report)
+        loaded = load(
+            model,
+            dtype=dtype.value,
+            huge_pages=huge_pages,
+            engine=engine.value,
+            cache=cache.value,
+            progress=report,
+        )
     conversation = Conversation(
         loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop or ()
     )

@@ -37,6 +37,17 @@ Engine = Annotated[
     EngineName,
     typer.Option("--engine", help="What runs the model; auto: the native decoder where it can a checkpoint."),
 ]
+
+
+class CacheName(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
+Cache = Annotated[
+    CacheName, typer.Option("--cache", help="What the native decoder keeps keys and values in.")
+]
 HugePages = Annotated[
     bool,
     typer.Option("--huge-pages", help="Copy a checkpoint's weights into huge pages of memory: read faster."),

@@ -42,6 +42,7 @@ def run(
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
+    cache: options.Cache = options.CacheName.bfloat16,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a prompt, streamed as it is made; tokens a second are printed at the end."""
@@ -53,7 +54,14 @@ def run(
     from gossamer.recipes.load import load
 
     with progress() as report:
-        loaded = load(model, dtype=dtype.value, huge_pages=huge_pages, engine=engine.value, progress=report)
+        loaded = load(
+            model,
+            dtype=dtype.value,
+            huge_pages=huge_pages,
+            engine=engine.value,
+            cache=cache.value,
+            progress=report,
+        )
     stream = loaded.stream(
         prompt,
         max_new_tokens,

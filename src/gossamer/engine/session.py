@@ -21,6 +21,7 @@ class NativeSession:
 
     def __init__(self, decoder: Decoder, cache_dtype: torch.dtype = torch.bfloat16) -> None:
         self.decoder = decoder
+        self.cache_dtype = cache_dtype
         self._cache = decoder.new_cache(cache_dtype)
         self._turn = threading.Lock()
 

@@ -68,7 +68,7 @@ def _check_leaf(leaf: Packed) -> None:
     if leaf.scales is not None and not bool(leaf.scales.isfinite().all()):
         raise MatrixError("a scale is not finite")
     if kernels.native_available():
-        kernels.make_handle(leaf.layout, leaf.value_type.name, *leaf.shape, leaf.group, leaf.tensors())
+        leaf.leaf()
 
 
 def open_checkpoint(path: Path, verify: Verify = "crc", *, huge_pages: bool = False) -> Contents:

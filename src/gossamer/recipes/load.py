@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _GREEDY = Sampling()
 
 Engine = Literal["auto", "native", "transformers"]
+Cache = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     huge_pages: bool = False,
     engine: Engine = "auto",
+    cache: Cache = "bfloat16",
     progress: Progress = silent,
 ) -> LoadedModel:
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
@@ -165,14 +167,15 @@ def load(
     ``huge_pages``: a checkpoint's weights are read into memory of huge pages instead of mapped from the file:
     they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
-    families that it knows (a plain model would lie in memory twice). Raises ModelError or CheckpointError.
+    families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
+    and values in. Raises ModelError or CheckpointError.
     """
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
-        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine)
+        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine, cache)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)
@@ -183,18 +186,20 @@ def load(
     loaded = LoadedModel(model, tokenizer, found.label + asked)
     if engine == "auto":
         return replace(loaded, engine="transformers: the model is no checkpoint of packed weights")
-    return _with_engine(loaded, engine)
+    return _with_engine(loaded, engine, cache)
 
 
-def _with_engine(loaded: LoadedModel, engine: Engine) -> LoadedModel:
+def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache) -> LoadedModel:
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
+    if cache not in get_args(Cache):
+        raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
     if engine == "transformers":
         return replace(loaded, engine="transformers: asked for")
     reason = why_not(loaded.model)
     if reason is None:
-        decoder = Decoder(loaded.model)
-        return replace(loaded, new_session=partial(NativeSession, decoder), engine="the native decoder")
+        new_session = partial(NativeSession, Decoder(loaded.model), getattr(torch, cache))
+        return replace(loaded, new_session=new_session, engine="the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")
     return replace(loaded, engine=f"transformers: {reason}")

@@ -22,7 +22,7 @@ from gossamer.models.skeleton import skeleton
 from gossamer.models.sources import resolve
 from gossamer.models.text import Text, evaluation_windows, read_text
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import Engine, LoadedModel, check_context, load
+from gossamer.recipes.load import Cache, Engine, LoadedModel, check_context, load
 
 WINDOWS = 20  # of 2,048 tokens: enough to see a difference of a percent or two, in a minute for a small model
 
@@ -90,15 +90,16 @@ def speed(
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
     engine: Engine = "auto",
+    cache: Cache = "bfloat16",
     progress: Progress = silent,
 ) -> SpeedComparison:
     """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
 
     ``dtype``: of models that are no checkpoints; by default bfloat16, in which a dense model is read fastest.
-    ``huge_pages``, ``engine``: see `load`.
+    ``huge_pages``, ``engine``, ``cache``: see `load`.
     Raises a GossamerError for whatever a person can mend.
     """
-    options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "engine": engine}
+    options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "engine": engine, "cache": cache}
     options["progress"] = progress
     loaded = [m if isinstance(m, LoadedModel) else load(m, **options) for m in models]
     found: dict[str, nn.Module] = {}
@@ -127,21 +128,29 @@ def profile(
     threads: int | None = None,
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
+    cache: Cache = "bfloat16",
     progress: Progress = silent,
 ) -> Profile:
     """Where a token's time goes in the native decoder, of the prompt and after it; see
-    :func:`gossamer.bench.profile`. ``dtype``, ``huge_pages``: see `speed` and `load`.
+    :func:`gossamer.bench.profile`. ``dtype``, ``huge_pages``, ``cache``: see `speed` and `load`.
     Raises a GossamerError for whatever a person can mend, such as a model that the decoder cannot run.
     """
     if not isinstance(model, LoadedModel):
-        model = load(model, dtype=dtype, huge_pages=huge_pages, engine="native", progress=progress)
+        options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "cache": cache}
+        model = load(model, engine="native", progress=progress, **options)
     session = model.session()
     if not isinstance(session, NativeSession):
         raise EvaluationError(
             f"a profile is of the native decoder, but {model.label} runs in another engine ({model.engine})"
         )
     return _profile(
-        session.decoder, prompt=prompt, decode=decode, repeats=repeats, threads=threads, progress=progress
+        session.decoder,
+        prompt=prompt,
+        decode=decode,
+        repeats=repeats,
+        threads=threads,
+        cache_dtype=session.cache_dtype,
+        progress=progress,
     )
 
 
