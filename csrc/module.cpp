@@ -1,9 +1,11 @@
 // The Python face of the kernels: gossamer.kernels._native. Tensors come as addresses; native.py checks them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "clock.h"
+#include "block_attention.h"
 #include "decoder.h"
 #include "driver.h"
 #include "reading.h"
@@ -163,6 +165,24 @@ NB_MODULE(_native, m) {
             return gossamer::sum_words(reinterpret_cast<const uint64_t*>(p), words, threads);
         },
         "The sum of 8-byte words from an address on, modulo 2**64: plain reading of memory.");
+    m.attr("attention_block") = gossamer::kBlock;
+    m.attr("most_head") = gossamer::kMostHead;
+    m.def(
+        "attend_blocks",
+        [](std::array<int64_t, 5> sizes, int tier, int dtype, std::array<uintptr_t, 4> arrays, float scaling,
+           int64_t window, uintptr_t offsets, uintptr_t blocks, int threads) {
+            const auto at = [&](size_t i) { return reinterpret_cast<void*>(arrays[i]); };
+            const gossamer::BlockAttention attention{
+                sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], dtype, at(0), at(1), at(2), at(3), scaling,
+                window, reinterpret_cast<const int64_t*>(offsets), reinterpret_cast<const int32_t*>(blocks)};
+            int count;
+            const gossamer::Tier* tiers = gossamer::tiers(&count);
+            if (tier < 0 || tier >= count || !tiers[tier].runs_here()) throw nb::value_error("no such tier");
+            nb::gil_scoped_release release;
+            gossamer::attend_blocks(attention, tiers[tier], threads);
+        },
+        "sizes: heads, heads of keys, rows, positions, numbers of a head; arrays: queries, keys, values, "
+        "outputs; offsets and blocks: lists of blocks, or 0.");
     m.def("stored_bytes", &gossamer::stored_bytes, "Bytes of `count` values of a panel-group.");
     m.def(
         "matmul",

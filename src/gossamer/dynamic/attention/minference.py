@@ -1,0 +1,110 @@
+"""MInference: each head has one of three patterns, found once; where it lies is estimated for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gossamer.dynamic.attention.block_topk import BlockTopK
+from gossamer.dynamic.attention.policy import POLICIES, Policy, causal, for_heads, numbers
+from gossamer.dynamic.attention.sink_window import SinkWindow
+from gossamer.errors import MethodError
+from gossamer.kernels import BLOCK, block_attention
+
+LAST = 64  # queries that stand for all
+
+
+@dataclass(frozen=True)
+class VerticalSlash(Policy):
+    """Columns of keys that all queries look at, and diagonals at a distance from them: those that the last
+    queries of the prompt give the most weight. ``vertical`` blocks of columns and ``slash`` block diagonals;
+    the paper's kernel takes single columns, which here cost a block each.
+    """
+
+    vertical: int = 8
+    slash: int = 8
+    name = "vertical_slash"
+
+    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
+        rows, positions = queries.shape[1], keys.shape[1]
+        heads, last = len(queries), min(LAST, rows)
+        scores = queries[:, -last:].float() @ for_heads(keys, heads).float().mT * scaling
+        row = torch.arange(positions - last, positions)[:, None]
+        position = torch.arange(positions)[None]
+        weights = scores.masked_fill(position > row, -torch.inf).softmax(-1)
+        of_queries, column = numbers(rows, positions)
+        count = column.shape[1]
+        of_column = weights.new_zeros((heads, count)).index_add_(1, position[0] // BLOCK, weights.sum(1))
+        distance = ((row - position).clamp(min=0) // BLOCK).reshape(-1)
+        of_distance = weights.new_zeros((heads, count)).index_add_(1, distance, weights.reshape(heads, -1))
+        vertical = _among_largest(of_column, self.vertical)
+        slash = _among_largest(of_distance, self.slash)
+        away = (of_queries - column).clamp(min=0)
+        # a diagonal at a distance crosses two blocks of keys for each block of queries
+        crossed = slash[:, away] | slash[:, (away - 1).clamp(min=0)]
+        return vertical[:, None] | (crossed & (column <= of_queries))
+
+
+@POLICIES.register("minference", cite="Jiang et al. 2024, MInference 1.0: Accelerating Pre-filling")
+@dataclass(frozen=True)
+class MInference(Policy):
+    """The pattern of each ``(layer, head)`` in ``heads``, as `search` found them, and ``other`` elsewhere."""
+
+    heads: Mapping[tuple[int, int], Policy] = field(default_factory=dict)
+    other: Policy = field(default_factory=VerticalSlash)
+
+    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
+        group = len(queries) // len(keys)
+        found: dict[Policy, Tensor] = {}
+        of_heads = [self.heads.get((layer, head), self.other) for head in range(len(queries))]
+        chosen = []
+        for head, policy in enumerate(of_heads):
+            if policy not in found:  # once for all heads of one pattern
+                some = [i for i, other in enumerate(of_heads) if other == policy]
+                of_keys = keys[[i // group for i in some]]
+                blocks = policy.blocks(queries[some], of_keys, scaling=scaling, layer=layer)
+                if blocks is None:
+                    raise MethodError("a pattern of minference names its blocks")
+                found[policy] = torch.zeros((len(queries), *blocks.shape[1:]), dtype=torch.bool)
+                found[policy][some] = blocks
+            chosen.append(found[policy][head])
+        return torch.stack(chosen)
+
+
+def candidates(budget: int) -> list[Policy]:
+    """Patterns that look at about ``budget`` blocks a query block: A-shape, vertical-slash in several splits,
+    and block-sparse."""
+    if budget < 4:
+        raise MethodError(f"minference takes a budget of at least 4 blocks, not {budget}")
+    splits = [(budget // 4, 3 * budget // 8), (budget // 2, budget // 4), (3 * budget // 4, budget // 8)]
+    return [
+        SinkWindow(BLOCK, (budget - 2) * BLOCK),
+        *(VerticalSlash(vertical, max(1, slash)) for vertical, slash in splits),
+        BlockTopK(budget),
+    ]
+
+
+def search(
+    queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int, budget: int
+) -> dict[tuple[int, int], Policy]:
+    """For each head of a layer the candidate whose outputs are the nearest to dense attention's, on one
+    prompt (shapes of `block_attention`)."""
+    rows, positions = queries.shape[1], keys.shape[1]
+    dense = block_attention(queries, keys, values, scaling=scaling).float()
+    policies, errors = candidates(budget), []
+    for policy in policies:
+        blocks = policy.blocks(queries, keys, scaling=scaling, layer=layer)
+        assert blocks is not None
+        chosen = causal(blocks, rows, positions)
+        got = block_attention(queries, keys, values, scaling=scaling, blocks=chosen).float()
+        errors.append((got - dense).square().sum((0, 2)))
+    best = torch.stack(errors).argmin(0)
+    return {(layer, head): policies[int(best[head])] for head in range(len(queries))}
+
+
+def _among_largest(scores: Tensor, count: int) -> Tensor:
+    best = scores.topk(min(count, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

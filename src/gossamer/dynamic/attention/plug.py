@@ -1,0 +1,134 @@
+"""Policies behind transformers' attention interface: ``attn_implementation="gossamer:minference"``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from gossamer.dynamic.attention.policy import POLICIES, Policy, causal
+from gossamer.errors import MethodError
+from gossamer.kernels import block_attention
+
+_numbers = count(1)
+
+
+class Attend:
+    """A policy as an attention function of transformers; ``policy`` None: dense attention in the same kernel.
+
+    ``looked``: of the blocks that dense attention looks at, the share that was looked at so far.
+    """
+
+    def __init__(self, policy: Policy | None) -> None:
+        self.policy = policy
+        self._looked = self._there = 0
+
+    @property
+    def looked(self) -> float:
+        return self._looked / self._there if self._there else 1.0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """``query (batch, heads, rows, dim)``, ``key`` and ``value (batch, kv_heads, positions, dim)``; gives
+        ``(batch, rows, heads, dim)``. ``attention_mask (batch, positions)``: 0 for padding, on either side."""
+        if dropout:
+            raise MethodError("sparse attention has no dropout: put the model into eval mode")
+        unknown = sorted(
+            name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
+        )
+        if unknown:
+            raise MethodError(f"sparse attention cannot do what this model asks for: {', '.join(unknown)}")
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise MethodError("sparse attention has no gradient: run the model under torch.no_grad()")
+        rows, positions = query.shape[2], key.shape[2]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        outputs = query.new_zeros((len(query), rows, query.shape[1], query.shape[3]))
+        for i in range(len(query)):
+            begin, end = (0, positions) if attention_mask is None else _filled(attention_mask[i])
+            first = max(0, begin - (positions - rows))  # rows before are padding
+            last = rows - (positions - end)
+            if first >= last:
+                continue
+            q, k, v = query[i, :, first:last], key[i, :, begin:end], value[i, :, begin:end]
+            outputs[i, first:last] = block_attention(
+                q,
+                k,
+                v,
+                scaling=scaling,
+                blocks=self._blocks(q, k, scaling, int(getattr(module, "layer_idx", 0) or 0)),
+                window=sliding_window or 0,
+            )
+        return outputs, None
+
+    def _blocks(self, queries: Tensor, keys: Tensor, scaling: float, layer: int) -> Tensor | None:
+        if self.policy is None:
+            return None
+        blocks = self.policy.blocks(queries, keys, scaling=scaling, layer=layer)
+        if blocks is None:
+            return None
+        rows, positions = queries.shape[1], keys.shape[1]
+        blocks = causal(blocks, rows, positions)
+        self._looked += int(blocks.sum())
+        self._there += len(blocks) * int(causal(torch.ones_like(blocks[0]), rows, positions).sum())
+        return blocks
+
+
+@contextmanager
+def attention(model: Any, policy: Policy | str | None) -> Iterator[Attend]:
+    """Within it the transformers ``model`` attends by ``policy`` (one of `POLICIES` by name, with its defaults).
+
+    Raises MethodError for a model whose attention cannot be replaced.
+    """
+    attend = Attend(POLICIES[policy]() if isinstance(policy, str) else policy)
+    name = f"gossamer:{next(_numbers)}"
+    before = model.config._attn_implementation
+    register(name, attend)
+    try:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise MethodError(f"the attention of a {type(model).__name__} cannot be replaced")
+        yield attend
+    finally:
+        model.set_attn_implementation(before)
+        for table in (AttentionInterface, AttentionMaskInterface):
+            table._global_mapping.pop(name, None)
+
+
+def register(name: str, attend: Attend) -> None:
+    """Makes ``attend`` known to transformers as ``attn_implementation=name``."""
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+
+
+def register_all() -> None:
+    """Every policy with its defaults as ``gossamer:NAME``, and dense attention as ``gossamer:dense``."""
+    register("gossamer:dense", Attend(None))
+    for name in POLICIES:
+        register(f"gossamer:{name}", Attend(POLICIES[name]()))
+
+
+def _filled(mask: Tensor) -> tuple[int, int]:
+    """Where the tokens of a row that are no padding begin and end."""
+    places = mask.nonzero().flatten()
+    if not len(places):
+        return 0, 0
+    begin, end = int(places[0]), int(places[-1]) + 1
+    if end - begin != len(places):
+        raise MethodError("sparse attention takes padding before and behind a text, not within it")
+    return begin, end

@@ -1,0 +1,80 @@
+"""What every attention policy is: a choice of key blocks for each block of queries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels import BLOCK, block_count
+from gossamer.registry import Registry
+
+
+class Policy(ABC):
+    """Chooses, per layer and head, which blocks of `BLOCK` keys each block of queries looks at."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
+        """bool ``(heads, query blocks, key blocks)`` of `block_count`; None: all.
+
+        ``queries (heads, rows, dim)`` stand at the last positions of ``keys (kv_heads, positions, dim)``. A
+        choice for a block of queries may depend on keys up to its end and on nothing later. The block in which
+        the queries lie themselves is always looked at, whatever is chosen here.
+        """
+
+
+POLICIES: Registry[Policy] = Registry(
+    "attention policy",
+    {
+        "block_topk": "gossamer.dynamic.attention.block_topk",
+        "hip": "gossamer.dynamic.attention.hip",
+        "minference": "gossamer.dynamic.attention.minference",
+        "sink_window": "gossamer.dynamic.attention.sink_window",
+        "strided": "gossamer.dynamic.attention.strided",
+    },
+)
+
+
+def numbers(rows: int, positions: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the blocks of queries ``(query blocks, 1)`` and of keys ``(1, key blocks)``; a query block
+    has the number of the key block at the same positions."""
+    of_queries, of_keys = block_count(rows, positions)
+    return torch.arange(of_keys - of_queries, of_keys)[:, None], torch.arange(of_keys)[None]
+
+
+def latest(row: Tensor, column: Tensor, window: int) -> Tensor:
+    """Blocks that hold one of the last ``window`` positions before some query of the row's block, or it."""
+    return column >= row - -(-(window - 1) // BLOCK)
+
+
+def causal(chosen: Tensor, rows: int, positions: int) -> Tensor:
+    """``chosen`` without later blocks than the query's own, which is always there."""
+    row, column = numbers(rows, positions)
+    return (chosen & (column <= row)) | (column == row)
+
+
+def block_means(x: Tensor, start: int) -> Tensor:
+    """Means of ``x (heads, n, dim)`` over blocks of positions, of which its first is ``start``: float32
+    ``(heads, blocks, dim)``."""
+    index = (torch.arange(start, start + x.shape[1]) // BLOCK) - start // BLOCK
+    count = int(index[-1]) + 1
+    sums = x.new_zeros((len(x), count, x.shape[2]), dtype=torch.float32).index_add_(1, index, x.float())
+    return sums / torch.bincount(index, minlength=count)[:, None]
+
+
+def largest(scores: Tensor, count: int, rows: int, positions: int) -> Tensor:
+    """The ``count`` largest of each row of ``scores (heads, query blocks, key blocks)`` that are no later than
+    the row's own block."""
+    row, column = numbers(rows, positions)
+    open_scores = scores.masked_fill(column > row, -torch.inf)
+    best = open_scores.topk(min(count, scores.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def for_heads(keys: Tensor, heads: int) -> Tensor:
+    """``keys (kv_heads, ...)`` once for each of ``heads`` heads of queries."""
+    return keys.repeat_interleave(heads // len(keys), 0)

@@ -1,0 +1,32 @@
+"""StreamingLLM: the first tokens, which attention falls back on, and the latest ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gossamer.dynamic.attention.policy import POLICIES, Policy, latest, numbers
+from gossamer.errors import MethodError
+from gossamer.kernels import BLOCK
+
+
+@POLICIES.register("sink_window", cite="Xiao et al. 2024, Efficient Streaming Language Models with Sinks")
+@dataclass(frozen=True)
+class SinkWindow(Policy):
+    """The first ``sink`` positions and the last ``window`` before each query, in whole blocks.
+
+    The paper keeps 4 sink tokens; a block is the least that is kept here.
+    """
+
+    sink: int = 4
+    window: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.window < 1:
+            raise MethodError(f"sink_window takes sink >= 0 and window >= 1, not {self.sink}, {self.window}")
+
+    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
+        row, column = numbers(queries.shape[1], keys.shape[1])
+        chosen = (column < -(-self.sink // BLOCK)) | latest(row, column, self.window)
+        return chosen.expand(len(queries), -1, -1)

@@ -1,0 +1,35 @@
+"""S2-Attention: every head keeps its own strided share of a context that the heads cover together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.dynamic.attention.policy import POLICIES, Policy, latest, numbers
+from gossamer.errors import MethodError
+
+
+@POLICIES.register("strided", cite="Lin et al. 2024, S2-Attention: Hardware-Aware Context Sharding")
+@dataclass(frozen=True)
+class Strided(Policy):
+    """The last ``window`` positions for all heads, and of what lies before each ``stride``-th block, which
+    block being the head's: heads h and h + stride keep the same ones. ``dense_layers`` from the first on keep
+    everything, as the paper's hybrid models do.
+    """
+
+    window: int = 512
+    stride: int = 8
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.stride < 1:
+            raise MethodError(f"strided takes window and stride >= 1, not {self.window}, {self.stride}")
+
+    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
+        if layer < self.dense_layers:
+            return None
+        row, column = numbers(queries.shape[1], keys.shape[1])
+        head = torch.arange(len(queries))[:, None, None]
+        return latest(row, column, self.window) | ((column + head) % self.stride == 0)

@@ -1,0 +1,238 @@
+"""Attention policies: what they choose, that they are causal, and that they run in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer.dynamic.attention import POLICIES, Attend, Policy, attention
+from gossamer.dynamic.attention.block_topk import BlockTopK
+from gossamer.dynamic.attention.hip import HiP
+from gossamer.dynamic.attention.minference import MInference, VerticalSlash, candidates, search
+from gossamer.dynamic.attention.policy import block_means, causal
+from gossamer.dynamic.attention.sink_window import SinkWindow
+from gossamer.dynamic.attention.strided import Strided
+from gossamer.errors import MethodError
+from gossamer.kernels import BLOCK, block_attention, block_count
+from tiny import tiny_model, tiny_tokens
+
+FULL: dict[str, Policy] = {
+    "sink_window": SinkWindow(window=2048),
+    "strided": Strided(stride=1),
+    "block_topk": BlockTopK(99),
+    "hip": HiP(count=99),
+    "minference": MInference(other=VerticalSlash(99, 99)),
+}
+SMALL: dict[str, Policy] = {
+    "sink_window": SinkWindow(4, 100),
+    "strided": Strided(window=64, stride=4),
+    "block_topk": BlockTopK(3),
+    "hip": HiP(2, 64),
+    "minference": MInference({(0, 1): BlockTopK(2), (0, 2): SinkWindow(4, 64)}, VerticalSlash(1, 1)),
+}
+
+
+def made(rows: int = 700, positions: int = 700, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    shapes = (heads, rows, 16), (2, positions, 16), (2, positions, 16)
+    queries, keys, values = (torch.randn(shape, generator=g) for shape in shapes)
+    return queries, keys, values
+
+
+def chosen(policy: Policy, queries: Tensor, keys: Tensor, layer: int = 0) -> Tensor:
+    blocks = policy.blocks(queries, keys, scaling=0.25, layer=layer)
+    assert blocks is not None
+    assert blocks.dtype == torch.bool
+    assert tuple(blocks.shape) == (len(queries), *block_count(queries.shape[1], keys.shape[1]))
+    return causal(blocks, queries.shape[1], keys.shape[1])
+
+
+def test_every_policy_is_tried_here() -> None:
+    assert set(POLICIES) == set(FULL) == set(SMALL)
+
+
+@pytest.mark.parametrize("name", list(FULL))
+@pytest.mark.parametrize(("rows", "positions"), [(700, 700), (1, 1), (1, 300), (130, 700), (65, 65)])
+def test_a_full_budget_is_dense_attention_bit_for_bit(name: str, rows: int, positions: int) -> None:
+    queries, keys, values = made(rows, positions)
+    blocks = chosen(FULL[name], queries, keys)
+    got = block_attention(queries, keys, values, scaling=0.25, blocks=blocks)
+    assert torch.equal(got, block_attention(queries, keys, values, scaling=0.25))
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_small_budget_looks_at_less_and_at_itself(name: str) -> None:
+    queries, keys, _ = made()
+    blocks = chosen(SMALL[name], queries, keys)
+    dense = causal(torch.ones_like(blocks), 700, 700)
+    assert int(blocks.sum()) < 0.75 * int(dense.sum())
+    assert not (blocks & ~dense).any()
+    assert torch.diagonal(blocks, dim1=1, dim2=2).all()
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_later_token_never_reaches_an_earlier_output(name: str) -> None:
+    """Where a policy estimates from the prompt's end, the choice is held: it may depend on what follows."""
+    queries, keys, values = made()
+    blocks = chosen(SMALL[name], queries, keys)
+    want = block_attention(queries, keys, values, scaling=0.25, blocks=blocks)
+    for at in (1, 63, 64, 333, 699):
+        others = [one.clone() for one in (queries, keys, values)]
+        for one in others:
+            one[:, at:] = torch.randn(one[:, at:].shape) * 9
+        if name in ("sink_window", "strided"):
+            blocks = chosen(SMALL[name], others[0], others[1])
+        got = block_attention(*others, scaling=0.25, blocks=blocks)
+        assert torch.equal(got[:at], want[:at])
+
+
+@pytest.mark.parametrize("name", ["sink_window", "strided", "block_topk", "hip"])
+def test_chunks_of_a_prompt_at_borders_of_blocks_choose_as_the_whole(name: str) -> None:
+    queries, keys, _ = made()
+    whole = chosen(SMALL[name], queries, keys)
+    for begin, end in ((0, 128), (128, 320), (320, 700)):
+        part = chosen(SMALL[name], queries[:, begin:end], keys[:, :end])
+        width = part.shape[2]
+        assert torch.equal(part, whole[:, begin // BLOCK : (end - 1) // BLOCK + 1, :width])
+
+
+def test_sink_window_reaches_as_far_as_it_says() -> None:
+    blocks = chosen(SinkWindow(4, 100), *made()[:2])[0]
+    for row in range(700):
+        seen = {p // BLOCK for p in range(max(0, row - 99), row + 1)} | {0}
+        assert seen <= set(blocks[row // BLOCK].nonzero().flatten().tolist())
+    assert int(blocks[10].sum()) == 1 + 3
+
+
+def test_strided_heads_cover_the_context_together() -> None:
+    blocks = chosen(Strided(window=64, stride=4), *made()[:2])
+    assert torch.equal(blocks.any(0), causal(torch.ones(11, 11, dtype=torch.bool), 700, 700))
+    assert Strided(dense_layers=2).blocks(*made()[:2], scaling=1.0, layer=1) is None
+
+
+def planted() -> tuple[Tensor, Tensor]:
+    """Every query asks for what the keys of block 5 hold."""
+    queries, keys, _ = made()
+    asked = torch.randn(16, generator=torch.Generator().manual_seed(5))
+    keys = keys * 0.1
+    keys[:, 5 * BLOCK : 6 * BLOCK] += asked
+    return queries * 0.1 + asked, keys
+
+
+@pytest.mark.parametrize("policy", [BlockTopK(3), HiP(8, 1), VerticalSlash(1, 1)])
+def test_estimates_find_what_is_asked_for(policy: Policy) -> None:
+    blocks = chosen(policy, *planted())
+    assert blocks[:, 6:, 5].all()
+
+
+def test_vertical_slash_finds_a_diagonal() -> None:
+    queries, keys, values = made(640, 640, heads=2)
+    keys = torch.nn.functional.normalize(torch.randn(2, 640, 16), dim=-1)
+    queries = 40 * keys.roll(200, 1)  # each looks 200 positions back
+    blocks = chosen(VerticalSlash(1, 2), queries, keys)
+    got = block_attention(queries, keys, values[:, :640], scaling=1.0, blocks=blocks)
+    want = block_attention(queries, keys, values[:, :640], scaling=1.0)
+    assert float((got - want)[256:].abs().max()) < 0.2 * float(want.abs().max())
+
+
+def test_search_gives_each_head_the_pattern_that_serves_it() -> None:
+    queries, keys, values = made()
+    asked, answering = planted()
+    queries[2:], keys[1] = asked[2:], answering[1]
+    found = search(queries, keys, values, scaling=0.25, layer=7, budget=5)
+    assert set(found) == {(7, head) for head in range(4)}
+    blocks = chosen(MInference(found), queries, keys, layer=7)
+    dense = block_attention(queries, keys, values, scaling=0.25)
+    got = block_attention(queries, keys, values, scaling=0.25, blocks=blocks)
+    errors = (got - dense).square().sum((0, 2))
+    for policy in candidates(5):
+        other = block_attention(queries, keys, values, scaling=0.25, blocks=chosen(policy, queries, keys))
+        assert (errors <= (other - dense).square().sum((0, 2)) + 1e-6).all()
+
+
+def test_block_means_are_of_whole_and_part_blocks() -> None:
+    x = torch.randn(2, 150, 8)
+    means = block_means(x, 50)
+    want = torch.stack([x[:, :14].mean(1), x[:, 14:78].mean(1), x[:, 78:142].mean(1), x[:, 142:].mean(1)], 1)
+    torch.testing.assert_close(means, want)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "starcoder2"])
+def test_dense_attention_in_transformers_is_its_own(arch: str) -> None:
+    model, ids = tiny_model(arch).eval(), tiny_tokens(2, 150)
+    with torch.no_grad():
+        want = model(ids).logits
+        with attention(model, None) as attend:
+            got = model(ids).logits
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-4)
+    assert attend.looked == 1.0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_batches_give_what_each_text_gives_alone(side: str) -> None:
+    model, ids = tiny_model("llama").eval(), tiny_tokens(3, 200)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((200, 130, 7)):
+        mask[row, : 200 - length] = 0
+        if side == "right":
+            mask[row] = mask[row].flip(0)
+    with torch.no_grad(), attention(model, SMALL["sink_window"]):
+        got = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+        for row in range(3):
+            kept = mask[row].bool()
+            torch.testing.assert_close(
+                got[row, kept], model(ids[row, kept][None]).logits[0], atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_generation_goes_on_from_its_cache(name: str) -> None:
+    model, ids = tiny_model("llama").eval(), tiny_tokens(1, 200)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad(), attention(model, FULL[name]):
+        got = model.generate(ids, **options)
+    assert torch.equal(got, model.generate(ids, **options))
+    with torch.no_grad(), attention(model, SMALL[name]) as attend:
+        assert model.generate(ids, **options).shape == (1, 206)
+    assert attend.looked < 1
+
+
+def test_names_are_known_to_transformers_and_the_model_is_as_before() -> None:
+    model, ids = tiny_model("llama").eval(), tiny_tokens(1, 100)
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="on the way"), attention(model, "block_topk"):
+        raise RuntimeError("on the way")
+    assert model.config._attn_implementation == before
+    with torch.no_grad():
+        want = model(ids).logits
+        model.set_attn_implementation("gossamer:minference")
+        torch.testing.assert_close(model(ids).logits, want, atol=2e-5, rtol=2e-4)  # all fits into its budget
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    model, ids = tiny_model("gemma2").eval(), tiny_tokens(1, 30)
+    with torch.no_grad(), attention(model, None), pytest.raises(MethodError, match="softcap"):
+        model(ids)
+    model = tiny_model("llama")
+    with attention(model, None), pytest.raises(MethodError, match="no gradient"):
+        model(ids)
+    mask = torch.ones_like(ids)
+    mask[0, 10] = 0
+    with torch.no_grad(), attention(model.eval(), None), pytest.raises(MethodError, match="within"):
+        model(ids, attention_mask=mask)
+    for made_wrong in (
+        lambda: SinkWindow(window=0),
+        lambda: Strided(stride=0),
+        lambda: BlockTopK(0),
+        lambda: HiP(0),
+        lambda: candidates(3),
+    ):
+        with pytest.raises(MethodError, match="takes"):
+            made_wrong()
+    with pytest.raises(MethodError, match="unknown"), attention(model, "nothing"):
+        pass
+    with pytest.raises(MethodError, match="dropout"):
+        Attend(None)(model, *(torch.zeros(1, 2, 3, 4),) * 3, None, dropout=0.1)
