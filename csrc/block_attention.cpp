@@ -36,13 +36,15 @@ void attend_blocks(const BlockAttention& a, const Tier& tier, int threads) {
     const int64_t part = part_bytes(a.dim, type), chunks = (a.positions + kChunk - 1) / kChunk;
     const int64_t query_bytes = wide_of(a.dim) * (type == kCacheF32 ? 4 : 2);
     const int64_t state = state_size(a.dim);
-    const int64_t of_scratch = aligned(ops.scratch_bytes(a.dim, type)), of_states = aligned(4 * kQueries * state);
+    const int64_t of_scratch = aligned(ops.scratch_bytes(a.dim, type)),
+                  of_states = aligned(4 * kQueries * state);
     const int64_t of_worker = of_scratch + of_states + aligned(kQueries * query_bytes);
     const int64_t parts = a.kv_heads * chunks;
 
     static thread_local Workspace packed, scratch;
     uint8_t* const at = packed.get(2 * parts * part + 2 * parts * int64_t(sizeof(uint8_t*)));
-    uint8_t** const tables = reinterpret_cast<uint8_t**>(at + 2 * parts * part);  // [keys, values][head][chunk]
+    uint8_t** const tables =
+        reinterpret_cast<uint8_t**>(at + 2 * parts * part);  // [keys, values][head][chunk]
     for (int64_t i = 0; i < 2 * parts; i++) tables[i] = at + i * part;
     uint8_t* const workers = scratch.get(threads * of_worker);
 

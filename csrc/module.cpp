@@ -4,8 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "clock.h"
 #include "block_attention.h"
+#include "clock.h"
 #include "decoder.h"
 #include "driver.h"
 #include "reading.h"
@@ -172,9 +172,20 @@ NB_MODULE(_native, m) {
         [](std::array<int64_t, 5> sizes, int tier, int dtype, std::array<uintptr_t, 4> arrays, float scaling,
            int64_t window, uintptr_t offsets, uintptr_t blocks, int threads) {
             const auto at = [&](size_t i) { return reinterpret_cast<void*>(arrays[i]); };
-            const gossamer::BlockAttention attention{
-                sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], dtype, at(0), at(1), at(2), at(3), scaling,
-                window, reinterpret_cast<const int64_t*>(offsets), reinterpret_cast<const int32_t*>(blocks)};
+            const gossamer::BlockAttention attention{sizes[0],
+                                                     sizes[1],
+                                                     sizes[2],
+                                                     sizes[3],
+                                                     sizes[4],
+                                                     dtype,
+                                                     at(0),
+                                                     at(1),
+                                                     at(2),
+                                                     at(3),
+                                                     scaling,
+                                                     window,
+                                                     reinterpret_cast<const int64_t*>(offsets),
+                                                     reinterpret_cast<const int32_t*>(blocks)};
             int count;
             const gossamer::Tier* tiers = gossamer::tiers(&count);
             if (tier < 0 || tier >= count || !tiers[tier].runs_here()) throw nb::value_error("no such tier");

@@ -35,10 +35,10 @@ def block_attention(
     dim)``; gives ``(rows, heads, dim)`` in their dtype, float32 or bfloat16 (sums are float32).
 
     Row r stands at position ``positions - rows + r`` and sees no later one, and with ``window`` only the last
-    so many, its own among them. ``blocks``, bool ``(heads, query blocks, key blocks)`` of `block_count`: which
-    blocks of keys each block of queries looks at (None: all). A row that sees nothing becomes zeros. A block
-    costs what it costs in dense attention, and one that is left out nothing; with all blocks set the result is
-    that of None bit for bit, and a row's result depends on nothing but itself and what it sees.
+    so many, its own among them. ``blocks``, bool ``(heads, query blocks, key blocks)`` of `block_count`:
+    which blocks of keys each block of queries looks at (None: all). A row that sees nothing becomes zeros. A
+    block costs what it costs in dense attention, and one that is left out nothing; with all blocks set the
+    result is that of None bit for bit, and a row's result depends on nothing but itself and what it sees.
 
     ``isa`` forces an instruction set. Raises KernelError for shapes and dtypes that do not fit.
     """
@@ -113,7 +113,8 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor | None,
         raise KernelError(f"heads have at most {MOST_HEAD} numbers: {shapes}")
     if queries.dtype not in _DTYPES or {keys.dtype, values.dtype} != {queries.dtype}:
         raise KernelError(
-            f"attention takes float32 or bfloat16 throughout, not {queries.dtype}, {keys.dtype}, {values.dtype}"
+            f"attention takes float32 or bfloat16 throughout, not {queries.dtype}, {keys.dtype} and "
+            f"{values.dtype}"
         )
     if any(not one.is_cpu for one in (queries, keys, values)):
         raise KernelError("attention runs on the CPU")

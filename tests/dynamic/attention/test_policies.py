@@ -190,13 +190,13 @@ def test_ragged_batches_give_what_each_text_gives_alone(side: str) -> None:
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_generation_goes_on_from_its_cache(name: str) -> None:
-    model, ids = tiny_model("llama").eval(), tiny_tokens(1, 200)
+    model, ids = tiny_model("llama").eval(), tiny_tokens(1, 400)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad(), attention(model, FULL[name]):
         got = model.generate(ids, **options)
     assert torch.equal(got, model.generate(ids, **options))
     with torch.no_grad(), attention(model, SMALL[name]) as attend:
-        assert model.generate(ids, **options).shape == (1, 206)
+        assert model.generate(ids, **options).shape == (1, 406)
     assert attend.looked < 1
 
 

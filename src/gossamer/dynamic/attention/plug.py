@@ -46,7 +46,7 @@ class Attend:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """``query (batch, heads, rows, dim)``, ``key`` and ``value (batch, kv_heads, positions, dim)``; gives
-        ``(batch, rows, heads, dim)``. ``attention_mask (batch, positions)``: 0 for padding, on either side."""
+        ``(batch, rows, heads, dim)``. ``attention_mask (batch, positions)``: 0 for padding at either end."""
         if dropout:
             raise MethodError("sparse attention has no dropout: put the model into eval mode")
         unknown = sorted(
@@ -91,7 +91,7 @@ class Attend:
 
 @contextmanager
 def attention(model: Any, policy: Policy | str | None) -> Iterator[Attend]:
-    """Within it the transformers ``model`` attends by ``policy`` (one of `POLICIES` by name, with its defaults).
+    """Within it the transformers ``model`` attends by ``policy`` (or one of `POLICIES` by name).
 
     Raises MethodError for a model whose attention cannot be replaced.
     """

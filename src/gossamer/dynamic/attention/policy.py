@@ -21,9 +21,9 @@ class Policy(ABC):
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
         """bool ``(heads, query blocks, key blocks)`` of `block_count`; None: all.
 
-        ``queries (heads, rows, dim)`` stand at the last positions of ``keys (kv_heads, positions, dim)``. A
-        choice for a block of queries may depend on keys up to its end and on nothing later. The block in which
-        the queries lie themselves is always looked at, whatever is chosen here.
+        ``queries (heads, rows, dim)`` stand at the last positions of ``keys (kv_heads, positions, dim)``. No
+        later position enters an output, but some policies choose by the whole prompt. The block in which the
+        queries lie themselves is always looked at, whatever is chosen here.
         """
 
 
@@ -40,8 +40,8 @@ POLICIES: Registry[Policy] = Registry(
 
 
 def numbers(rows: int, positions: int) -> tuple[Tensor, Tensor]:
-    """The numbers of the blocks of queries ``(query blocks, 1)`` and of keys ``(1, key blocks)``; a query block
-    has the number of the key block at the same positions."""
+    """The numbers of the blocks of queries ``(query blocks, 1)`` and of keys ``(1, key blocks)``; a query
+    block has the number of the key block at the same positions."""
     of_queries, of_keys = block_count(rows, positions)
     return torch.arange(of_keys - of_queries, of_keys)[:, None], torch.arange(of_keys)[None]
 
@@ -67,8 +67,8 @@ def block_means(x: Tensor, start: int) -> Tensor:
 
 
 def largest(scores: Tensor, count: int, rows: int, positions: int) -> Tensor:
-    """The ``count`` largest of each row of ``scores (heads, query blocks, key blocks)`` that are no later than
-    the row's own block."""
+    """The ``count`` largest of each row of ``scores (heads, query blocks, key blocks)`` that are no later
+    than the row's own block."""
     row, column = numbers(rows, positions)
     open_scores = scores.masked_fill(column > row, -torch.inf)
     best = open_scores.topk(min(count, scores.shape[-1]), dim=-1).indices
