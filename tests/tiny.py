@@ -31,6 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
+    "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
     "gemma3": {
         "model_type": "gemma3_text",
