@@ -1,0 +1,1 @@
+"""Sparsity that depends on the input, chosen at run time on a finished model."""
