@@ -29,7 +29,7 @@ class PplP:
 
 
 def largest_sparsity(perplexity: Callable[[float], float], percent: float, tolerance: float = 0.01) -> PplP:
-    """Bisects on ``perplexity(sparsity)`` from 0 (dense) to MOST until the sparsity is known to ``tolerance``.
+    """Bisects on ``perplexity(sparsity)`` from 0 (dense) to MOST until it is known to ``tolerance``.
 
     Perplexity is taken to rise with sparsity; where it does not, the answer still keeps the bar, but a larger
     sparsity might too. Raises SparsityError unless ``percent`` >= 0 and ``tolerance`` > 0.
@@ -60,9 +60,9 @@ def ppl_p(
 ) -> PplP:
     """PPL-``percent`` % of ``model`` under a method, on ``windows``, token ids ``(n, seqlen)``.
 
-    The metric is that of Luo et al. 2024, Sparsing Law. What each layer drops is the method's choice: the same
-    sparsity at all sites, or what ``allocate(sparsity)`` gives by name. Raises as `largest_sparsity` and
-    `evaluate`.
+    The metric is that of Luo et al. 2024, Sparsing Law. What each layer drops is the method's choice: the
+    same sparsity at all sites, or what ``allocate(sparsity)`` gives by name. Raises as `largest_sparsity`
+    and `evaluate`.
     """
 
     def perplexity(sparsity: float) -> float:

@@ -15,8 +15,8 @@ _BINS = 1 << (31 - _DROPPED)
 class Quantiles:
     """Counts of numbers >= 0 by the upper bits of their float32 form, which sorts as the numbers do.
 
-    A bin is a 2^-8th of a binade wide, so that a quantile is off by at most that share of itself (0.4 %; below
-    2^-126 by at most 2^-134), whatever the distribution and the order. 512 KiB.
+    A bin is a 2^-8th of a binade wide, so that a quantile is off by at most that share of itself (0.4 %;
+    below 2^-126 by at most 2^-134), whatever the distribution and the order. 512 KiB.
     """
 
     RELATIVE_ERROR = 2.0**-8

@@ -88,7 +88,7 @@ def tap(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableH
 
 
 def run_body(model: nn.Module, windows: Tensor) -> None:
-    """Runs ``model`` on token ids ``(n, seqlen)``, one window at a time and without its head, for its hooks."""
+    """Runs ``model`` on token ids ``(n, seqlen)``, one window at a time, without its head, for its hooks."""
     body = getattr(model, "base_model", model)
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
     training = model.training
