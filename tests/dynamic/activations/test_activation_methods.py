@@ -134,6 +134,15 @@ def test_other_architectures(arch: str) -> None:
     assert not any(name.endswith(("gate", "router")) for name in shares)
 
 
+def test_routers_of_experts_are_no_sites() -> None:
+    model = tiny_model()
+    model.model.layers[0].mlp.router = nn.Linear(64, 4)
+    model.model.layers[0].mlp.expert = nn.Linear(64, 4)
+    names = {name.removeprefix("model.layers.0.mlp.") for name in linear_sites(model)}
+    assert "expert" in names
+    assert "router" not in names
+
+
 def test_natural_sparsity_of_relu_and_of_silu() -> None:
     ids = tiny_tokens()
     relu = natural_sparsity(tiny_model(hidden_act="relu"), ids)
@@ -222,3 +231,19 @@ def test_greedy_allocation_errs_less_at_the_same_bytes(name: str) -> None:
             errors.append((inputs_of(model, after, lambda: logits(model, windows)) - dense).norm().item())
     assert errors[0] < errors[1]
     assert hooks(model) == 0
+
+
+def test_greedy_allocation_of_a_later_block_looks_at_its_own_inputs() -> None:
+    model, windows = tiny_model(), tiny_tokens(2, 48)
+    calibrated = calibrate(model, method("wina"), windows)
+    dense = inputs_of(model, "model.norm", lambda: logits(model, windows))
+
+    def error(levels: dict[str, float]) -> float:
+        with calibrated.gates(levels).attach(model):
+            found = inputs_of(model, "model.norm", lambda: logits(model, windows))
+        return float((found - dense).double().square().sum())
+
+    last = {n: site.bytes for n, site in calibrated.sites.items() if n.startswith("model.layers.2.")}
+    expected = greedy_levels(last, 0.3, error)
+    found = greedy(model, calibrated, 0.3, windows)
+    assert {name: found[name] for name in last} == pytest.approx(expected)

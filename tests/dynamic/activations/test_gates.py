@@ -151,6 +151,7 @@ def test_damaged_documents_are_refused(tmp_path: Path) -> None:
         ("importance", 3, "no document"),
         ("threshold", -0.5, "threshold"),
         ("threshold", float("nan"), "threshold"),
+        ("threshold", float("inf"), "threshold"),
         ("features", "many", "no document"),
     ]:
         content = json.loads(json.dumps(good))
