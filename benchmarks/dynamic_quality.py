@@ -2,8 +2,8 @@
 
 A level is the share of the bytes of all linear layers (in the blocks) that dropped activations skip, the
 same for every method: one that leaves some layers dense drops more at the others. *achieved* is what was
-skipped on the measured text. Thresholds come from the calibration text; everything runs in PyTorch, in
-float32, and nothing is timed.
+skipped on the measured text. Thresholds come from the calibration text, each below the gates before it;
+everything runs in PyTorch, in float32, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def skipped(sizes: Mapping[str, float], shares: Mapping[str, float], total: floa
 
 
 def run(args: argparse.Namespace) -> None:
-    from gossamer.dynamic.activations import calibrate, greedy, linear_sites, method
+    from gossamer.dynamic.activations import calibrate, greedy, linear_sites, method, settle
     from gossamer.evaluate import evaluate
 
     tokenizer = protocol.load_tokenizer(args.model)
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
                 levels: Any = sparsity
                 if allocation == "greedy":
                     levels = greedy(model, calibrated, sparsity, calibration[:1, : args.greedy_tokens])
-                with calibrated.gates(levels).attach(model) as attached:
+                gates = settle(model, calibrated.gates(levels), calibration)
+                with gates.attach(model) as attached:
                     quality = evaluate(model, windows, reference=dense)
                 found = {
                     "method": name,

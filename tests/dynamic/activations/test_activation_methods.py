@@ -15,6 +15,7 @@ from gossamer.dynamic.activations import (
     linear_sites,
     method,
     natural_sparsity,
+    settle,
 )
 from gossamer.errors import CalibrationError, MethodError, ModelError, SparsityError
 from tiny import tiny_model, tiny_tokens
@@ -42,6 +43,21 @@ def test_each_layer_alone_reaches_its_target_closely(name: str) -> None:
         with calibrated.gates({site: 0.7}).attach(model) as attached:
             logits(model, windows)
         assert attached.achieved()[site] == pytest.approx(0.7, abs=0.005)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.8])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_settled_gates_reach_their_target_in_every_layer(name: str, sparsity: float) -> None:
+    model, windows = tiny_model(), tiny_tokens(4, 64)
+    gates = calibrate(model, method(name), windows).gates(sparsity)
+    settled = settle(model, gates, windows)
+    assert hooks(model) == 0
+    with settled.attach(model) as attached:
+        logits(model, windows)
+    assert attached.achieved() == pytest.approx(dict.fromkeys(gates.gates, sparsity), abs=0.005)
+    assert (settled == gates) == (name == "topk")
+    first = next(iter(gates.gates))
+    assert settled.gates[first] == gates.gates[first]  # nothing is gated before it
 
 
 def test_wina_scores_are_the_formula() -> None:
@@ -161,8 +177,12 @@ def test_natural_sparsity_of_relu_and_of_silu() -> None:
 def test_nan_activations_are_named() -> None:
     model, ids = tiny_model(), tiny_tokens()
     model.model.layers[1].post_attention_layernorm.weight.data[3] = float("nan")
+    gates = calibrate(tiny_model(), method("teal"), ids).gates(0.5)
+    named = r"model\.layers\.1\.mlp\.gate_proj: an activation is NaN"
+    with pytest.raises(CalibrationError, match=named):
+        settle(model, gates, ids)
     for name in ("teal", "wina"):
-        with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.gate_proj: an activation is NaN"):
+        with pytest.raises(CalibrationError, match=named):
             calibrate(model, method(name), ids)
     with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.act_fn: an activation is NaN"):
         calibrate(model, method("chess"), ids)

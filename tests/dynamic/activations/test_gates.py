@@ -10,7 +10,7 @@ import torch
 from activation_probes import hooks, inputs_of, logits
 from torch import nn
 
-from gossamer.dynamic.activations import METHODS, Gate, Gates, calibrate, linear_sites, method
+from gossamer.dynamic.activations import METHODS, Gate, Gates, calibrate, linear_sites, method, settle
 from gossamer.errors import CheckpointError, ModelError, OutputError, SparsityError
 from gossamer.matrices import Dense, pack
 from gossamer.nn import StructuredLinear
@@ -179,8 +179,9 @@ def test_gates_of_another_model_are_refused_before_any_hook() -> None:
     with pytest.raises(ModelError, match="reads 64 activations, and its gate 128"):
         Gates("teal", {LAYER: good, "model.layers.0.mlp.up_proj": good}).attach(model)
     assert hooks(model) == 0
-    with (
-        Gates("chess", {"model.layers.0.mlp.act_fn": Gate(64, 0.5, 0.1)}).attach(model),
-        pytest.raises(ModelError, match="has 128 activations, and its gate 64"),
-    ):
+    narrow = Gates("chess", {"model.layers.0.mlp.act_fn": Gate(64, 0.5, 0.1)})
+    with narrow.attach(model), pytest.raises(ModelError, match="has 128 activations, and its gate 64"):
         logits(model, tiny_tokens())
+    with pytest.raises(ModelError, match="has 128 activations, and its gate 64"):
+        settle(model, narrow, tiny_tokens())
+    assert hooks(model) == 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.dynamic.activations.gates import Gate, Gates, scores_of
+from gossamer.dynamic.activations.gates import Gate, Gates, check_width, scores_of
 from gossamer.dynamic.activations.method import ActivationMethod
 from gossamer.dynamic.activations.quantiles import Quantiles
 from gossamer.dynamic.activations.sites import Site, run_body, tap
@@ -31,7 +31,7 @@ class Calibrated:
     def gates(self, sparsity: float | Mapping[str, float]) -> Gates:
         """Gates that drop a share ``sparsity`` in [0, 1) of the activations: of each site, or by names of
         sites (those that are not named stay dense). The share is one of the dense model's activations: below
-        other gates they are smaller, and somewhat more are dropped.
+        other gates they are smaller, and somewhat more are dropped (`settle` mends that).
 
         Raises SparsityError, and MethodError for an unknown name.
         """
@@ -73,13 +73,7 @@ def calibrate(model: nn.Module, method: ActivationMethod, windows: Tensor | None
     quantiles = {name: Quantiles() for name in sites}
 
     def see(name: str) -> Callable[[Tensor], None]:
-        def count(x: Tensor) -> None:
-            try:
-                quantiles[name].update(scores_of(x, importance[name]))
-            except CalibrationError as error:
-                raise CalibrationError(f"{name}: {error}") from error
-
-        return count
+        return lambda x: _add(quantiles[name], scores_of(x, importance[name]), name)
 
     handles = [tap(site.module, see(name)) for name, site in sites.items()]
     try:
@@ -90,6 +84,46 @@ def calibrate(model: nn.Module, method: ActivationMethod, windows: Tensor | None
     if empty := [name for name, seen in quantiles.items() if seen.total == 0]:
         raise CalibrationError(f"no calibration input reached {empty[0]} (an expert never chosen?)")
     return Calibrated(method, sites, importance, quantiles)
+
+
+def settle(model: nn.Module, gates: Gates, windows: Tensor) -> Gates:
+    """The gates with thresholds at which each site drops its share of what reaches it below the other gates.
+
+    ``windows``, token ids ``(n, seqlen)``, run as one batch: each site sets its threshold on what it is
+    handed, and hands on what it leaves. Gates without a threshold stay as they are. Raises CalibrationError
+    where an activation is NaN or infinite, ModelError where the gates are those of another model.
+    """
+    settled = dict(gates.gates)
+
+    def see(name: str, gate: Gate) -> Callable[[Tensor], Tensor]:
+        importance = gate.importance_tensor()
+        quantiles = Quantiles()
+
+        def drop(x: Tensor) -> Tensor:
+            check_width(name, gate, x)
+            scores = scores_of(x, importance)
+            if gate.threshold is not None:
+                _add(quantiles, scores, name)
+                settled[name] = replace(gate, threshold=quantiles.below(gate.sparsity))
+            return x.masked_fill(settled[name].drops(scores), 0)
+
+        return drop
+
+    modules = gates.modules(model)
+    handles = [tap(module, see(name, gates.gates[name])) for name, module in modules.items()]
+    try:
+        run_body(model, windows, batch=len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Gates(gates.method, settled)
+
+
+def _add(quantiles: Quantiles, scores: Tensor, name: str) -> None:
+    try:
+        quantiles.update(scores)
+    except CalibrationError as error:
+        raise CalibrationError(f"{name}: {error}") from error
 
 
 def _mean_outputs(model: nn.Module, modules: Mapping[str, nn.Module], windows: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,11 +53,28 @@ class Gate:
             if not all(0 <= factor < math.inf for factor in self.importance):
                 raise CheckpointError("the importance of an activation is a number >= 0, and one is not")
 
+    def importance_tensor(self) -> Tensor | None:
+        """``importance``, float32 ``(features,)``."""
+        return None if self.importance is None else torch.tensor(self.importance)
+
+    def drops(self, scores: Tensor) -> Tensor:
+        """Which activations of these ``scores`` ``(..., features)`` are dropped, bool of that shape."""
+        if self.threshold is not None:
+            return scores <= self.threshold
+        pruned = count_pruned(self.features, self.sparsity)
+        return ~keep_highest(scores.reshape(-1, self.features), pruned).reshape(scores.shape)
+
 
 def scores_of(x: Tensor, importance: Tensor | None) -> Tensor:
     """``importance * |x|`` in float32, for ``x`` ``(..., features)``."""
     scores = x.abs().float()
     return scores if importance is None else scores * importance
+
+
+def check_width(name: str, gate: Gate, x: Tensor) -> None:
+    """Raises ModelError unless ``x`` ``(..., features)`` is as wide as the gate of the site ``name``."""
+    if x.shape[-1] != gate.features:
+        raise ModelError(f"{name} has {x.shape[-1]} activations, and its gate {gate.features}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,10 @@ class Gates:
         has no module of a gate's name, or one of another width.
         """
         return AttachedGates(model, self)
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The module of each gate in ``model``; raises ModelError as `attach` does."""
+        return {name: _module(model, name, gate) for name, gate in self.gates.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -139,23 +161,17 @@ class AttachedGates:
     """Gates at work in a model. Usable in a ``with`` statement, which detaches them."""
 
     def __init__(self, model: nn.Module, gates: Gates) -> None:
-        modules = {name: _module(model, name, gate) for name, gate in gates.gates.items()}
+        modules = gates.modules(model)
         self._seen = dict.fromkeys(modules, 0)
         self._dropped = dict.fromkeys(modules, 0)
         self._handles = [tap(module, self._see(name, gates.gates[name])) for name, module in modules.items()]
 
-    def _see(self, name: str, gate: Gate) -> Any:
-        importance = None if gate.importance is None else torch.tensor(gate.importance)
-        pruned = count_pruned(gate.features, gate.sparsity)
+    def _see(self, name: str, gate: Gate) -> Callable[[Tensor], Tensor]:
+        importance = gate.importance_tensor()
 
         def see(x: Tensor) -> Tensor:
-            if x.shape[-1] != gate.features:
-                raise ModelError(f"{name} has {x.shape[-1]} activations, and its gate {gate.features}")
-            scores = scores_of(x, importance)
-            if gate.threshold is not None:
-                dropped = scores <= gate.threshold
-            else:
-                dropped = ~keep_highest(scores.reshape(-1, gate.features), pruned).reshape(x.shape)
+            check_width(name, gate, x)
+            dropped = gate.drops(scores_of(x, importance))
             self._seen[name] += x.numel()
             self._dropped[name] += int(dropped.sum())
             return x.masked_fill(dropped, 0)

@@ -87,15 +87,15 @@ def tap(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> RemovableH
     return module.register_forward_pre_hook(before)
 
 
-def run_body(model: nn.Module, windows: Tensor) -> None:
-    """Runs ``model`` on token ids ``(n, seqlen)``, one window at a time, without its head, for its hooks."""
+def run_body(model: nn.Module, windows: Tensor, batch: int = 1) -> None:
+    """Runs ``model``, its head apart, on token ids ``(n, seqlen)``, ``batch`` windows at a time."""
     body = getattr(model, "base_model", model)
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for ids in windows:
-                body(ids[None], **options)
+            for ids in torch.split(windows, batch):
+                body(ids, **options)
     finally:
         model.train(training)
