@@ -12,6 +12,7 @@ import torch
 from cli_run import SMALL, run
 
 from gossamer.cli.compress import compress as command
+from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
 from gossamer.recipes.compress import CompressSettings
@@ -251,7 +252,9 @@ def test_export_loads_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
-    assert [method["name"] for method in told] == list(METHODS)
+    families = {"prune": METHODS, "activations": ACTIVATIONS}
+    expected = [(family, name) for family, names in families.items() for name in names]
+    assert [(method["family"], method["name"]) for method in told] == expected
     sweep = next(method for method in told if method["name"] == "obs")
     assert sweep["aliases"] == ["gptq", "sparsegpt"]
     assert sweep["needs"] == ["Gram"]
@@ -259,7 +262,8 @@ def test_methods_lists_the_registry() -> None:
     assert "Frantar" in sweep["cite"]
     assert sweep["claim"]["says"]
     printed = run("methods").out
-    assert all(name in printed for name in METHODS)
+    assert all(name in printed for name in (*METHODS, *ACTIVATIONS))
+    assert "inputs of all linear layers" in " ".join(printed.split())
     assert "2:4 keeps 2" in printed
 
 

@@ -8,32 +8,39 @@ from gossamer.cli import show
 from gossamer.cli.guard import guarded
 from gossamer.cli.options import AsJson
 
+NM_NOTE = "N:M keeps N of every M consecutive inputs: 2:4 keeps 2."
+
 
 @guarded
 def methods(as_json: AsJson = False) -> None:
-    """List the pruning methods: what each needs and accepts, its paper, and what that claims."""
+    """List the methods: what each needs and accepts, its paper, and what that claims."""
     from gossamer.recipes.catalogue import methods as all_methods
 
     found = all_methods()
     if as_json:
         show.document([method.to_dict() for method in found])
         return
-    show.columns(
-        "Pruning methods",
-        ("method", "needs", "patterns", "compares within", "cite and claim"),
-        [
-            (
-                "\n".join((method.name, *(f"= {alias}" for alias in method.aliases))),
-                ", ".join(method.needs) or "no data",
-                "\n".join(method.patterns),
-                method.comparison_group,
-                method.cite + (f"\n{method.claim.says}" if method.claim else ""),
-            )
-            for method in found
-        ],
-        ("N:M keeps N of every M consecutive inputs: 2:4 keeps 2.",),
-        left=5,
-    )
+    for family, title, what, notes in (
+        ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
+        ("activations", "Activation sparsity at run time", "drops", ()),
+    ):
+        show.columns(
+            title,
+            ("method", "needs", what, "compares within", "cite and claim"),
+            [
+                (
+                    "\n".join((method.name, *(f"= {alias}" for alias in method.aliases))),
+                    ", ".join(method.needs) or "no data",
+                    "\n".join(method.patterns),
+                    method.comparison_group,
+                    method.cite + (f"\n{method.claim.says}" if method.claim else ""),
+                )
+                for method in found
+                if method.family == family
+            ],
+            notes,
+            left=5,
+        )
 
 
 @guarded

@@ -117,12 +117,17 @@ def prunable(block: Block | nn.Module) -> dict[str, nn.Module]:
     found = {
         name: layer
         for name, layer in module.named_modules()
-        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and name.rpartition(".")[2] not in _ROUTERS
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and not is_router(name)
     }
     if not found:
         where = block.name if isinstance(block, Block) else type(module).__name__
         raise ModelError(f"{where} has no linear layer that could be pruned")
     return found
+
+
+def is_router(name: str) -> bool:
+    """Whether a linear layer of this name chooses experts."""
+    return name.rpartition(".")[2] in _ROUTERS
 
 
 def is_conv1d(module: nn.Module) -> bool:

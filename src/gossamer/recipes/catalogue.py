@@ -1,10 +1,11 @@
-"""The pruning methods as data: what each needs and accepts, its paper, and what that claims."""
+"""The methods as data: what each needs and accepts, its paper, and what that claims."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.prune import ALIASES, METHODS, Claim
 from gossamer.sparse import NM, Block, Channel, Unstructured
 
@@ -13,11 +14,14 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``needs``: statistics of calibration inputs, none for methods
-    without data; ``patterns``: those it accepts; ``comparison_group``: what plain "unstructured" means."""
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once) or ``activations``
+    (inputs, at run time); ``needs``: statistics of calibration inputs, none for methods without data;
+    ``patterns``: those it accepts, or which activations it drops; ``comparison_group``: what plain
+    "unstructured" means, or where scores of activations compete."""
 
     name: str
     aliases: tuple[str, ...]
+    family: str
     says: str
     needs: tuple[str, ...]
     patterns: tuple[str, ...]
@@ -31,7 +35,7 @@ class MethodFacts:
 
 
 def methods() -> list[MethodFacts]:
-    """All pruning methods, by name."""
+    """All methods, by family and name."""
     found = []
     for name in METHODS:
         cls = METHODS[name]
@@ -39,12 +43,29 @@ def methods() -> list[MethodFacts]:
             MethodFacts(
                 name=name,
                 aliases=tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name)),
+                family="prune",
                 says=(cls.__doc__ or "").partition("\n")[0],
                 needs=tuple(kind.__name__ for kind in cls.needs),
                 patterns=tuple(_WORDS[kind] for kind in cls.accepts),
                 comparison_group=cls.comparison_group,
                 cite=METHODS.citations[name],
                 claim=cls.claim,
+            )
+        )
+    for name in ACTIVATIONS:
+        gating = ACTIVATIONS[name]
+        thresholds = gating.selection == "threshold"
+        found.append(
+            MethodFacts(
+                name=name,
+                aliases=(),
+                family="activations",
+                says=(gating.__doc__ or "").partition("\n")[0],
+                needs=("Quantiles",) if thresholds else (),
+                patterns=(gating.gates,),
+                comparison_group="layer" if thresholds else "token",
+                cite=ACTIVATIONS.citations[name],
+                claim=None,
             )
         )
     return found

@@ -1,0 +1,64 @@
+"""What a method of activation sparsity is: its sites, and what an activation weighs besides its size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from gossamer.dynamic.activations.sites import Site, linear_sites
+from gossamer.errors import MethodError
+from gossamer.registry import Registry
+
+SELECTIONS = ("threshold", "top_k")
+
+
+@dataclass
+class ActivationMethod:
+    """Base of all: activations are scored by ``importance_j * |x_j|``, and the lowest are dropped.
+
+    ``selection``: ``threshold`` drops scores up to one number a site, which calibration finds (tokens differ
+    in how many they keep; cheap at run time); ``top_k`` drops the same number for every token, without
+    calibration. Raises MethodError for any other.
+    """
+
+    name: ClassVar[str] = ""
+    gates: ClassVar[str] = "inputs of all linear layers"
+
+    selection: str = "threshold"
+
+    def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise MethodError(
+                f"unknown selection {self.selection!r} (there are: {', '.join(sorted(SELECTIONS))})"
+            )
+
+    def sites(self, model: nn.Module) -> dict[str, Site]:
+        """Where ``model`` is gated."""
+        return linear_sites(model)
+
+    def importance(self, site: Site, partner_mean: Tensor | None) -> Tensor | None:
+        """One factor >= 0 a feature, float32 ``(features,)``; None: all 1. ``partner_mean``: the mean
+        absolute output of the site's partner on the calibration text, where it has one."""
+        return None
+
+
+METHODS: Registry[ActivationMethod] = Registry(
+    "method of activation sparsity",
+    {
+        "chess": "gossamer.dynamic.activations.chess",
+        "teal": "gossamer.dynamic.activations.teal",
+        "topk": "gossamer.dynamic.activations.topk",
+        "wina": "gossamer.dynamic.activations.wina",
+    },
+)
+
+
+def method(name: str, **options: Any) -> ActivationMethod:
+    """The method called ``name`` with its options; raises MethodError for an unknown name or option."""
+    found = METHODS[name]
+    try:
+        return found(**options)
+    except TypeError as error:
+        raise MethodError(f"the method {name} does not take these options: {error}") from None

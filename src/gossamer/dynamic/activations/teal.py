@@ -1,0 +1,17 @@
+"""TEAL: activations of small magnitude are dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gossamer.dynamic.activations.method import METHODS, ActivationMethod
+
+
+@METHODS.register("teal", cite="Liu et al. 2024, Training-Free Activation Sparsity in Large Language Models")
+@dataclass
+class Teal(ActivationMethod):
+    """Keeps x_j where |x_j| > t, one threshold a linear layer.
+
+    The thresholds are quantiles of the dense model's activations. Each layer's share is the same, or found
+    greedily within each block (`allocate.greedy`), as in the paper.
+    """

@@ -1,0 +1,24 @@
+"""WINA: activations are weighed by the column of the weight that they multiply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gossamer.dynamic.activations.method import METHODS, ActivationMethod
+from gossamer.dynamic.activations.sites import Site, dense_weight
+
+
+@METHODS.register("wina", cite="Chen et al. 2025, WINA: Weight Informed Neuron Activation")
+@dataclass
+class Wina(ActivationMethod):
+    """Keeps x_j where |x_j| * ||W_:j||_2 is large: the norm of what dropping it takes from the outputs.
+
+    Its error is least where the columns of W are orthogonal, which the paper prepares by rotating the model;
+    the weights are taken as they are here. The paper's top-k of each token is ``selection="top_k"``.
+    """
+
+    def importance(self, site: Site, partner_mean: Tensor | None) -> Tensor | None:
+        norms: Tensor = dense_weight(site.module).norm(dim=0)
+        return norms
