@@ -45,9 +45,14 @@ void multiply(int64_t out, int64_t in, int layout, int values, int keep, int par
                              masks,
                              scales,
                              offsets};
-    const gossamer::Tier tier{
-        "planted", &GOSSAMER_EXPORT(int), &GOSSAMER_EXPORT(float), &PLANTED_COLUMNS, nullptr, nullptr,
-        kRowBlock};
+    const gossamer::Tier tier{"planted",
+                              &GOSSAMER_EXPORT(int),
+                              &GOSSAMER_EXPORT(float),
+                              &PLANTED_COLUMNS,
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              kRowBlock};
     gossamer::Program program;
     program.add_term(w, 1, -1);
     gossamer::matmul(program, tier, x, rows, dtype, y, 1);

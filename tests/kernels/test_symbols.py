@@ -33,7 +33,13 @@ def check(*objects: Path) -> subprocess.CompletedProcess[str]:
 PLAIN = ["-O0", "-fno-exceptions"]
 
 
-UNITS = [("matmul_int", "int"), ("matmul_float", "float"), ("columns", "columns")]
+UNITS = [
+    ("matmul_int", "int"),
+    ("matmul_float", "float"),
+    ("columns", "columns"),
+    ("decoder_ops", "decoder"),
+    ("attention", "attention"),
+]
 TIERS = [(*unit, tier) for unit in UNITS for tier in ("avx2", "avx512")]
 
 
