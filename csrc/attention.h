@@ -22,21 +22,21 @@ constexpr int kMostHead = 256;  // numbers of a head
 
 enum CacheType : int { kCacheF32 = 0, kCacheBF16 = 1, kCacheI8 = 2 };
 
-inline int wide_of(int64_t dim) { return int((dim + 15) / 16 * 16); }
+static inline int wide_of(int64_t dim) { return int((dim + 15) / 16 * 16); }
 
 // Bytes of the keys, or of the values, of one head in a chunk: a multiple of 64.
-inline int64_t part_bytes(int64_t dim, int type) {
+static inline int64_t part_bytes(int64_t dim, int type) {
     const int64_t numbers = int64_t(kChunk) * wide_of(dim);
     return type == kCacheF32 ? 4 * numbers : type == kCacheBF16 ? 2 * numbers : numbers + 4 * kChunk;
 }
 
 // What a query has seen so far: `wide` sums of values, the largest score, the sum of all weights, and 14
 // numbers of nothing.
-inline int state_size(int64_t dim) { return wide_of(dim) + 16; }
+static inline int state_size(int64_t dim) { return wide_of(dim) + 16; }
 
 constexpr float kLowest = -3e38f;  // the largest of no scores
 
-inline void open_state(float* state, int64_t dim) {
+static inline void open_state(float* state, int64_t dim) {
     for (int i = 0; i < state_size(dim); i++) state[i] = 0;
     state[wide_of(dim)] = kLowest;
 }
