@@ -177,7 +177,8 @@ class DecoderRun {
         }
         need({&m_.head.w});
         const int64_t state = state_size(m_.head_dim);
-        most_chunks_ = (start_ + rows_ + kChunk - 1) / kChunk;
+        int64_t most_chunks = 16;  // doubled, so that a long answer does not ask for memory chunk by chunk
+        while (most_chunks * kChunk < start_ + rows_) most_chunks *= 2;
         const int64_t numbers[] = {padded_ * m_.hidden,
                                    padded_ * m_.hidden,
                                    padded_ * queries,
@@ -189,7 +190,7 @@ class DecoderRun {
                                    rows_ * m_.head_dim,
                                    padded_ * m_.vocabulary * (all_ && padded_ > rows_),
                                    rows_ * m_.heads * wide_of(m_.head_dim),
-                                   rows_ == 1 ? m_.heads * most_chunks_ * state : 0};
+                                   rows_ == 1 ? m_.heads * most_chunks * state : 0};
         float** places[] = {&x_,    &normed_, &q_,      &k_,     &v_,       &attended_,
                             &gate_, &up_,     &angles_, &spare_, &queries_, &states_};
         constexpr int kPlaces = sizeof places / sizeof *places;
@@ -562,7 +563,7 @@ class DecoderRun {
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
-    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, most_chunks_ = 0;
+    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0;
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     DecoderTimes* times_ = nullptr;
     Clock::time_point since_;
