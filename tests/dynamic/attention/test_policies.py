@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.dynamic.attention import POLICIES, Attend, Policy, attention
 from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.hip import HiP
-from gossamer.dynamic.attention.minference import MInference, VerticalSlash, candidates, search
+from gossamer.dynamic.attention.minference import MInference, VerticalSlash, candidates, search, searched
 from gossamer.dynamic.attention.policy import block_means, causal
 from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.dynamic.attention.strided import Strided
@@ -151,6 +151,16 @@ def test_search_gives_each_head_the_pattern_that_serves_it() -> None:
     for policy in candidates(5):
         other = block_attention(queries, keys, values, scaling=0.25, blocks=chosen(policy, queries, keys))
         assert (errors <= (other - dense).square().sum((0, 2)) + 1e-6).all()
+
+
+def test_patterns_of_a_model_are_found_on_a_text_and_run() -> None:
+    model, ids = tiny_model("llama").eval(), tiny_tokens(1, 500)
+    policy = searched(model, ids[0], 5)
+    assert set(policy.heads) == {(layer, head) for layer in range(3) for head in range(4)}
+    assert set(policy.heads.values()) <= set(candidates(5))
+    with torch.no_grad(), attention(model, policy) as attend:
+        assert model(ids).logits.isfinite().all()
+    assert 0 < attend.looked < 1
 
 
 def test_block_means_are_of_whole_and_part_blocks() -> None:

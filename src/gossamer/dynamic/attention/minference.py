@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gossamer.dynamic.attention.block_topk import BlockTopK
+from gossamer.dynamic.attention.plug import Attend, attention
 from gossamer.dynamic.attention.policy import POLICIES, Policy, causal, for_heads, numbers
 from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.errors import MethodError
@@ -103,6 +105,31 @@ def search(
         errors.append((got - dense).square().sum((0, 2)))
     best = torch.stack(errors).argmin(0)
     return {(layer, head): policies[int(best[head])] for head in range(len(queries))}
+
+
+class _Search(Attend):
+    """Dense attention that keeps what `search` finds in every layer on its way."""
+
+    def __init__(self, budget: int) -> None:
+        super().__init__(None)
+        self.budget = budget
+        self.heads: dict[tuple[int, int], Policy] = {}
+
+    def one(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> Tensor:
+        self.heads |= search(queries, keys, values, scaling=scaling, layer=layer, budget=self.budget)
+        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
+
+
+@torch.no_grad()
+def searched(model: Any, ids: Tensor, budget: int) -> MInference:
+    """The policy for a transformers ``model``: the patterns that serve its heads best on one text, ``ids``
+    int64 ``(n,)``, with about ``budget`` blocks for each block of queries."""
+    searching = _Search(budget)
+    with attention(model, searching):
+        model(ids[None], use_cache=False, logits_to_keep=1)
+    return MInference(searching.heads, candidates(budget)[2])
 
 
 def _among_largest(scores: Tensor, count: int) -> Tensor:

@@ -66,15 +66,18 @@ class Attend:
             if first >= last:
                 continue
             q, k, v = query[i, :, first:last], key[i, :, begin:end], value[i, :, begin:end]
-            outputs[i, first:last] = block_attention(
-                q,
-                k,
-                v,
-                scaling=scaling,
-                blocks=self._blocks(q, k, scaling, int(getattr(module, "layer_idx", 0) or 0)),
-                window=sliding_window or 0,
+            layer = int(getattr(module, "layer_idx", 0) or 0)
+            outputs[i, first:last] = self.one(
+                q, k, v, scaling=scaling, window=sliding_window or 0, layer=layer
             )
         return outputs, None
+
+    def one(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> Tensor:
+        """One text without padding; shapes of `block_attention`."""
+        blocks = self._blocks(queries, keys, scaling, layer)
+        return block_attention(queries, keys, values, scaling=scaling, blocks=blocks, window=window)
 
     def _blocks(self, queries: Tensor, keys: Tensor, scaling: float, layer: int) -> Tensor | None:
         if self.policy is None:
@@ -90,12 +93,12 @@ class Attend:
 
 
 @contextmanager
-def attention(model: Any, policy: Policy | str | None) -> Iterator[Attend]:
+def attention(model: Any, policy: Policy | Attend | str | None) -> Iterator[Attend]:
     """Within it the transformers ``model`` attends by ``policy`` (or one of `POLICIES` by name).
 
     Raises MethodError for a model whose attention cannot be replaced.
     """
-    attend = Attend(POLICIES[policy]() if isinstance(policy, str) else policy)
+    attend = policy if isinstance(policy, Attend) else Attend(_policy(policy))
     name = f"gossamer:{next(_numbers)}"
     before = model.config._attn_implementation
     register(name, attend)
@@ -108,6 +111,10 @@ def attention(model: Any, policy: Policy | str | None) -> Iterator[Attend]:
         model.set_attn_implementation(before)
         for table in (AttentionInterface, AttentionMaskInterface):
             table._global_mapping.pop(name, None)
+
+
+def _policy(policy: Policy | str | None) -> Policy | None:
+    return POLICIES[policy]() if isinstance(policy, str) else policy
 
 
 def register(name: str, attend: Attend) -> None:
