@@ -23,6 +23,7 @@ def methods(as_json: AsJson = False) -> None:
     for family, title, what, notes in (
         ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
         ("activations", "Activation sparsity at run time", "drops", ()),
+        ("attention", "Sparse attention at run time", "looks at", ()),
     ):
         show.columns(
             title,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
+from gossamer.dynamic.attention import POLICIES
 from gossamer.prune import ALIASES, METHODS, Claim
 from gossamer.sparse import NM, Block, Channel, Unstructured
 
@@ -14,10 +15,10 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once) or ``activations``
-    (inputs, at run time); ``needs``: statistics of calibration inputs, none for methods without data;
-    ``patterns``: those it accepts, or which activations it drops; ``comparison_group``: what plain
-    "unstructured" means, or where scores of activations compete."""
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``activations`` (inputs,
+    at run time) or ``attention`` (keys, at run time); ``needs``: statistics of calibration inputs, none for
+    methods without data; ``patterns``: those it accepts, or what it drops or looks at; ``comparison_group``:
+    what plain "unstructured" means, or where scores compete."""
 
     name: str
     aliases: tuple[str, ...]
@@ -65,6 +66,20 @@ def methods() -> list[MethodFacts]:
                 patterns=(gating.gates,),
                 comparison_group="layer" if thresholds else "token",
                 cite=ACTIVATIONS.citations[name],
+                claim=None,
+            )
+        )
+    for name in POLICIES:
+        found.append(
+            MethodFacts(
+                name=name,
+                aliases=(),
+                family="attention",
+                says=(POLICIES[name].__doc__ or "").partition("\n")[0],
+                needs=(),
+                patterns=("blocks of keys",),
+                comparison_group="block of queries",
+                cite=POLICIES.citations[name],
                 claim=None,
             )
         )
