@@ -15,10 +15,10 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``activations`` (inputs,
-    at run time) or ``attention`` (keys, at run time); ``needs``: statistics of calibration inputs, none for
-    methods without data; ``patterns``: those it accepts, or what it drops or looks at; ``comparison_group``:
-    what plain "unstructured" means, or where scores compete."""
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``activations``
+    (inputs, at run time) or ``attention`` (keys, at run time); ``needs``: statistics of calibration inputs,
+    none for methods without data; ``patterns``: those it accepts, or what it drops or looks at;
+    ``comparison_group``: what plain "unstructured" means, or where scores compete."""
 
     name: str
     aliases: tuple[str, ...]
