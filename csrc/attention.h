@@ -30,6 +30,11 @@ static inline int64_t part_bytes(int64_t dim, int type) {
     return type == kCacheF32 ? 4 * numbers : type == kCacheBF16 ? 2 * numbers : numbers + 4 * kChunk;
 }
 
+// Bytes of a query, as place_query leaves it.
+static inline int64_t query_bytes(int64_t dim, int type) {
+    return wide_of(dim) * (type == kCacheF32 ? 4 : 2);
+}
+
 // What a query has seen so far: `wide` sums of values, the largest score, the sum of all weights, and 14
 // numbers of nothing.
 static inline int state_size(int64_t dim) { return wide_of(dim) + 16; }

@@ -34,11 +34,11 @@ void attend_blocks(const BlockAttention& a, const Tier& tier, int threads) {
     const AttentionOps& ops = *tier.attention;
     const int type = a.dtype == kF32 ? kCacheF32 : kCacheBF16;
     const int64_t part = part_bytes(a.dim, type), chunks = (a.positions + kChunk - 1) / kChunk;
-    const int64_t query_bytes = wide_of(a.dim) * (type == kCacheF32 ? 4 : 2);
+    const int64_t of_query = query_bytes(a.dim, type);
     const int64_t state = state_size(a.dim);
     const int64_t of_scratch = aligned(ops.scratch_bytes(a.dim, type)),
                   of_states = aligned(4 * kQueries * state);
-    const int64_t of_worker = of_scratch + of_states + aligned(kQueries * query_bytes);
+    const int64_t of_worker = of_scratch + of_states + aligned(kQueries * of_query);
     const int64_t parts = a.kv_heads * chunks;
 
     static thread_local Workspace packed, scratch;
@@ -84,7 +84,7 @@ void attend_blocks(const BlockAttention& a, const Tier& tier, int threads) {
                 const int64_t i = p - low;
                 float room[kMostHead];
                 ops.place_query(floats_of(a.queries, a.dtype, head * a.rows + p - start, a.dim, room), a.dim,
-                                a.scaling, type, queries + i * query_bytes);
+                                a.scaling, type, queries + i * of_query);
                 one.last[i] = p;
                 one.first[i] = a.window ? std::max<int64_t>(0, p - a.window + 1) : 0;
                 open_state(states + i * state, a.dim);

@@ -358,8 +358,8 @@ class DecoderRun {
 
     // Rows of a head lie side by side.
     uint8_t* query_at(int64_t row, int64_t head) const {
-        const int64_t bytes = wide_of(m_.head_dim) * (cache_.type() == kCacheF32 ? 4 : 2);
-        return reinterpret_cast<uint8_t*>(queries_) + (head * rows_ + row) * bytes;
+        return reinterpret_cast<uint8_t*>(queries_) +
+               (head * rows_ + row) * query_bytes(m_.head_dim, cache_.type());
     }
 
     // `count` queries from (row, head) on, as they lie, look at all that they see in [begin, end).

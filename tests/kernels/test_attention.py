@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gossamer import kernels
 from gossamer.errors import KernelError
-from gossamer.kernels.attention import BLOCK, block_attention, block_count, reference
+from gossamer.kernels.attention import BLOCK, MOST_HEAD, block_attention, block_count, reference
+from gossamer.kernels.native import native
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
@@ -90,6 +91,10 @@ def test_a_row_depends_on_itself_and_what_it_sees_alone(dtype: torch.dtype) -> N
     k[:, 320:384], v[:, 320:384] = torch.nan, torch.inf
     blocks[:, :, 5] = False
     assert block_attention(q, k, v, scaling=0.2, blocks=blocks).isfinite().all()
+
+
+def test_python_and_the_kernels_mean_the_same_blocks() -> None:
+    assert (native().attention_block, native().most_head) == (BLOCK, MOST_HEAD)
 
 
 def test_rows_that_see_nothing_are_zeros_and_no_number_stays_none() -> None:

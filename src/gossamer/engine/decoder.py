@@ -59,7 +59,6 @@ class Decoder:
             self.head_dim,
             self.vocabulary,
         ]
-        self._cache_sizes = (len(body.layers), self.kv_heads, self.head_dim)
         numbers = [
             body.norm.variance_epsilon,
             attention.scaling,
@@ -85,7 +84,8 @@ class Decoder:
         """An empty cache of keys and values in one of the `CACHES` (int8: a scale a position and head)."""
         if dtype not in CACHES:
             raise ModelError(f"the cache of the native decoder is float32, bfloat16 or int8, not {dtype}")
-        return native().Cache(*self._cache_sizes, CACHES.index(dtype))
+        body: Any = self.model.model
+        return native().Cache(len(body.layers), self.kv_heads, self.head_dim, CACHES.index(dtype))
 
     def append(
         self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False
