@@ -24,7 +24,7 @@ HEAD = ["method", "allocation", "level", "achieved", "perplexity", "ratio", "KL"
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic_quality",
+        prog="python -m benchmarks.dynamic quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     total = sum(site.bytes for site in linear_sites(model).values())
     protocol.update_json(
         args.out,
-        {"command": "python -m benchmarks.dynamic_quality --model DIR", "machine": protocol.machine()},
+        {"command": "python -m benchmarks.dynamic quality --model DIR", "machine": protocol.machine()},
     )
     for name in args.methods:
         calibrated = calibrate(model, method(name), calibration)

@@ -90,7 +90,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.block_attention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dynamic blocks", description=__doc__)
     parser.add_argument("--positions", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument(
         "--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("HEADS", "KV_HEADS", "DIM")
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-flex", action="store_true", help="leave out flex_attention, which is compiled")
-    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "block_attention.json")
+    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "dynamic_blocks.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     heads, kv_heads, dim = args.heads

@@ -75,7 +75,7 @@ def measure(model: Any, ids: Tensor, policy: Policy | str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_prompts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dynamic prompts", description=__doc__)
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)
     parser.add_argument("--tokens", type=int, default=8064)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--budgets", type=int, nargs="+", default=[8, 16, 32], help="blocks a block of queries"
     )
-    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "long_prompts.json")
+    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "dynamic_prompts.json")
     args = parser.parse_args()
     if not args.data:
         raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")

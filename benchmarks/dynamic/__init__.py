@@ -1,0 +1,1 @@
+"""Sparsity at run time: activations and attention that skip work, measured beside the dense rivals."""
