@@ -16,7 +16,7 @@ from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
-from gossamer.recipes.compress import CompressSettings
+from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.version import VERSION
 from tiny import tiny_tokens
 
@@ -62,7 +62,7 @@ def test_compress_prints_a_table_and_the_next_command(model: Path, tmp_path: Pat
 def test_compress_has_the_defaults_of_the_recipe() -> None:
     given = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     expected = CompressSettings().model_dump()
-    assert expected.pop("options") == {}
+    assert expected.pop("options") == expected.pop("tune_options") == {}
     assert {name: given[name] for name in expected} == expected
 
 
