@@ -42,6 +42,11 @@ def packed(model: Any, values: str, layout: str) -> Any:
     return model
 
 
+def run_on(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = kernels.native.native().tier(tier)
+    monkeypatch.setattr(kernels.native, "tier", lambda name: index)
+
+
 def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return NativeSession(decoder, torch.float32).logits(ids)
 
@@ -71,7 +76,7 @@ def test_logits_are_those_of_hooks_in_transformers(name: str, selection: str) ->
 def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(
     name: str, selection: str, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GOSSAMER_ISA", tier)
+    run_on(tier, monkeypatch)
     model = tiny_model("llama", hidden_size=72, num_attention_heads=6, intermediate_size=104)
     gates, ids = gates_of(model, name, selection=selection).gates, tiny_tokens(1, 30)[0]
     decoder = Decoder(packed(model, "int8", "columns"), gates)
@@ -94,7 +99,7 @@ def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(
 def test_gates_that_drop_nothing_are_dense_to_the_bit(
     name: str, values: str, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GOSSAMER_ISA", tier)
+    run_on(tier, monkeypatch)
     model, ids = tiny_model("llama"), tiny_tokens(1, 30)[0]
     gates = gates_of(model, name, 0.0)
     dense = Decoder(packed(model, values, "dense"))
