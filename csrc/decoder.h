@@ -14,6 +14,7 @@
 
 #include "cache.h"
 #include "dispatch.h"
+#include "gates.h"
 
 namespace gossamer {
 
@@ -57,8 +58,9 @@ struct DecoderTimes {
 };
 
 // Appends `count` tokens to the cache. Logits, float32 (vocabulary) a row: of the last token, or of all.
-// Tokens must lie in the vocabulary. Throws std::bad_alloc, and leaves the cache as it was then.
+// Tokens must lie in the vocabulary. `gates`: of as many layers, or null. Throws std::bad_alloc, and leaves
+// the cache as it was then.
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
-            bool all, float* logits, int threads, DecoderTimes* times);
+            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates = nullptr);
 
 }  // namespace gossamer

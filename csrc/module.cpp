@@ -80,6 +80,23 @@ NB_MODULE(_native, m) {
         .def_prop_ro("length", &gossamer::Cache::length)
         .def_prop_ro("nbytes", &gossamer::Cache::bytes)
         .def("truncate", &gossamer::Cache::truncate, "Forgets all but the first positions.");
+    nb::class_<gossamer::Gates>(m, "Gates")
+        .def(nb::init<int64_t>(), "Of layers, none of them gated yet.")
+        .def(
+            "set",
+            [](gossamer::Gates& self, int64_t layer, int site, float threshold, int64_t pruned,
+               uintptr_t importance) {
+                if (layer < 0 || layer >= self.layers() || site < 0 || site >= gossamer::kSites)
+                    throw nb::value_error("no such site");
+                self.set(layer, gossamer::Site(site),
+                         {true, threshold, pruned, reinterpret_cast<const float*>(importance)});
+            },
+            "Sites: what q, k, v, o, gate, up and down read, and what the activation gives; pruned: "
+            "activations "
+            "that each row loses, or -1 where the threshold says.")
+        .def("dropped", [](const gossamer::Gates& self, int64_t layer,
+                           int site) { return self.dropped(layer, gossamer::Site(site)); })
+        .def_prop_ro("tokens", &gossamer::Gates::tokens, "That have run with them.");
     nb::class_<gossamer::DecoderModel>(m, "DecoderModel")
         .def(
             "__init__",
@@ -123,7 +140,8 @@ NB_MODULE(_native, m) {
         .def(
             "decode",
             [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
-               int64_t count, bool all, uintptr_t logits, int threads, bool timed) {
+               int64_t count, bool all, uintptr_t logits, int threads, bool timed,
+               const gossamer::Gates* gates) {
                 int tiers_count;
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
                 if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
@@ -131,12 +149,14 @@ NB_MODULE(_native, m) {
                 if (cache.layers() != int64_t(self.layers.size()) || cache.kv_heads() != self.kv_heads ||
                     cache.head_dim() != self.head_dim)
                     throw nb::value_error("a cache of another model");
+                if (gates && gates->layers() != int64_t(self.layers.size()))
+                    throw nb::value_error("gates of another model");
                 gossamer::DecoderTimes times{};
                 {
                     nb::gil_scoped_release release;
                     gossamer::decode(self, cache, tiers[tier], reinterpret_cast<const int64_t*>(tokens),
                                      count, all, reinterpret_cast<float*>(logits), threads,
-                                     timed ? &times : nullptr);
+                                     timed ? &times : nullptr, gates);
                 }
                 nb::dict parts;
                 parts["attention_products"] = times.attention_products;
@@ -146,6 +166,8 @@ NB_MODULE(_native, m) {
                 parts["rest"] = times.rest;
                 return parts;
             },
+            nb::arg("cache"), nb::arg("tier"), nb::arg("tokens"), nb::arg("count"), nb::arg("all"),
+            nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("gates").none(),
             "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
             "if "
             "not timed.");

@@ -287,3 +287,17 @@ def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     value: Any = {"a": float("nan"), "b": [float("inf"), 1.5], 3: ("x",)}
     document(value)
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "3": ["x"]}
+
+
+def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gated"
+    done = run("gate", checkpoint, "-o", out, "--sparsity", 0.6, "--text", text, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert done.document["weights_in_columns"] == done.document["weights"] == 21
+    answer = run("run", out, "hello", "--max-new-tokens", 2)
+    assert "gated by teal" in answer.err
+    again = run("gate", checkpoint, "-o", out, "--text", text, *SMALL)
+    assert again.code == 2
+    assert again.err.startswith("error: ")
+    assert run("gate", checkpoint, "-o", tmp_path / "x", "--method", "none", *SMALL).code == 2
+    assert not (tmp_path / "x").exists()

@@ -87,18 +87,20 @@ class RandomDecoder {
 // One sequence: logits of what is appended, all rows or the last.
 class Sequence {
   public:
-    Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, Random& random)
+    Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, const Gates* gates,
+             Random& random)
         : cache(int64_t(model.layers.size()), model.kv_heads, model.head_dim, type),
           model_(model),
           tier_(tier),
           threads_(threads),
+          gates_(gates),
           random_(random) {}
 
     Rows append(const std::vector<int64_t>& tokens, int64_t count, bool all) {
         const Buffer logits((all ? count : 1) * kVocabulary * 4, random_);
         memset(logits.data(), 0xff, size_t(logits.size()));  // NaN: what is not written shows
         decode(model_, cache, tier_, tokens.data() + cache.length(), count, all, logits.as<float>(), threads_,
-               nullptr);
+               nullptr, gates_);
         const float* first = logits.as<float>();
         return Rows(first, first + logits.size() / 4);
     }
@@ -109,6 +111,7 @@ class Sequence {
     const DecoderModel& model_;
     const Tier& tier_;
     const int threads_;
+    const Gates* gates_;
     Random& random_;
 };
 
@@ -134,17 +137,18 @@ void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Ro
 }
 
 void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
-                   CacheType type, int threads, Random& random) {
+                   CacheType type, int threads, const Gates* gates, Random& random) {
     const char* cache = type == kCacheF32 ? "float32" : type == kCacheBF16 ? "bfloat16" : "int8";
-    describe("%s, decoder, cache of %s", tier.name, cache);
-    Sequence whole(model, tier, type, 1, random);
+    const char* gated = gates ? ", gated" : "";
+    describe("%s, decoder%s, cache of %s", tier.name, gated, cache);
+    Sequence whole(model, tier, type, 1, gates, random);
     const Rows want = whole.append(tokens, kTokens, true);
     for (size_t i = 0; i < want.size(); i++)
         CHECK(std::isfinite(want[i]), "logit %zu of token %zu is %g", i % kVocabulary, i / kVocabulary,
               double(want[i]));
     check_going_on(whole, tokens, want, random);
-    describe("%s, decoder, cache of %s, %d threads", tier.name, cache, threads);
-    Sequence other(model, tier, type, threads, random);
+    describe("%s, decoder%s, cache of %s, %d threads", tier.name, gated, cache, threads);
+    Sequence other(model, tier, type, threads, gates, random);
     check_same(other.append(tokens, kPrompt, false), 0, want, kPrompt - 1, 1, kVocabulary,
                "the last token of a prompt, and it among all");
     CHECK(other.cache.length() == kPrompt, "there are %lld positions", (long long)other.cache.length());
@@ -161,7 +165,19 @@ void test_decoder() {
     for (int64_t i = 0; i < kTokens; i++) tokens.push_back(random.below(kVocabulary));
     for (const Tier* tier : tiers_under_test())
         for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
-            check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, random);
+            check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, nullptr, random);
+    // by threshold, by count, with importance and without; some sites of the second layer have none
+    const std::vector<float> importance(kInner, 0.5f);
+    Gates gates(2);
+    for (int site = 0; site < kSites; site++) {
+        gates.set(0, Site(site), {true, 0.3f, site % 2 ? -1 : 20, site % 3 ? importance.data() : nullptr});
+        if (site % 3) gates.set(1, Site(site), {true, 0.3f, site % 2 ? 20 : -1, nullptr});
+    }
+    for (const Tier* tier : tiers_under_test())
+        check_decoder(decoder.model, tokens, *tier, kCacheF32, 3, &gates, random);
+    CHECK(gates.tokens() > 0 && gates.dropped(0, kAtQ) == 20 * gates.tokens(),
+          "%lld activations were dropped of %lld tokens", (long long)gates.dropped(0, kAtQ),
+          (long long)gates.tokens());
 }
 
 }  // namespace testing

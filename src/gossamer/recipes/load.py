@@ -26,6 +26,8 @@ from gossamer.recipes.answer import Answer, AnswerStream, Timing
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gossamer.dynamic.activations import Gates
+
 _GREEDY = Sampling()
 
 Engine = Literal["auto", "native", "transformers"]
@@ -38,13 +40,14 @@ class LoadedModel:
     last part; with the dtype where that was asked for).
 
     ``new_session`` makes what runs tokens where that is not transformers itself; ``engine`` says which one it
-    is, and why."""
+    is, and why. ``gates``: of activations, at work in both, or None."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     label: str
     new_session: SessionFactory | None = None
     engine: str = "transformers"
+    gates: Gates | None = None
 
     def session(self) -> DecodingSession:
         """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
@@ -168,14 +171,16 @@ def load(
     they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
     families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
-    and values in. Raises ModelError or CheckpointError.
+    and values in. Where gates were saved with the model (``activations.json``) it runs gated, in either
+    engine, and ``engine`` says so. Raises ModelError or CheckpointError.
     """
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
-        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine, cache)
+        loaded = _gated(LoadedModel(model, load_tokenizer(path), label), path)
+        loaded = _with_engine(loaded, engine, cache)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)
@@ -183,9 +188,9 @@ def load(
     model, tokenizer = load_model(found.folder, dtype)
     progress(f"loading {found.label}", 1, 1)
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
-    loaded = LoadedModel(model, tokenizer, found.label + asked)
+    loaded = _gated(LoadedModel(model, tokenizer, found.label + asked), found.folder)
     if engine == "auto":
-        return replace(loaded, engine="transformers: the model is no checkpoint of packed weights")
+        return _says(loaded, "transformers: the model is no checkpoint of packed weights")
     return _with_engine(loaded, engine, cache)
 
 
@@ -195,14 +200,31 @@ def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache) -> LoadedMod
     if cache not in get_args(Cache):
         raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
     if engine == "transformers":
-        return replace(loaded, engine="transformers: asked for")
+        return _says(loaded, "transformers: asked for")
     reason = why_not(loaded.model)
     if reason is None:
-        new_session = partial(NativeSession, Decoder(loaded.model), getattr(torch, cache))
-        return replace(loaded, new_session=new_session, engine="the native decoder")
+        decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
+        new_session = partial(NativeSession, decoder, getattr(torch, cache))
+        return _says(replace(loaded, new_session=new_session), "the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")
-    return replace(loaded, engine=f"transformers: {reason}")
+    return _says(loaded, f"transformers: {reason}")
+
+
+def _says(loaded: LoadedModel, engine: str) -> LoadedModel:
+    gated = "" if loaded.gates is None else f", gated by {loaded.gates.method}"
+    return replace(loaded, engine=engine + gated)
+
+
+def _gated(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """The model with the gates that lie in ``folder`` at work in its modules, where there are any."""
+    if not (folder / "activations.json").is_file():
+        return loaded
+    from gossamer.dynamic.activations import Gates
+
+    gates = Gates.load(folder)
+    gates.attach(loaded.model)
+    return replace(loaded, gates=gates)
 
 
 def check_context(config: PreTrainedConfig, seqlen: int, label: str) -> None:
