@@ -14,6 +14,7 @@ from cli_run import SMALL, run
 from gossamer.cli.compress import compress as command
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
+from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
 from gossamer.recipes.compress_settings import CompressSettings
@@ -253,7 +254,7 @@ def test_export_loads_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
-    families = {"prune": METHODS, "activations": ACTIVATIONS, "attention": POLICIES}
+    families = {"prune": METHODS, "activations": ACTIVATIONS, "attention": POLICIES, "cache": CACHES}
     expected = [(family, name) for family, names in families.items() for name in names]
     assert [(method["family"], method["name"]) for method in told] == expected
     sweep = next(method for method in told if method["name"] == "obs")

@@ -24,6 +24,7 @@ def methods(as_json: AsJson = False) -> None:
         ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
         ("activations", "Activation sparsity at run time", "drops", ()),
         ("attention", "Sparse attention at run time", "looks at", ()),
+        ("cache", "Caches of keys and values", "keeps", ()),
     ):
         show.columns(
             title,

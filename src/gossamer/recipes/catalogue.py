@@ -7,6 +7,7 @@ from typing import Any
 
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
+from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, METHODS, Claim
 from gossamer.sparse import NM, Block, Channel, Unstructured
 
@@ -16,9 +17,10 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 @dataclass(frozen=True)
 class MethodFacts:
     """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``activations``
-    (inputs, at run time) or ``attention`` (keys, at run time); ``needs``: statistics of calibration inputs,
-    none for methods without data; ``patterns``: those it accepts, or what it drops or looks at;
-    ``comparison_group``: what plain "unstructured" means, or where scores compete."""
+    (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how keys and values are kept);
+    ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what it
+    drops, looks at or keeps; ``comparison_group``: what plain "unstructured" means, or
+    where scores compete."""
 
     name: str
     aliases: tuple[str, ...]
@@ -80,6 +82,21 @@ def methods() -> list[MethodFacts]:
                 patterns=("blocks of keys",),
                 comparison_group="block of queries",
                 cite=POLICIES.citations[name],
+                claim=None,
+            )
+        )
+    for name in CACHES:
+        caching = CACHES[name]
+        found.append(
+            MethodFacts(
+                name=name,
+                aliases=(),
+                family="cache",
+                says=(caching.__doc__ or "").partition("\n")[0],
+                needs=caching.needs,
+                patterns=(caching.keeps,),
+                comparison_group=caching.reads,
+                cite=CACHES.citations[name],
                 claim=None,
             )
         )
