@@ -134,7 +134,8 @@ class DecoderRun {
     void run(const int64_t* tokens, int64_t count, bool all, float* logits, DecoderTimes* times) {
         tokens_ = tokens;
         rows_ = count;
-        padded_ = padded_rows(count);
+        block_ = count > kFewRows ? tier_.row_block : kMaxRowBlock;
+        padded_ = padded_rows(count, block_);
         all_ = all;
         logits_ = logits;
         times_ = times;
@@ -262,7 +263,7 @@ class DecoderRun {
             if (i > 0 && alike(*weights[i], *weights[i - 1])) continue;
             if (rows.begin < rows.end)
                 gossamer::make_ready(tier_, *weights[i], x, kF32, rows.begin, rows.end,
-                                     activations_at(at, *weights[i], padded_));
+                                     activations_at(at, *weights[i], padded_, block_));
             at += activation_bytes(*weights[i], padded_);
         }
         meet();
@@ -273,7 +274,7 @@ class DecoderRun {
         uint8_t* at = me.ready;
         for (size_t i = 1; i <= index; i++)
             if (!alike(*weights[i], *weights[i - 1])) at += activation_bytes(*weights[i - 1], padded_);
-        return activations_at(at, *weights[index], padded_);
+        return activations_at(at, *weights[index], padded_, block_);
     }
 
     // Outputs of panels [begin, end) of one weight.
@@ -558,7 +559,7 @@ class DecoderRun {
     const int threads_;
     Barrier barrier_;
     const int64_t* tokens_ = nullptr;
-    int64_t rows_ = 0, padded_ = 0, start_ = 0;
+    int64_t rows_ = 0, padded_ = 0, block_ = kMaxRowBlock, start_ = 0;
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_;
