@@ -135,7 +135,8 @@ class DecoderRun {
     void run(const int64_t* tokens, int64_t count, bool all, float* logits, DecoderTimes* times) {
         tokens_ = tokens;
         rows_ = count;
-        padded_ = padded_rows(count);
+        block_ = count > kFewRows ? tier_.row_block : kMaxRowBlock;
+        padded_ = padded_rows(count, block_);
         all_ = all;
         logits_ = logits;
         times_ = times;
@@ -304,7 +305,7 @@ class DecoderRun {
             if (together(weights, at, i)) continue;
             if (rows.begin < rows.end)
                 gossamer::make_ready(tier_, *weights[i], left, kF32, rows.begin, rows.end,
-                                     activations_at(memory, *weights[i], padded_));
+                                     activations_at(memory, *weights[i], padded_, block_));
             memory += activation_bytes(*weights[i], padded_);
         }
         meet();
@@ -316,7 +317,7 @@ class DecoderRun {
         uint8_t* memory = me.ready;
         for (size_t i = 1; i <= index; i++)
             if (!together(weights, at, i)) memory += activation_bytes(*weights[i - 1], padded_);
-        return activations_at(memory, *weights[index], padded_);
+        return activations_at(memory, *weights[index], padded_, block_);
     }
 
     // Outputs of panels [begin, end) of one weight.
@@ -616,7 +617,7 @@ class DecoderRun {
     Barrier barrier_;
     const Gates* const gates_;
     const int64_t* tokens_ = nullptr;
-    int64_t rows_ = 0, padded_ = 0, start_ = 0;
+    int64_t rows_ = 0, padded_ = 0, block_ = kMaxRowBlock, start_ = 0;
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,

@@ -23,7 +23,7 @@ std::vector<std::string> tier_names(bool all) {
     const gossamer::Tier* tiers = gossamer::tiers(&count);
     std::vector<std::string> names;
     for (int i = 0; i < count; i++)
-        if (all || (!tiers[i].opt_in && tiers[i].runs_here())) names.emplace_back(tiers[i].name);
+        if (all || tiers[i].runs_here()) names.emplace_back(tiers[i].name);
     return names;
 }
 
@@ -175,7 +175,7 @@ NB_MODULE(_native, m) {
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def(
         "available", [] { return tier_names(false); },
-        "Those of them that run here, but for such as must be named.");
+        "Those of them that run here.");
     m.def("tier", &tier_index, "Index of an instruction set that runs here, or -1.");
     m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
     m.def("cycles_per_second", &gossamer::cycles_per_second, nb::call_guard<nb::gil_scoped_release>(),

@@ -37,8 +37,7 @@ const Tier& emulated_tiles() {
                            &gossamer_decoder_avx512,
                            &gossamer_attention_avx512,
                            avx512_runs,
-                           kTileRows,
-                           true};
+                           kTileRows};
     return tier;
 }
 
