@@ -90,8 +90,8 @@ bool has_amx() {
            (palette.c & 0xffff) >= 16;
 }
 
-// Linux gives tiles to processes that ask for them, as PyTorch does too; their signal frames then are larger by
-// 8 KiB.
+// Linux gives tiles to processes that ask for them, as PyTorch does too; their signal frames then are larger
+// by 8 KiB.
 bool system_gives_tiles() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

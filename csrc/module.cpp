@@ -173,9 +173,7 @@ NB_MODULE(_native, m) {
             "not timed.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
-    m.def(
-        "available", [] { return tier_names(false); },
-        "Those of them that run here.");
+    m.def("available", [] { return tier_names(false); }, "Those of them that run here.");
     m.def("tier", &tier_index, "Index of an instruction set that runs here, or -1.");
     m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
     m.def("cycles_per_second", &gossamer::cycles_per_second, nb::call_guard<nb::gil_scoped_release>(),

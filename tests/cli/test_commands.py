@@ -18,6 +18,7 @@ from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.tune import TUNERS
 from gossamer.version import VERSION
 from tiny import tiny_tokens
 
@@ -254,7 +255,13 @@ def test_export_loads_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
-    families = {"prune": METHODS, "activations": ACTIVATIONS, "attention": POLICIES, "cache": CACHES}
+    families = {
+        "prune": METHODS,
+        "tune": TUNERS,
+        "activations": ACTIVATIONS,
+        "attention": POLICIES,
+        "cache": CACHES,
+    }
     expected = [(family, name) for family, names in families.items() for name in names]
     assert [(method["family"], method["name"]) for method in told] == expected
     sweep = next(method for method in told if method["name"] == "obs")

@@ -51,7 +51,12 @@ def test_every_instruction_set_of_this_processor_is_tested() -> None:
     if not info.exists():
         pytest.skip("cannot ask the system what the processor has")
     flags = set(info.read_text().split())
-    wanted = [("portable", set[str]()), ("avx2", AVX2), ("avx512", AVX2 | AVX512), ("amx", AVX2 | AVX512 | AMX)]
+    wanted = [
+        ("portable", set[str]()),
+        ("avx2", AVX2),
+        ("avx512", AVX2 | AVX512),
+        ("amx", AVX2 | AVX512 | AMX),
+    ]
     here = tuple(name for name, needs in wanted if name in compiled and flags >= needs)
     assert kernels.available() == tiers() == here
 
