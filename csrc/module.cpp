@@ -80,6 +80,20 @@ NB_MODULE(_native, m) {
         .def_prop_ro("length", &gossamer::Cache::length)
         .def_prop_ro("nbytes", &gossamer::Cache::bytes)
         .def("truncate", &gossamer::Cache::truncate, "Forgets all but the first positions.");
+    nb::class_<gossamer::Policy>(m, "Policy")
+        .def(
+            "__init__",
+            [](gossamer::Policy* self, int64_t layers, int64_t heads,
+               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows) {
+                std::vector<gossamer::HeadPolicy> of_heads;
+                for (const auto& r : rows)
+                    of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
+                new (self) gossamer::Policy(layers, heads, std::move(of_heads));
+            },
+            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h).")
+        .def("check", &gossamer::Policy::check, "An empty string, or what is wrong.")
+        .def_prop_ro("looked", &gossamer::Policy::looked, "Blocks that were looked at so far.")
+        .def_prop_ro("there", &gossamer::Policy::there, "Those that dense attention would have looked at.");
     nb::class_<gossamer::DecoderModel>(m, "DecoderModel")
         .def(
             "__init__",
@@ -123,7 +137,7 @@ NB_MODULE(_native, m) {
         .def(
             "decode",
             [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
-               int64_t count, bool all, uintptr_t logits, int threads, bool timed) {
+               int64_t count, bool all, uintptr_t logits, int threads, bool timed, gossamer::Policy* policy) {
                 int tiers_count;
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
                 if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
@@ -131,12 +145,15 @@ NB_MODULE(_native, m) {
                 if (cache.layers() != int64_t(self.layers.size()) || cache.kv_heads() != self.kv_heads ||
                     cache.head_dim() != self.head_dim)
                     throw nb::value_error("a cache of another model");
+                if (policy && (policy->layers() != int64_t(self.layers.size()) ||
+                               policy->heads() != self.heads || !policy->check().empty()))
+                    throw nb::value_error("a policy of another model");
                 gossamer::DecoderTimes times{};
                 {
                     nb::gil_scoped_release release;
                     gossamer::decode(self, cache, tiers[tier], reinterpret_cast<const int64_t*>(tokens),
                                      count, all, reinterpret_cast<float*>(logits), threads,
-                                     timed ? &times : nullptr);
+                                     timed ? &times : nullptr, policy);
                 }
                 nb::dict parts;
                 parts["attention_products"] = times.attention_products;
@@ -146,9 +163,10 @@ NB_MODULE(_native, m) {
                 parts["rest"] = times.rest;
                 return parts;
             },
+            nb::arg("cache"), nb::arg("tier"), nb::arg("tokens"), nb::arg("count"), nb::arg("all"),
+            nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("policy").none() = nb::none(),
             "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
-            "if "
-            "not timed.");
+            "if not timed. policy: what is looked at, or None: all.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def(
