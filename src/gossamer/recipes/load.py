@@ -26,6 +26,8 @@ from gossamer.recipes.answer import Answer, AnswerStream, Timing
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gossamer.dynamic.attention import Policy
+
 _GREEDY = Sampling()
 
 Engine = Literal["auto", "native", "transformers"]
@@ -158,6 +160,7 @@ def load(
     huge_pages: bool = False,
     engine: Engine = "auto",
     cache: Cache = "bfloat16",
+    attention: str | Path | Policy | None = None,
     progress: Progress = silent,
 ) -> LoadedModel:
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
@@ -168,14 +171,17 @@ def load(
     they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
     families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
-    and values in. Raises ModelError or CheckpointError.
+    and values in; ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or
+    itself) that chooses which keys are looked at (None: all). Raises ModelError, CheckpointError or
+    MethodError.
     """
+    policy = None if attention is None else _policy(attention)
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
-        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine, cache)
+        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine, cache, policy)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)
@@ -185,24 +191,40 @@ def load(
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
     loaded = LoadedModel(model, tokenizer, found.label + asked)
     if engine == "auto":
-        return replace(loaded, engine="transformers: the model is no checkpoint of packed weights")
-    return _with_engine(loaded, engine, cache)
+        return _in_transformers(loaded, "the model is no checkpoint of packed weights", policy)
+    return _with_engine(loaded, engine, cache, policy)
 
 
-def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache) -> LoadedModel:
+def _policy(asked: str | Path | Policy) -> Policy:
+    from gossamer.dynamic.attention import policy_of
+
+    return policy_of(asked)
+
+
+def _in_transformers(loaded: LoadedModel, reason: str, policy: Policy | None) -> LoadedModel:
+    if policy is not None:
+        from gossamer.dynamic.attention import attach
+
+        attach(loaded.model, policy)
+    return replace(loaded, engine=f"transformers: {reason}")
+
+
+def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache, policy: Policy | None) -> LoadedModel:
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
     if cache not in get_args(Cache):
         raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
     if engine == "transformers":
-        return replace(loaded, engine="transformers: asked for")
+        return _in_transformers(loaded, "asked for", policy)
     reason = why_not(loaded.model)
     if reason is None:
-        new_session = partial(NativeSession, Decoder(loaded.model), getattr(torch, cache))
+        decoder = Decoder(loaded.model)
+        looks = None if policy is None else policy.native(len(decoder.windows), decoder.heads)
+        new_session = partial(NativeSession, decoder, getattr(torch, cache), looks)
         return replace(loaded, new_session=new_session, engine="the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")
-    return replace(loaded, engine=f"transformers: {reason}")
+    return _in_transformers(loaded, reason, policy)
 
 
 def check_context(config: PreTrainedConfig, seqlen: int, label: str) -> None:

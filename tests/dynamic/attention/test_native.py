@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gossamer import kernels
-from gossamer.dynamic.attention import Policy, attention
+from gossamer.dynamic.attention import POLICIES, Policy, attention, load_policy, policy_of, save_policy
 from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.hip import HiP
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash
@@ -18,10 +19,11 @@ from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.dynamic.attention.strided import Strided
 from gossamer.engine import Decoder, Look, NativeSession
 from gossamer.engine.decoder import CACHES
-from gossamer.errors import MethodError, ModelError
+from gossamer.errors import CheckpointError, MethodError, ModelError
 from gossamer.kernels import BLOCK
 from gossamer.kernels.native import native
-from tiny import tiny_model, tiny_tokens
+from gossamer.recipes.load import load
+from tiny import tiny_folder, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
@@ -235,3 +237,35 @@ def test_what_is_no_policy_of_the_model_is_refused() -> None:
     other = Decoder(tiny_model("llama", num_hidden_layers=2))
     with pytest.raises(ValueError, match="policy of another model"):
         other.append(other.new_cache(), tiny_tokens(1, 3)[0], policy=decoder.new_policy([[Look()] * 4] * 3))
+
+
+@pytest.mark.parametrize("policy", [*ALL.values(), VerticalSlash(3, 4)])
+def test_policies_are_files(policy: Policy, tmp_path: Path) -> None:
+    assert save_policy(policy, tmp_path) == tmp_path / "attention.json"
+    assert load_policy(tmp_path) == policy == policy_of(tmp_path / "attention.json")
+
+
+def test_damaged_files_and_unknown_names_are_refused(tmp_path: Path) -> None:
+    assert policy_of("hip") == HiP()
+    with pytest.raises(MethodError, match="unknown attention policy 'hop'; did you mean 'hip'"):
+        policy_of("hop")
+    file = tmp_path / "some.json"
+    for content in ("{", "{}", '{"policy": "nothing"}', '{"policy": "hip", "depth": 1}', "[1]"):
+        file.write_text(content)
+        with pytest.raises(CheckpointError, match=r"some\.json is no attention policy"):
+            load_policy(file)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_policy(tmp_path / "nowhere.json")
+
+
+def test_a_loaded_model_attends_by_a_policy_in_either_engine(tmp_path: Path) -> None:
+    folder, ids = tiny_folder(tmp_path / "tiny", initializer_range=0.3), tiny_tokens(1, 500)[0]
+    file = save_policy(BlockTopK(2), tmp_path / "policy.json")
+    dense = load(folder, dtype="float32").session().prompt(ids)
+    ours, theirs = (
+        load(folder, dtype="float32", engine=engine, cache="float32", attention=file).session().prompt(ids)
+        for engine in ("native", "transformers")
+    )
+    assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
+    assert float((ours - dense).abs().max()) > 1e-2 * float(theirs.abs().max())
+    assert set(POLICIES) >= {"sink_window", "strided", "block_topk", "hip", "minference"}
