@@ -122,9 +122,11 @@ std::string DecoderModel::check() const {
 // another.
 class DecoderRun {
   public:
-    DecoderRun(const DecoderModel& model, Cache& cache, const Tier& tier, int threads, const Gates* gates)
+    DecoderRun(const DecoderModel& model, Cache& cache, const Tier& tier, int threads, const Gates* gates,
+               Policy* policy)
         : m_(model),
           cache_(cache),
+          policy_(policy),
           tier_(tier),
           ops_(*tier.decoder),
           attention_(*tier.attention),
@@ -142,6 +144,7 @@ class DecoderRun {
         times_ = times;
         start_ = cache_.length();
         cache_.grow(start_ + count);
+        if (policy_) policy_->begin(cache_, count, threads_);
         lay_out();
         if (rows_ > 1) {
             tickets_ = std::make_unique<std::atomic<int64_t>[]>(m_.layers.size());
@@ -154,6 +157,7 @@ class DecoderRun {
                 threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
         cache_.fill(start_ + count);
         if (gates_) gates_->count_tokens(count);
+        if (policy_) policy_->end(cache_);
     }
 
   private:
@@ -406,9 +410,25 @@ class DecoderRun {
                (head * rows_ + row) * query_bytes(m_.head_dim, cache_.type());
     }
 
-    // `count` queries from (row, head) on, as they lie, look at all that they see in [begin, end).
+    // Finds the blocks that rows look at in a layer.
+    void choose(const Worker& me, int64_t number) {
+        const PolicyRows rows{cache_, *tier_.estimate, number,
+                              start_, rows_,           m_.layers[size_t(number)].window,
+                              q_,     queries_,        query_bytes(m_.head_dim, cache_.type())};
+        if (policy_->prepares()) {
+            policy_->prepare(rows, me.id);
+            barrier_.wait();
+        }
+        policy_->choose(rows, me.id);
+        barrier_.wait();
+    }
+
+    bool chooses(int64_t number) const { return policy_ && policy_->acts(number); }
+
+    // `count` queries from (row, head) on, as they lie, look at all that they see in [begin, end), or at the
+    // blocks of a list.
     void attend(const Worker& me, int64_t number, int64_t row, int64_t head, int count, int64_t begin,
-                int64_t end, float* states) {
+                int64_t end, float* states, Policy::List list = {}) {
         const int64_t kv_head = head / (m_.heads / m_.kv_heads);
         Attention a{};
         a.count = count;
@@ -424,6 +444,11 @@ class DecoderRun {
         }
         a.block_begin = std::max(begin, a.first[0]) / kBlock;
         a.block_end = (std::min(end, a.last[count - 1] + 1) + kBlock - 1) / kBlock;
+        if (list.blocks) {
+            a.blocks = list.blocks;
+            a.block_begin = 0;
+            a.block_end = list.count;
+        }
         a.states = states;
         a.scratch = me.attention;
         attention_.attend(&a);
@@ -453,11 +478,51 @@ class DecoderRun {
         return before;
     }
 
+    // The same over the lists of a policy: heads that share keys and have the same list attend together.
+    template <class F>
+    int64_t each_listed_chunk(const F& f) const {
+        const int64_t group = m_.heads / m_.kv_heads;
+        int64_t before = 0;
+        for (int64_t head = 0, count = 1; head < m_.heads; head += count, count = 1) {
+            const Policy::List list = policy_->list(head, 0);
+            const int64_t most = std::min<int64_t>(kQueries, group - head % group);
+            while (count < most && same(list, policy_->list(head + count, 0))) count++;
+            each_run(list, [&](int64_t chunk, Policy::List run) {
+                f(head, int(count), chunk, run, before);
+                before += run.count;
+            });
+        }
+        return before;
+    }
+
+    static bool same(Policy::List a, Policy::List b) {
+        return a.count == b.count && std::equal(a.blocks, a.blocks + a.count, b.blocks);
+    }
+
+    // Runs of a list that lie in one chunk.
+    template <class F>
+    static void each_run(Policy::List list, const F& f) {
+        for (int64_t i = 0, end; i < list.count; i = end) {
+            const int64_t chunk = list.blocks[i] * kBlock / kChunk;
+            for (end = i; end < list.count && list.blocks[end] * kBlock / kChunk == chunk;) end++;
+            f(chunk, Policy::List{list.blocks + i, end - i});
+        }
+    }
+
     float* state_of(int64_t head, int64_t chunk) const {
         return states_ + (chunk * m_.heads + head) * state_size(m_.head_dim);
     }
 
+    void attend_by_lists(const Worker& me, int64_t number) {
+        const Share mine = share_of(each_listed_chunk([](auto...) {}), me.id, threads_);
+        each_listed_chunk([&](int64_t head, int count, int64_t chunk, Policy::List run, int64_t before) {
+            if (before >= mine.begin && before < mine.end)
+                attend(me, number, 0, head, count, 0, 0, state_of(head, chunk), run);
+        });
+    }
+
     void attend_by_chunks(const Worker& me, int64_t number) {
+        if (chooses(number)) return attend_by_lists(me, number);
         const int64_t all = each_chunk(number, [](int64_t, int, int64_t, int64_t) {});
         const Share mine = share_of(all, me.id, threads_);
         each_chunk(number, [&](int64_t head, int count, int64_t chunk, int64_t before) {
@@ -473,8 +538,13 @@ class DecoderRun {
         for (int64_t head = 0; head < m_.heads; head++) {
             float* state = me.states;
             open_state(state, m_.head_dim);
-            for (int64_t chunk = first; chunk <= start_ / kChunk; chunk++)
+            const auto merge = [&](int64_t chunk, Policy::List = {}) {
                 attention_.merge(state_of(head, chunk), m_.head_dim, state);
+            };
+            if (chooses(number))
+                each_run(policy_->list(head, 0), merge);
+            else
+                for (int64_t chunk = first; chunk <= start_ / kChunk; chunk++) merge(chunk);
             attention_.finish(state, m_.head_dim, me.attended + head * m_.head_dim);
         }
     }
@@ -491,7 +561,9 @@ class DecoderRun {
             const int64_t tile = first + tiles - 1 - ticket / m_.heads, head = ticket % m_.heads;
             const int64_t begin = std::max(start_, tile * kQueries);
             const int64_t end = std::min(start_ + rows_, (tile + 1) * kQueries);
-            attend(me, number, begin - start_, head, int(end - begin), 0, end, me.states);
+            const Policy::List list =
+                chooses(number) ? policy_->list(head, begin / kBlock - start_ / kBlock) : Policy::List{};
+            attend(me, number, begin - start_, head, int(end - begin), 0, end, me.states, list);
             for (int64_t i = 0; i < end - begin; i++)
                 attention_.finish(me.states + i * size, m_.head_dim,
                                   attended_ + ((begin + i - start_) * m_.heads + head) * m_.head_dim);
@@ -536,6 +608,7 @@ class DecoderRun {
         if (timed) spent(&DecoderTimes::attention_products);
         place(me, number);
         barrier_.wait();
+        if (chooses(number)) choose(me, number);
         if (rows_ == 1)
             attend_by_chunks(me, number);
         else
@@ -610,6 +683,7 @@ class DecoderRun {
 
     const DecoderModel& m_;
     Cache& cache_;
+    Policy* const policy_;
     const Tier& tier_;
     const DecoderOps& ops_;
     const AttentionOps& attention_;
@@ -630,11 +704,11 @@ class DecoderRun {
 };
 
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
-            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates) {
+            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates, Policy* policy) {
     for (int64_t done = 0; done < count;) {
         const int64_t some = std::min(count - done, kRows - cache.length() % kRows);
         float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;
-        DecoderRun(model, cache, tier, threads, gates).run(tokens + done, some, all, wanted, times);
+        DecoderRun(model, cache, tier, threads, gates, policy).run(tokens + done, some, all, wanted, times);
         done += some;
     }
 }

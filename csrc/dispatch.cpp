@@ -13,11 +13,13 @@ extern "C" {
 extern const gossamer::Family gossamer_int_portable, gossamer_float_portable, gossamer_columns_portable;
 extern const gossamer::DecoderOps gossamer_decoder_portable;
 extern const gossamer::AttentionOps gossamer_attention_portable;
+extern const gossamer::EstimateOps gossamer_estimate_portable;
 #if defined(GOSSAMER_X86)
 extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2, gossamer_columns_avx2;
 extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512, gossamer_columns_avx512;
 extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512;
 extern const gossamer::AttentionOps gossamer_attention_avx2, gossamer_attention_avx512;
+extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx512;
 #endif
 #if defined(GOSSAMER_AMX)
 extern const gossamer::Family gossamer_int_amx, gossamer_float_amx;
@@ -110,16 +112,16 @@ bool always() { return true; }
 const Tier* tiers(int* count) {
     static const Tier all_tiers[] = {
         {"portable", &gossamer_int_portable, &gossamer_float_portable, &gossamer_columns_portable,
-         &gossamer_decoder_portable, &gossamer_attention_portable, always},
+         &gossamer_decoder_portable, &gossamer_attention_portable, &gossamer_estimate_portable, always},
 #if defined(GOSSAMER_X86)
         {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, &gossamer_decoder_avx2,
-         &gossamer_attention_avx2, avx2_runs},
+         &gossamer_attention_avx2, &gossamer_estimate_avx2, avx2_runs},
         {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512,
-         &gossamer_decoder_avx512, &gossamer_attention_avx512, avx512_runs},
+         &gossamer_decoder_avx512, &gossamer_attention_avx512, &gossamer_estimate_avx512, avx512_runs},
 #endif
 #if defined(GOSSAMER_AMX)
         {"amx", &gossamer_int_amx, &gossamer_float_amx, &gossamer_columns_avx512, &gossamer_decoder_avx512,
-         &gossamer_attention_avx512, amx_runs, kTileRows},
+         &gossamer_attention_avx512, &gossamer_estimate_avx512, amx_runs, kTileRows},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

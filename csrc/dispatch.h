@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "decoder_ops.h"
+#include "estimate.h"
 #include "packed.h"
 
 namespace gossamer {
@@ -13,6 +14,7 @@ struct Tier {
     const Family* columns;
     const DecoderOps* decoder;
     const AttentionOps* attention;
+    const EstimateOps* estimate;
     bool (*runs_here)();               // the processor has it and the system saves its registers; asked once
     int64_t row_block = kMaxRowBlock;  // Activations::block where a call has more than kFewRows
 };

@@ -97,6 +97,20 @@ NB_MODULE(_native, m) {
         .def("dropped", [](const gossamer::Gates& self, int64_t layer,
                            int site) { return self.dropped(layer, gossamer::Site(site)); })
         .def_prop_ro("tokens", &gossamer::Gates::tokens, "That have run with them.");
+    nb::class_<gossamer::Policy>(m, "Policy")
+        .def(
+            "__init__",
+            [](gossamer::Policy* self, int64_t layers, int64_t heads,
+               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows) {
+                std::vector<gossamer::HeadPolicy> of_heads;
+                for (const auto& r : rows)
+                    of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
+                new (self) gossamer::Policy(layers, heads, std::move(of_heads));
+            },
+            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h).")
+        .def("check", &gossamer::Policy::check, "An empty string, or what is wrong.")
+        .def_prop_ro("looked", &gossamer::Policy::looked, "Blocks that were looked at so far.")
+        .def_prop_ro("there", &gossamer::Policy::there, "Those that dense attention would have looked at.");
     nb::class_<gossamer::DecoderModel>(m, "DecoderModel")
         .def(
             "__init__",
@@ -141,7 +155,7 @@ NB_MODULE(_native, m) {
             "decode",
             [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
                int64_t count, bool all, uintptr_t logits, int threads, bool timed,
-               const gossamer::Gates* gates) {
+               const gossamer::Gates* gates, gossamer::Policy* policy) {
                 int tiers_count;
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
                 if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
@@ -151,12 +165,15 @@ NB_MODULE(_native, m) {
                     throw nb::value_error("a cache of another model");
                 if (gates && gates->layers() != int64_t(self.layers.size()))
                     throw nb::value_error("gates of another model");
+                if (policy && (policy->layers() != int64_t(self.layers.size()) ||
+                               policy->heads() != self.heads || !policy->check().empty()))
+                    throw nb::value_error("a policy of another model");
                 gossamer::DecoderTimes times{};
                 {
                     nb::gil_scoped_release release;
                     gossamer::decode(self, cache, tiers[tier], reinterpret_cast<const int64_t*>(tokens),
                                      count, all, reinterpret_cast<float*>(logits), threads,
-                                     timed ? &times : nullptr, gates);
+                                     timed ? &times : nullptr, gates, policy);
                 }
                 nb::dict parts;
                 parts["attention_products"] = times.attention_products;
@@ -167,10 +184,10 @@ NB_MODULE(_native, m) {
                 return parts;
             },
             nb::arg("cache"), nb::arg("tier"), nb::arg("tokens"), nb::arg("count"), nb::arg("all"),
-            nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("gates").none(),
+            nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("gates").none() = nb::none(),
+            nb::arg("policy").none() = nb::none(),
             "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
-            "if "
-            "not timed.");
+            "if not timed. policy: what is looked at, or None: all.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def("available", [] { return tier_names(false); }, "Those of them that run here.");

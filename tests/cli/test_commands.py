@@ -138,6 +138,17 @@ def test_bench_side_by_side(checkpoint: Path, model: Path) -> None:
         assert word in printed
 
 
+def test_run_attends_by_a_policy(checkpoint: Path) -> None:
+    arguments = ("run", checkpoint, "word " * 150, "--max-new-tokens", "4", "--raw", "--json")
+    dense, same = run(*arguments).document, run(*arguments, "--attention", "sink_window").document
+    assert dense["engine"] == same["engine"] == "the native decoder"
+    assert dense["completion"] == same["completion"]  # all of it lies in the window
+    failed = run(*arguments, "--attention", "nothing")
+    assert failed.code == 2
+    assert "unknown attention policy" in failed.err
+    assert run("bench", checkpoint, "--plan", "--attention", "hip").code == 2
+
+
 def test_run_streams_what_greedy_decoding_gives(model: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

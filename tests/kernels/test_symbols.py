@@ -39,6 +39,7 @@ UNITS = [
     ("columns", "columns"),
     ("decoder_ops", "decoder"),
     ("attention", "attention"),
+    ("estimate", "estimate"),
 ]
 TIERS = [(*unit, tier) for unit in UNITS for tier in ("avx2", "avx512")]
 

@@ -62,6 +62,7 @@ def bench(
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
     cache: options.Cache = options.CacheName.bfloat16,
+    attention: options.Attention = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure tokens a second, prompt and decode, of one or several models in turn."""
@@ -71,6 +72,8 @@ def bench(
         raise EvaluationError(
             f"--{'plan' if plan else 'profile'} is of one model, got {len(models)}: name one"
         )
+    if (plan or profile) and attention is not None:
+        raise EvaluationError("--attention is for measuring a model: leave it out with --plan and --profile")
     if plan:
         if huge_pages:
             raise EvaluationError("--huge-pages is for measuring a model: leave it out with --plan")
@@ -89,7 +92,7 @@ def bench(
     from gossamer.recipes.measure import speed
 
     with progress() as report:
-        found = speed(*models, engine=engine.value, progress=report, **settings)
+        found = speed(*models, engine=engine.value, attention=attention, progress=report, **settings)
     if as_json:
         show.document(found.to_dict())
         return

@@ -38,6 +38,7 @@ def chat(
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
     cache: options.Cache = options.CacheName.bfloat16,
+    attention: options.Attention = None,
 ) -> None:
     """Chat with a model; /reset begins anew, /exit ends, Ctrl-C stops an answer.
 
@@ -56,6 +57,7 @@ def chat(
             huge_pages=huge_pages,
             engine=engine.value,
             cache=cache.value,
+            attention=attention,
             progress=report,
         )
     conversation = Conversation(

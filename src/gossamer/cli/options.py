@@ -48,6 +48,15 @@ class CacheName(str, Enum):
 Cache = Annotated[
     CacheName, typer.Option("--cache", help="What the native decoder keeps keys and values in.")
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        help="A policy that looks at some of the keys: sink_window, strided, block_topk, hip, minference, or "
+        "a JSON file of one.",
+        show_default="all keys",
+    ),
+]
 HugePages = Annotated[
     bool,
     typer.Option("--huge-pages", help="Copy a checkpoint's weights into huge pages of memory: read faster."),

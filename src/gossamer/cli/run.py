@@ -43,6 +43,7 @@ def run(
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
     cache: options.Cache = options.CacheName.bfloat16,
+    attention: options.Attention = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Answer a prompt, streamed as it is made; tokens a second are printed at the end."""
@@ -60,6 +61,7 @@ def run(
             huge_pages=huge_pages,
             engine=engine.value,
             cache=cache.value,
+            attention=attention,
             progress=report,
         )
     stream = loaded.stream(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer import kernels
 from gossamer.engine.gates import ActivationGate, NativeGates
+from gossamer.engine.policy import Looks, new_policy
 from gossamer.errors import ModelError
 from gossamer.kernels import Handle
 from gossamer.kernels.native import native
@@ -102,12 +103,17 @@ class Decoder:
         body: Any = self.model.model
         return native().Cache(len(body.layers), self.kv_heads, self.head_dim, CACHES.index(dtype))
 
+    def new_policy(self, looks: Looks) -> Any:
+        """What the attention of one sequence looks at, for `append`. Raises ModelError."""
+        return new_policy(looks, len(self.windows), self.heads)
+
     def append(
-        self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False
+        self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False, policy: Any = None
     ) -> tuple[Tensor, dict[str, float]]:
         """Appends ``tokens``, int64 ``(n,)``, and gives float32 logits of the last one ``(vocab,)``, or with
         ``every`` of all ``(n, vocab)``; and seconds of the parts by name (zeros unless ``timed``):
-        ``attention_products`` (q, k, v, o), ``attention``, ``mlp``, ``head``, ``rest``.
+        ``attention_products`` (q, k, v, o), ``attention``, ``mlp``, ``head``, ``rest``. ``policy``: what
+        attention looks at, the same one for all of a cache (None: everything).
 
         Raises ModelError for tokens that the model does not have, and past its context.
         """
@@ -131,6 +137,7 @@ class Decoder:
             torch.get_num_threads(),
             timed,
             None if self._gates is None else self._gates.handle,
+            policy,
         )
         return logits, seconds
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engine.decoder import Decoder
+from gossamer.engine.policy import Looks
 
 ROWS = 512  # tokens of a prompt between two looks at what the user wants
 
@@ -17,12 +18,20 @@ class NativeSession:
 
     ``prompt`` appends many tokens and ``step`` one; both give the float32 logits ``(vocab,)`` of the token
     that comes next. ``logits`` gives those of every position. Calls from several threads take turns.
+
+    ``looks``: what attention looks at (None: everything). Where all heads are of the kinds ``all`` and
+    ``static``, a token's logits have the same bits however the tokens were cut into calls. Other kinds
+    estimate for a call's rows within 512 positions (from a multiple of 512 on): cuts at multiples of 512 give
+    the same bits, others another estimate.
     """
 
-    def __init__(self, decoder: Decoder, cache_dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, decoder: Decoder, cache_dtype: torch.dtype = torch.bfloat16, looks: Looks | None = None
+    ) -> None:
         self.decoder = decoder
         self.cache_dtype = cache_dtype
         self._cache = decoder.new_cache(cache_dtype)
+        self._policy = None if looks is None else decoder.new_policy(looks)
         self._turn = threading.Lock()
 
     @property
@@ -34,6 +43,13 @@ class NativeSession:
     def nbytes(self) -> int:
         """Bytes of the cache."""
         return int(self._cache.nbytes)
+
+    @property
+    def looked(self) -> float:
+        """Of the blocks of keys that dense attention looks at, the share that was looked at so far."""
+        if self._policy is None or not self._policy.there:
+            return 1.0
+        return float(self._policy.looked / self._policy.there)
 
     def prompt(self, ids: Tensor) -> Tensor:
         """Append the tokens ``ids``, int64 ``(n,)`` with n >= 1."""
@@ -58,12 +74,15 @@ class NativeSession:
             found = []
             try:
                 if not len(ids):
-                    self.decoder.append(self._cache, ids)  # says what is wrong
+                    self._run(ids, every)  # says what is wrong
                 while len(ids):
                     some = ROWS - self._cache.length % ROWS
-                    found.append(self.decoder.append(self._cache, ids[:some], every=every)[0])
+                    found.append(self._run(ids[:some], every))
                     ids = ids[some:]
             except BaseException:  # Ctrl-C too: as if nothing had been appended
                 self._cache.truncate(before)
                 raise
             return found
+
+    def _run(self, ids: Tensor, every: bool) -> Tensor:
+        return self.decoder.append(self._cache, ids, every=every, policy=self._policy)[0]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from gossamer.dynamic.activations import Gates
+    from gossamer.dynamic.attention import Policy
 
 _GREEDY = Sampling()
 
@@ -161,6 +162,7 @@ def load(
     huge_pages: bool = False,
     engine: Engine = "auto",
     cache: Cache = "bfloat16",
+    attention: str | Path | Policy | None = None,
     progress: Progress = silent,
 ) -> LoadedModel:
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
@@ -171,16 +173,19 @@ def load(
     they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
     families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
-    and values in. Where gates were saved with the model (``activations.json``) it runs gated, in either
-    engine, and ``engine`` says so. Raises ModelError or CheckpointError.
+    and values in; ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or
+    itself) that chooses which keys are looked at (None: all). Where gates were saved with the model
+    (``activations.json``) it runs gated, in either engine, and ``engine`` says so. Raises ModelError,
+    CheckpointError or MethodError.
     """
+    policy = None if attention is None else _policy(attention)
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
         loaded = _gated(LoadedModel(model, load_tokenizer(path), label), path)
-        loaded = _with_engine(loaded, engine, cache)
+        loaded = _with_engine(loaded, engine, cache, policy)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)
@@ -190,25 +195,40 @@ def load(
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
     loaded = _gated(LoadedModel(model, tokenizer, found.label + asked), found.folder)
     if engine == "auto":
-        return _says(loaded, "transformers: the model is no checkpoint of packed weights")
-    return _with_engine(loaded, engine, cache)
+        return _in_transformers(loaded, "the model is no checkpoint of packed weights", policy)
+    return _with_engine(loaded, engine, cache, policy)
 
 
-def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache) -> LoadedModel:
+def _policy(asked: str | Path | Policy) -> Policy:
+    from gossamer.dynamic.attention import policy_of
+
+    return policy_of(asked)
+
+
+def _in_transformers(loaded: LoadedModel, reason: str, policy: Policy | None) -> LoadedModel:
+    if policy is not None:
+        from gossamer.dynamic.attention import attach
+
+        attach(loaded.model, policy)
+    return _says(loaded, f"transformers: {reason}")
+
+
+def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache, policy: Policy | None) -> LoadedModel:
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
     if cache not in get_args(Cache):
         raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
     if engine == "transformers":
-        return _says(loaded, "transformers: asked for")
+        return _in_transformers(loaded, "asked for", policy)
     reason = why_not(loaded.model)
     if reason is None:
         decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
-        new_session = partial(NativeSession, decoder, getattr(torch, cache))
+        looks = None if policy is None else policy.native(len(decoder.windows), decoder.heads)
+        new_session = partial(NativeSession, decoder, getattr(torch, cache), looks)
         return _says(replace(loaded, new_session=new_session), "the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")
-    return _says(loaded, f"transformers: {reason}")
+    return _in_transformers(loaded, reason, policy)
 
 
 def _says(loaded: LoadedModel, engine: str) -> LoadedModel:

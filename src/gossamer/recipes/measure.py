@@ -91,16 +91,17 @@ def speed(
     huge_pages: bool = False,
     engine: Engine = "auto",
     cache: Cache = "bfloat16",
+    attention: str | Path | None = None,
     progress: Progress = silent,
 ) -> SpeedComparison:
     """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
 
     ``dtype``: of models that are no checkpoints; by default bfloat16, in which a dense model is read fastest.
-    ``huge_pages``, ``engine``, ``cache``: see `load`.
+    ``huge_pages``, ``engine``, ``cache``, ``attention``: see `load`.
     Raises a GossamerError for whatever a person can mend.
     """
     options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "engine": engine, "cache": cache}
-    options["progress"] = progress
+    options |= {"attention": attention, "progress": progress}
     loaded = [m if isinstance(m, LoadedModel) else load(m, **options) for m in models]
     found: dict[str, nn.Module] = {}
     sessions: dict[str, SessionFactory] = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer.dynamic.attention.policy import POLICIES, Policy, block_means, for_heads, largest
+from gossamer.engine import Look
 from gossamer.errors import MethodError
 
 
@@ -30,3 +31,6 @@ class BlockTopK(Policy):
         if self.count > 1:
             scores[:, :, 0] = torch.inf
         return largest(scores, self.count, rows, positions)
+
+    def look(self, layer: int, head: int) -> Look:
+        return Look("pooled", count=self.count)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.dynamic.attention.policy import POLICIES, Policy, block_means, for_heads, latest, numbers
+from gossamer.dynamic.attention.policy import (
+    POLICIES,
+    Policy,
+    block_means,
+    blocks_back,
+    for_heads,
+    latest,
+    numbers,
+)
+from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
 
@@ -49,3 +58,6 @@ class HiP(Policy):
         found = torch.zeros((heads, of_queries, column.shape[1]), dtype=torch.int64)
         found.scatter_add_(-1, low.clamp(max=column.shape[1] - 1), (high > low).long())
         return (found > 0) | (column == 0) | latest(row, column, self.window)
+
+    def look(self, layer: int, head: int) -> Look:
+        return Look("tree", count=self.count, sink=1, window=blocks_back(self.window))

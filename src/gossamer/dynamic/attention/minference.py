@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.plug import Attend, attention
 from gossamer.dynamic.attention.policy import POLICIES, Policy, causal, for_heads, numbers
 from gossamer.dynamic.attention.sink_window import SinkWindow
+from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK, block_attention
 
@@ -21,9 +22,13 @@ LAST = 64  # queries that stand for all
 
 @dataclass(frozen=True)
 class VerticalSlash(Policy):
-    """Columns of keys that all queries look at, and diagonals at a distance from them: those that the last
-    queries of the prompt give the most weight. ``vertical`` blocks of columns and ``slash`` block diagonals;
-    the paper's kernel takes single columns, which here cost a block each.
+    """Columns of keys that all queries look at, and diagonals at a distance from them: those that the last 64
+    queries give the most weight, ``vertical`` blocks of columns and ``slash`` block diagonals. The first
+    columns and the nearest diagonals are always among them, as in the authors' code (there 30 of each).
+
+    The paper's kernel takes single columns, which here cost a block each, and sums each diagonal by itself,
+    here 64 neighbouring ones. It estimates once for a whole prompt; whoever gives a prompt in chunks, as the
+    native decoder does (512 rows), gets an estimate by the last queries of each.
     """
 
     vertical: int = 8
@@ -42,6 +47,7 @@ class VerticalSlash(Policy):
         of_column = weights.new_zeros((heads, count)).index_add_(1, position[0] // BLOCK, weights.sum(1))
         distance = ((row - position).clamp(min=0) // BLOCK).reshape(-1)
         of_distance = weights.new_zeros((heads, count)).index_add_(1, distance, weights.reshape(heads, -1))
+        of_column[:, 0] = of_distance[:, 0] = torch.inf
         vertical = _among_largest(of_column, self.vertical)
         slash = _among_largest(of_distance, self.slash)
         away = (of_queries - column).clamp(min=0)
@@ -49,16 +55,22 @@ class VerticalSlash(Policy):
         crossed = slash[:, away] | slash[:, (away - 1).clamp(min=0)]
         return vertical[:, None] | (crossed & (column <= of_queries))
 
+    def look(self, layer: int, head: int) -> Look:
+        return Look("across", vertical=self.vertical, slash=self.slash)
+
 
 @POLICIES.register("minference", cite="Jiang et al. 2024, MInference 1.0: Accelerating Pre-filling")
 @dataclass(frozen=True)
 class MInference(Policy):
-    """The pattern of each ``(layer, head)`` in ``heads``, as `search` found them, and ``other`` elsewhere."""
+    """The pattern of each ``(layer, head)`` in ``heads``, as `search` found them, and ``other`` elsewhere;
+    for prompts alone: a query that comes by itself looks at everything."""
 
     heads: Mapping[tuple[int, int], Policy] = field(default_factory=dict)
     other: Policy = field(default_factory=VerticalSlash)
 
-    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
+    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
+        if queries.shape[1] == 1:
+            return None
         group = len(queries) // len(keys)
         found: dict[Policy, Tensor] = {}
         of_heads = [self.heads.get((layer, head), self.other) for head in range(len(queries))]
@@ -74,6 +86,9 @@ class MInference(Policy):
                 found[policy][some] = blocks
             chosen.append(found[policy][head])
         return torch.stack(chosen)
+
+    def look(self, layer: int, head: int) -> Look:
+        return replace(self.heads.get((layer, head), self.other).look(layer, head), steps=False)
 
 
 def candidates(budget: int) -> list[Policy]:

@@ -118,6 +118,17 @@ def attention(model: Any, policy: Policy | Attend | str | None) -> Iterator[Atte
             table._global_mapping.pop(name, None)
 
 
+def attach(model: Any, policy: Policy) -> Attend:
+    """The transformers ``model`` attends by ``policy`` from now on. Raises MethodError as `attention`."""
+    attend = Attend(policy)
+    name = f"gossamer:{next(_numbers)}"
+    register(name, attend)
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise MethodError(f"the attention of a {type(model).__name__} cannot be replaced")
+    return attend
+
+
 def _policy(policy: Policy | str | None) -> Policy | None:
     return POLICIES[policy]() if isinstance(policy, str) else policy
 

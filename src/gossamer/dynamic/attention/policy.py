@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gossamer.engine import Look
+from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK, block_count
 from gossamer.registry import Registry
 
@@ -25,6 +27,15 @@ class Policy(ABC):
         later position enters an output, but some policies choose by the whole prompt. The block in which the
         queries lie themselves is always looked at, whatever is chosen here.
         """
+
+    def look(self, layer: int, head: int) -> Look:
+        """The same choice for one head as data for the native decoder, which estimates for each 512 rows of a
+        prompt anew. Raises MethodError where there is none."""
+        raise MethodError(f"the native decoder has no form of the attention policy {self.name}")
+
+    def native(self, layers: int, heads: int) -> list[list[Look]]:
+        """`look` for every head of a model."""
+        return [[self.look(layer, head) for head in range(heads)] for layer in range(layers)]
 
 
 POLICIES: Registry[Policy] = Registry(
@@ -48,7 +59,12 @@ def numbers(rows: int, positions: int) -> tuple[Tensor, Tensor]:
 
 def latest(row: Tensor, column: Tensor, window: int) -> Tensor:
     """Blocks that hold one of the last ``window`` positions before some query of the row's block, or it."""
-    return column >= row - -(-(window - 1) // BLOCK)
+    return column >= row - blocks_back(window)
+
+
+def blocks_back(window: int) -> int:
+    """Blocks before a query's own that hold some of the last ``window`` positions of the block's first."""
+    return -(-(window - 1) // BLOCK)
 
 
 def causal(chosen: Tensor, rows: int, positions: int) -> Tensor:

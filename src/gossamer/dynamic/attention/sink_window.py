@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gossamer.dynamic.attention.policy import POLICIES, Policy, latest, numbers
+from gossamer.dynamic.attention.policy import POLICIES, Policy, blocks_back, latest, numbers
+from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
 
@@ -30,3 +31,6 @@ class SinkWindow(Policy):
         row, column = numbers(queries.shape[1], keys.shape[1])
         chosen = (column < -(-self.sink // BLOCK)) | latest(row, column, self.window)
         return chosen.expand(len(queries), -1, -1)
+
+    def look(self, layer: int, head: int) -> Look:
+        return Look("static", sink=-(-self.sink // BLOCK), window=blocks_back(self.window))

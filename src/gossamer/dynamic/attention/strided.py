@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.dynamic.attention.policy import POLICIES, Policy, latest, numbers
+from gossamer.dynamic.attention.policy import POLICIES, Policy, blocks_back, latest, numbers
+from gossamer.engine import Look
 from gossamer.errors import MethodError
 
 
@@ -33,3 +34,8 @@ class Strided(Policy):
         row, column = numbers(queries.shape[1], keys.shape[1])
         head = torch.arange(len(queries))[:, None, None]
         return latest(row, column, self.window) | ((column + head) % self.stride == 0)
+
+    def look(self, layer: int, head: int) -> Look:
+        if layer < self.dense_layers:
+            return Look()
+        return Look("static", window=blocks_back(self.window), stride=self.stride, offset=head)

@@ -1,0 +1,83 @@
+"""Policies by name, and as JSON: ``{"policy": NAME, ...its settings}``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gossamer.dynamic.attention.minference import MInference, VerticalSlash
+from gossamer.dynamic.attention.policy import POLICIES, Policy
+from gossamer.errors import CheckpointError, MethodError, OutputError
+
+FILE = "attention.json"  # beside a checkpoint
+
+
+def policy_of(asked: str | Path | Policy) -> Policy:
+    """A policy as it is, one of `POLICIES` by name with its defaults, or what `save_policy` wrote.
+
+    Raises MethodError for what is neither, and CheckpointError for a damaged file.
+    """
+    if isinstance(asked, Policy):
+        return asked
+    path = Path(asked).expanduser()
+    if str(asked) not in POLICIES and path.exists():
+        return load_policy(path)
+    return POLICIES[str(asked)]()
+
+
+def save_policy(policy: Policy, path: str | Path) -> Path:
+    """Writes ``policy`` as a file, or into a folder as FILE; returns its path."""
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    beside = file.with_suffix(".tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as out:
+            json.dump(to_dict(policy), out)
+            out.write("\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {file.name}: {error.strerror}") from error
+    return file
+
+
+def load_policy(path: str | Path) -> Policy:
+    """What `save_policy` wrote; raises CheckpointError where it is missing or damaged."""
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        return from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file.name}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, MethodError) as error:
+        raise CheckpointError(f"{file.name} is no attention policy: {error}") from error
+
+
+def to_dict(policy: Policy) -> dict[str, Any]:
+    """Plain data, of MInference each pattern once: ``heads`` are ``[layer, head, number of the pattern]``."""
+    if not isinstance(policy, MInference):
+        return {"policy": policy.name, **asdict(policy)}  # type: ignore[call-overload]
+    patterns = list(dict.fromkeys(policy.heads.values()))
+    heads = [[layer, head, patterns.index(one)] for (layer, head), one in sorted(policy.heads.items())]
+    return {
+        "policy": policy.name,
+        "other": to_dict(policy.other),
+        "patterns": [to_dict(one) for one in patterns],
+        "heads": heads,
+    }
+
+
+def from_dict(content: dict[str, Any]) -> Policy:
+    """The policy that `to_dict` gives."""
+    settings = dict(content)
+    name = settings.pop("policy")
+    if name == VerticalSlash.name:
+        return VerticalSlash(**settings)
+    if name != "minference":
+        return POLICIES[name](**settings)
+    patterns = [from_dict(one) for one in settings["patterns"]]
+    heads = {(layer, head): patterns[number] for layer, head, number in settings["heads"]}
+    return MInference(heads, from_dict(settings["other"]))
