@@ -7,6 +7,7 @@ import sys
 
 PARTS = {
     "quality": "perplexity and KL while activations are dropped",
+    "speed": "tokens a second in the native decoder while activations are dropped",
     "blocks": "the block-sparse attention kernel beside dense attention",
     "prompts": "time and perplexity of attention policies on long prompts",
 }

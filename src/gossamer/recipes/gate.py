@@ -161,10 +161,17 @@ def _open(model: str | Path, progress: Progress) -> _Source:
 
 
 def _columns(source: _Source, gates: Gates) -> tuple[str, ...]:
-    """Names of weights that the layout columns pays for: their inputs are dropped past its break-even. The
-    two that an MLP multiplies side by side are laid out alike. None without native kernels."""
+    """Names of weights to lay out as columns (int3 cannot; without native kernels none)."""
     if not native_available():
         return ()
+    past = past_break_even(gates)
+    fitting = (n for n, m in source.matrices.items() if isinstance(m, Packed) and m.values_name != "int3")
+    return tuple(name for name in fitting if name.removesuffix(".weight") in past)
+
+
+def past_break_even(gates: Gates) -> set[str]:
+    """Linear layers whose inputs are dropped past the break-even of the layout columns. The two that an MLP
+    multiplies side by side are laid out alike, by the mean of both."""
     shares: dict[str, float] = {}
     for site, found in gates.gates.items():
         parent, _, last = site.rpartition(".")
@@ -172,13 +179,10 @@ def _columns(source: _Source, gates: Gates) -> tuple[str, ...]:
         shares[reader] = max(shares.get(reader, 0.0), found.sparsity)
     for name in list(shares):
         parent, _, last = name.rpartition(".")
-        pair = [f"{parent}.gate_proj", f"{parent}.up_proj"]
         if last in ("gate_proj", "up_proj"):
-            both = statistics.mean(shares.get(one, 0.0) for one in pair)
-            shares |= dict.fromkeys(pair, both)
-    past = [f"{name}.weight" for name, share in shares.items() if share > 1 - native().most_active]
-    fitting = {n for n, m in source.matrices.items() if isinstance(m, Packed) and m.values_name != "int3"}
-    return tuple(name for name in source.matrices if name in past and name in fitting)
+            pair = [f"{parent}.gate_proj", f"{parent}.up_proj"]
+            shares |= dict.fromkeys(pair, statistics.mean(shares.get(one, 0.0) for one in pair))
+    return {name for name, share in shares.items() if share > 1 - native().most_active}
 
 
 def _write(
