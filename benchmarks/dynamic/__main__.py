@@ -8,6 +8,7 @@ import sys
 PARTS = {
     "quality": "perplexity and KL while activations are dropped",
     "speed": "tokens a second in the native decoder while activations are dropped",
+    "sirius": "the dense model corrects the one that drops activations",
     "blocks": "the block-sparse attention kernel beside dense attention",
     "prompts": "time and perplexity of attention policies on long prompts",
 }

@@ -72,6 +72,7 @@ def all_gates(args: Any, levels: list[float]) -> Iterator[tuple[str, str, float,
                 gates = settle(model, calibrated.gates(shares), text)
                 folder.mkdir(parents=True, exist_ok=True)
                 gates.save(folder)
+                print(f"calibrated {key_of(name, allocation, level)}", flush=True)
                 yield name, allocation, level, gates
 
 
