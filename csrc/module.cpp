@@ -101,13 +101,19 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](gossamer::Policy* self, int64_t layers, int64_t heads,
-               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows) {
+               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows, int64_t kv_heads,
+               std::vector<int32_t> labels) {
                 std::vector<gossamer::HeadPolicy> of_heads;
                 for (const auto& r : rows)
                     of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
-                new (self) gossamer::Policy(layers, heads, std::move(of_heads));
+                new (self) gossamer::Policy(layers, heads, std::move(of_heads),
+                                            gossamer::Labels(layers, kv_heads, std::move(labels)));
             },
-            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h).")
+            nb::arg("layers"), nb::arg("heads"), nb::arg("rows"), nb::arg("kv_heads") = 0,
+            nb::arg("labels") = std::vector<int32_t>(),
+            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h); labels: "
+            "channels of each head of keys of each layer.")
+        .def_prop_ro("nbytes", &gossamer::Policy::bytes, "Of labels.")
         .def("check", &gossamer::Policy::check, "An empty string, or what is wrong.")
         .def_prop_ro("looked", &gossamer::Policy::looked, "Blocks that were looked at so far.")
         .def_prop_ro("there", &gossamer::Policy::there, "Those that dense attention would have looked at.");
@@ -165,8 +171,9 @@ NB_MODULE(_native, m) {
                     throw nb::value_error("a cache of another model");
                 if (gates && gates->layers() != int64_t(self.layers.size()))
                     throw nb::value_error("gates of another model");
-                if (policy && (policy->layers() != int64_t(self.layers.size()) ||
-                               policy->heads() != self.heads || !policy->check().empty()))
+                if (policy &&
+                    (policy->layers() != int64_t(self.layers.size()) || policy->heads() != self.heads ||
+                     !policy->check().empty() || !policy->suits(cache)))
                     throw nb::value_error("a policy of another model");
                 gossamer::DecoderTimes times{};
                 {

@@ -10,6 +10,7 @@
 
 #include "cache.h"
 #include "estimate.h"
+#include "labels.h"
 
 namespace gossamer {
 
@@ -19,6 +20,7 @@ enum PolicyKind : int64_t {
     kLookPooled = 2,  // `count` blocks whose mean key the rows' mean query likes best
     kLookAcross = 3,  // `vertical` blocks and `slash` distances that the last rows give the most weight
     kLookTree = 4,    // `count` blocks found by halving ranges; `sink` and `window` as well
+    kLookLabels = 5,  // steps only: `count` blocks that labels rate highest; `sink` and `window` as well
 };
 
 // Of one head. Numbers are of blocks; what a kind does not name is 0.
@@ -46,7 +48,7 @@ struct PolicyRows {
 // nothing but what lies in the cache.
 class Policy {
   public:
-    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads);
+    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels);
     Policy(const Policy&) = delete;
 
     // An empty string, or what is wrong with it.
@@ -54,9 +56,16 @@ class Policy {
     int64_t layers() const { return layers_; }
     int64_t heads() const { return heads_; }
 
+    // Whether it is for such a cache.
+    bool suits(const Cache& cache) const { return heads_ % cache.kv_heads() == 0 && labels_.suit(cache); }
+    int64_t bytes() const { return labels_.bytes(); }  // of what it keeps of keys besides the cache
+
     // Makes room before `rows` tokens are appended; throws std::bad_alloc.
     void begin(const Cache& cache, int64_t rows, int threads);
-    void end(const Cache& cache) { known_ = cache.length() / kBlock; }
+    void end(const Cache& cache) {
+        known_ = cache.length() / kBlock;
+        if (labels_act_) labels_.end();
+    }
 
     bool acts(int64_t layer) const { return acts_[size_t(layer)]; }
     bool prepares() const { return prepares_; }  // else there is nothing to prepare, nor to wait for
@@ -78,6 +87,10 @@ class Policy {
     int64_t there() const { return there_; }
 
   private:
+    // What a head looks by in this run.
+    int64_t kind_of(const HeadPolicy& p) const {
+        return (p.kind == kLookLabels ? step_ : p.steps || !step_) ? p.kind : int64_t(kLookAtAll);
+    }
     const HeadPolicy& of(int64_t layer, int64_t head) const {
         return of_heads_[size_t(layer * heads_ + head)];
     }
@@ -90,18 +103,20 @@ class Policy {
     void pooled(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_t n, int worker);
     void across(const HeadPolicy& p, int64_t head, int64_t own, int worker);
     void tree(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_t n, int worker);
+    void rated(const HeadPolicy& p, int64_t head, int64_t own, int worker);
     void mean_query(const PolicyRows& r, int64_t head, int64_t n, float* mean) const;
     void keep_best(const float* scores, int64_t from, int64_t to, int64_t count, int worker);
 
     const int64_t layers_, heads_;
     const std::vector<HeadPolicy> of_heads_;
+    Labels labels_;
     std::vector<char> acts_;
     std::vector<std::vector<float>> means_;  // [layer][kv_head]: [block][dim], where a head is pooled
     int64_t known_ = 0;                      // blocks whose means are there
 
     // of a run
     int threads_ = 1;
-    bool step_ = false, prepares_ = false;
+    bool step_ = false, prepares_ = false, labels_act_ = false;
     int64_t row_blocks_ = 0, room_ = 0, of_worker_ = 0;  // room_: blocks of all positions
     std::vector<int32_t> lists_;                         // [head][row block][room]
     std::vector<int64_t> counts_;

@@ -105,7 +105,12 @@ class Decoder:
 
     def new_policy(self, looks: Looks) -> Any:
         """What the attention of one sequence looks at, for `append`. Raises ModelError."""
-        return new_policy(looks, len(self.windows), self.heads)
+        policy = new_policy(looks, len(self.windows), self.heads, self.kv_heads)
+        if max(
+            (channel for of_layer in looks for look in of_layer for channel in look.labels), default=0
+        ) >= (self.head_dim):
+            raise ModelError(f"the attention policy is wrong: heads have {self.head_dim} channels")
+        return policy
 
     def append(
         self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False, policy: Any = None

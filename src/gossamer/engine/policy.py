@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from gossamer.errors import ModelError
 from gossamer.kernels.native import native
 
-KINDS = ("all", "static", "pooled", "across", "tree")  # in the order of csrc/policy.h
+KINDS = ("all", "static", "pooled", "across", "tree", "labels")  # in the order of csrc/policy.h
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Look:
     ``(b + offset) % stride == 0``; ``pooled``: the ``count`` ones whose mean key meets the rows' mean query
     best, their own and the first among them; ``across``: the ``vertical`` ones and ``slash`` distances to
     which the last 64 rows of the call give the most weight; ``tree``: ``count`` found by halving ranges of
-    the past, and ``sink`` and ``window``. ``steps``: whether that goes for tokens that come one by one, too.
+    the past, and ``sink`` and ``window``; ``labels``: the ``count`` that hold the positions which the
+    channels ``labels`` of keys rate highest, and ``sink`` and ``window``, for tokens that come one by one
+    (all others look at everything). ``steps``: whether that goes for tokens that come one by one, too.
     """
 
     kind: str = "all"
@@ -32,22 +34,33 @@ class Look:
     count: int = 0
     vertical: int = 0
     slash: int = 0
+    labels: tuple[int, ...] = ()  # as many for each head, an even number, the same for heads that share keys
 
     def numbers(self) -> list[int]:
         """As csrc/policy.h has them. Raises ModelError for a kind that there is not."""
         if self.kind not in KINDS:
             raise ModelError(f"unknown kind of attention {self.kind!r}; there are: {', '.join(KINDS)}")
-        return [int(value) for value in astuple(replace(self, kind=KINDS.index(self.kind)))]  # type: ignore[arg-type]
+        kind, *others, _ = astuple(self)
+        return [KINDS.index(kind), *(int(value) for value in others)]
 
 
 Looks = Sequence[Sequence[Look]]  # [layer][head]
 
 
-def new_policy(looks: Looks, layers: int, heads: int) -> Any:
+def new_policy(looks: Looks, layers: int, heads: int, kv_heads: int) -> Any:
     """The native policy of one sequence. Raises ModelError where ``looks`` are not those of such a model."""
     if len(looks) != layers or any(len(of_layer) != heads for of_layer in looks):
         raise ModelError(f"the attention policy is not one of {layers} layers with {heads} heads")
-    policy = native().Policy(layers, heads, [look.numbers() for of_layer in looks for look in of_layer])
+    group = heads // kv_heads
+    labels = [of_layer[i].labels for of_layer in looks for i in range(0, heads, group)]
+    if len({len(some) for some in labels}) > 1:
+        raise ModelError("the attention policy is wrong: heads have different numbers of labels")
+    if any(
+        of_layer[i].labels != of_layer[i // group * group].labels for of_layer in looks for i in range(heads)
+    ):
+        raise ModelError("the attention policy is wrong: heads that share keys have different labels")
+    rows = [look.numbers() for of_layer in looks for look in of_layer]
+    policy = native().Policy(layers, heads, rows, kv_heads, [channel for some in labels for channel in some])
     fault = policy.check()
     if fault:
         raise ModelError(f"the attention policy is wrong: {fault}")

@@ -42,8 +42,8 @@ class NativeSession:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return int(self._cache.nbytes)
+        """Bytes of the cache, and of labels beside it."""
+        return int(self._cache.nbytes) + (0 if self._policy is None else int(self._policy.nbytes))
 
     @property
     def looked(self) -> float:

@@ -12,7 +12,9 @@ from gossamer.dynamic.attention.plug import Attend, attention
 from gossamer.dynamic.cache.method import CACHES, CacheMethod
 from gossamer.dynamic.cache.parts import Grown, split
 from gossamer.dynamic.cache.select import SelectiveLayer
+from gossamer.engine import Look
 from gossamer.errors import MethodError
+from gossamer.kernels import BLOCK
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,23 @@ class DoubleSparsity(CacheMethod):
         wanted = (config.num_hidden_layers, heads)
         if self.labels.ndim != 3 or self.labels.shape[:2] != wanted or not self.labels.shape[2]:
             raise MethodError(f"labels must be {wanted} times a count, not {tuple(self.labels.shape)}")
+
+    def looks(self, model: Any) -> list[list[Look]]:
+        """The same for the native decoder (``NativeSession(..., looks=)``), in blocks of `BLOCK` positions:
+        those that hold the highest rated tokens, and the last ``recent``. Raises as `new` does."""
+        self.check(model)
+        assert self.labels is not None
+        window = -(-(self.recent - 1) // BLOCK)
+        count = max(0, self.tokens // BLOCK - window - 1)
+        group = model.config.num_attention_heads // self.labels.shape[1]
+        return [
+            [
+                Look("labels", count=count, window=window, labels=tuple(channels))
+                for channels in of_layer
+                for _ in range(group)
+            ]
+            for of_layer in self.labels.tolist()
+        ]
 
     def layer(self, model: Any, number: int) -> DoubleSparsityLayer:
         assert self.labels is not None
@@ -122,8 +141,8 @@ class _Sizes(Attend):
 @torch.no_grad()
 def label_channels(model: Any, windows: Tensor, count: int) -> Tensor:
     """The ``count`` channels of each head of keys that make the most of scores, int64 ``(layers, kv_heads,
-    count)``: those of the largest mean ``|q_c k_c|`` over all pairs of a query and a key in the calibration
-    ``windows``, int64 ``(windows, n)``, of all heads that share the keys."""
+    count)``, the first one most: those of the largest mean ``|q_c k_c|`` over all pairs of a query and a key
+    in the calibration ``windows``, int64 ``(windows, n)``, of all heads that share the keys."""
     sizes = _Sizes()
     with attention(model, sizes):
         for ids in windows:
@@ -136,5 +155,5 @@ def label_channels(model: Any, windows: Tensor, count: int) -> Tensor:
         products = split(queries, 0, len(keys), -1).sum(1) * keys
         if not 1 <= count <= products.shape[1]:
             raise MethodError(f"a head has {products.shape[1]} channels; {count} labels are asked for")
-        found.append(products.topk(count, -1).indices.sort(-1).values)
+        found.append(products.topk(count, -1).indices)
     return torch.stack(found)
