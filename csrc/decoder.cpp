@@ -172,7 +172,7 @@ class DecoderRun {
             for (const Packed* w : group) {
                 bytes += activation_bytes(*w, padded_);
                 if (padded_ > 4 || w->layout == kColumns)
-                    scratch = std::max(scratch, aligned(scratch_bytes(*w, padded_)));
+                    scratch = std::max(scratch, aligned(scratch_bytes(*w, padded_, block_)));
             }
             ready = std::max(ready, bytes);
         };
@@ -437,6 +437,7 @@ class DecoderRun {
         a.keys = cache_.keys_of(number, kv_head);
         a.values = cache_.values_of(number, kv_head);
         a.queries = query_at(row, head);
+        a.many = rows_ > kFewRows;
         for (int i = 0; i < count; i++) {
             a.last[i] = start_ + (rows_ == 1 ? 0 : row + i);
             a.first[i] = first_seen(number, a.last[i]);

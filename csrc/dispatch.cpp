@@ -23,6 +23,7 @@ extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx
 #endif
 #if defined(GOSSAMER_AMX)
 extern const gossamer::Family gossamer_int_amx, gossamer_float_amx;
+extern const gossamer::AttentionOps gossamer_attention_amx;
 bool gossamer_works_amx();
 #endif
 }
@@ -121,7 +122,7 @@ const Tier* tiers(int* count) {
 #endif
 #if defined(GOSSAMER_AMX)
         {"amx", &gossamer_int_amx, &gossamer_float_amx, &gossamer_columns_avx512, &gossamer_decoder_avx512,
-         &gossamer_attention_avx512, &gossamer_estimate_avx512, amx_runs, kTileRows},
+         &gossamer_attention_amx, &gossamer_estimate_avx512, amx_runs, kTileRows},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

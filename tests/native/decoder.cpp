@@ -115,13 +115,18 @@ class Sequence {
     Random& random_;
 };
 
-// Goes on after the prompt, and again from within it: `want` are the logits of all tokens.
-void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Rows& want, Random& random) {
+// Goes on after the prompt one by one, or by few, and again from within it. `want` are the logits of all
+// tokens, `alone` those of the ones after the prompt as they come one by one: the same but for tiles, which
+// give what comes in pieces of more than kFewRows bits of its own.
+void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Rows& want, const Rows& alone,
+                    bool tiles, Random& random) {
     some.cache.truncate(kPrompt);
     while (some.cache.length() < kTokens) {
-        const int64_t at = some.cache.length();
-        check_same(some.append(tokens, 1, random.chance(0.5)), 0, want, at, 1, kVocabulary,
-                   "a token alone, and among all");
+        const int64_t at = some.cache.length(),
+                      count = tiles ? std::min<int64_t>(1 + random.below(7), kTokens - at) : 1;
+        const bool all = count > 1 || random.chance(0.5);
+        check_same(some.append(tokens, count, all), 0, alone, at - kPrompt, count, kVocabulary,
+                   "a token among few, and alone");
     }
     // within a chunk: what lay behind in it must not be seen again
     const int64_t bytes = some.cache.bytes();
@@ -129,8 +134,14 @@ void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Ro
     CHECK(some.cache.bytes() < bytes, "a cache that was truncated keeps %lld bytes",
           (long long)some.cache.bytes());
     while (some.cache.length() < kTokens) {
-        const int64_t pieces[] = {2, 3, 7, 8, 9, 47}, at = some.cache.length();
-        const int64_t count = std::min(pieces[random.below(6)], kTokens - at);
+        // by tiles: no piece, nor the part of one on either side of the border at 512, of few rows
+        const int64_t pieces[] = {2, 3, 7, 8, 9, 47}, at = some.cache.length(), left = kTokens - at;
+        int64_t count = std::min(pieces[random.below(6)], left);
+        if (tiles) count = at < 512 ? 512 - at : left < 40 ? left : 17 + random.below(left - 34);
+        if (tiles && at < 512 && count <= kFewRows) {
+            some.cache.truncate(480);
+            continue;
+        }
         check_same(some.append(tokens, count, true), 0, want, at, count, kVocabulary,
                    "a piece, and all at once");
     }
@@ -146,13 +157,21 @@ void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens
     for (size_t i = 0; i < want.size(); i++)
         CHECK(std::isfinite(want[i]), "logit %zu of token %zu is %g", i % kVocabulary, i / kVocabulary,
               double(want[i]));
-    check_going_on(whole, tokens, want, random);
+    Rows alone;
+    whole.cache.truncate(kPrompt);
+    while (whole.cache.length() < kTokens) {
+        const Rows one = whole.append(tokens, 1, false);
+        alone.insert(alone.end(), one.begin(), one.end());
+    }
+    const bool tiles = has_tiles(tier);
+    if (!tiles) check_same(alone, 0, want, kPrompt, kTokens - kPrompt, kVocabulary, "alone, and among all");
+    check_going_on(whole, tokens, want, alone, tiles, random);
     describe("%s, decoder%s, cache of %s, %d threads", tier.name, gated, cache, threads);
     Sequence other(model, tier, type, threads, gates, random);
     check_same(other.append(tokens, kPrompt, false), 0, want, kPrompt - 1, 1, kVocabulary,
                "the last token of a prompt, and it among all");
     CHECK(other.cache.length() == kPrompt, "there are %lld positions", (long long)other.cache.length());
-    check_going_on(other, tokens, want, random);
+    check_going_on(other, tokens, want, alone, tiles, random);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ int emulated_fault = 0;
 extern "C" {
 extern const gossamer::Family gossamer_int_emulated, gossamer_float_emulated, gossamer_columns_avx512;
 extern const gossamer::DecoderOps gossamer_decoder_avx512;
-extern const gossamer::AttentionOps gossamer_attention_avx512;
+extern const gossamer::AttentionOps gossamer_attention_emulated;
 bool gossamer_works_emulated();
 }
 #endif
@@ -35,7 +35,7 @@ const Tier& emulated_tiles() {
                            &gossamer_float_emulated,
                            &gossamer_columns_avx512,
                            &gossamer_decoder_avx512,
-                           &gossamer_attention_avx512,
+                           &gossamer_attention_emulated,
                            avx512_runs,
                            kTileRows};
     return tier;
