@@ -52,13 +52,20 @@ def parse() -> argparse.Namespace:
         "--values", nargs="+", default=list(VALUES), help="bfloat16, int8, int4, or folders of checkpoints"
     )
     parser.add_argument("--eval-windows", type=int, default=1, help="of 2,048 (default 1; figures: 20)")
+    parser.add_argument(
+        "--dense-tokens", type=int, default=0,
+        help="of each window, which are read without gates and not measured (the paper on TEAL: 1024)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "dynamic_quality.json", metavar="FILE")
     return parser.parse_args()
 
 
-def of_window(decoder: Decoder, ids: Tensor) -> Tensor:
-    """Log-probabilities of all positions but the last, float32."""
-    return log_probabilities(NativeSession(decoder).logits(ids)[:-1])
+def of_window(dense: Decoder, decoder: Decoder, ids: Tensor, first: int) -> Tensor:
+    """Log-probabilities of the positions from ``first`` on but the last, float32; earlier ones run dense."""
+    session = NativeSession(dense)
+    if first:
+        session.prompt(ids[:first])
+    return log_probabilities(session.beside(decoder).logits(ids[first:])[:-1])
 
 
 class Measured:
@@ -99,8 +106,9 @@ def run(args: argparse.Namespace) -> None:
     facts = {"command": "python -m benchmarks.dynamic quality --model DIR", "machine": protocol.machine()}
     protocol.update_json(args.out, facts)
     originals: list[Tensor] = []
+    first = args.dense_tokens
     for values in args.values:
-        label = Path(values).name
+        label = Path(values).name + (f" after {first} dense" if first else "")
         done = protocol.read_json(args.out).get("runs", {})
         wanted = {
             key: found
@@ -111,14 +119,14 @@ def run(args: argparse.Namespace) -> None:
             continue
         if not originals:
             original = Layouts(packed_model(args.model, ORIGINAL)).decoder()
-            originals = [of_window(original, ids) for ids in windows]
+            originals = [of_window(original, original, ids, first) for ids in windows]
         layouts = Layouts(packed_model(args.model, values))
         dense = layouts.decoder()
-        same = originals if values == ORIGINAL else [of_window(dense, ids) for ids in windows]
+        same = originals if values == ORIGINAL else [of_window(dense, dense, ids, first) for ids in windows]
         for key, found in wanted.items():
             decoder, measured = dense.gated(None if found is None else found.gates), Measured()
             for ids, a, b in zip(windows, same, originals, strict=True):
-                measured.add(of_window(decoder, ids), ids, a, b)
+                measured.add(of_window(dense, decoder, ids, first), ids[first:], a, b)
             cell = {"values": label, "gates": key, "windows": args.eval_windows, **measured.to_dict()}
             cell["achieved"] = 0.0 if found is None else round(skipped(decoder, layouts.modules), 4)
             protocol.update_json(args.out, {"runs": {f"{label} {key}": cell}})

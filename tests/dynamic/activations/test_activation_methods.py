@@ -250,7 +250,8 @@ def test_greedy_allocation_errs_less_at_the_same_bytes(name: str) -> None:
     errors = []
     for chosen in ({n: levels[n] for n in block}, dict.fromkeys(block, 0.4)):
         with calibrated.gates(chosen).attach(model):
-            errors.append((inputs_of(model, after, lambda: logits(model, windows)) - dense).norm().item())
+            found = inputs_of(model, after, lambda: logits(model, windows))
+        errors.append((found - dense)[:, 36:].norm().item())  # the last quarter counts
     assert errors[0] < errors[1]
     assert hooks(model) == 0
 
@@ -263,7 +264,7 @@ def test_greedy_allocation_of_a_later_block_looks_at_its_own_inputs() -> None:
     def error(levels: dict[str, float]) -> float:
         with calibrated.gates(levels).attach(model):
             found = inputs_of(model, "model.norm", lambda: logits(model, windows))
-        return float((found - dense).double().square().sum())
+        return float((found - dense)[:, 36:].double().square().sum())
 
     last = {n: site.bytes for n, site in calibrated.sites.items() if n.startswith("model.layers.2.")}
     expected = greedy_levels(last, 0.3, error)

@@ -13,5 +13,6 @@ class Teal(ActivationMethod):
     """Keeps x_j where |x_j| > t, one threshold a linear layer.
 
     The thresholds are quantiles of the dense model's activations. Each layer's share is the same, or found
-    greedily within each block (`allocate.greedy`), as in the paper.
+    greedily within each block (`allocate.greedy`), as in the paper. Its figures are of prompts whose first
+    half is left dense; here gates act on every token, first ones, which suffer most, included.
     """
