@@ -15,14 +15,17 @@ uint16_t bfloat16_of(float f) {
     return f != f ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Channel `i` of the key at `p` in a part, as bfloat16.
-uint16_t channel_of(const Cache& cache, const uint8_t* part, int64_t p, int64_t i) {
-    const int64_t wide = wide_of(cache.head_dim()), word = cache.type() == kCacheF32 ? 1 : 2;
-    const int64_t at = p / 16 * 16 * wide + i / word * 16 * word + p % 16 * word + i % word;
-    if (cache.type() == kCacheF32) return bfloat16_of(reinterpret_cast<const float*>(part)[at]);
-    if (cache.type() == kCacheBF16) return reinterpret_cast<const uint16_t*>(part)[at];
-    const float scale = reinterpret_cast<const float*>(part + int64_t(kChunk) * wide)[p];
-    return bfloat16_of(scale * float(reinterpret_cast<const int8_t*>(part)[at]));
+// Channels of the keys at [start, start + kBlock) of a part, each made bfloat16 by `number`.
+template <class T, class F>
+void copy_channels(const T* part, int word, int64_t wide, int64_t start, const int32_t* channels,
+                   int64_t count, uint16_t* to, const F& number) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t c = channels[i];
+        const T* from = part + start * wide + c / word * 16 * word + c % word;
+        uint16_t* label = to + i / 2 * 32 + i % 2;
+        for (int64_t p = 0; p < kBlock; p++)
+            label[p / 16 * 16 * count + p % 16 * 2] = number(from[p / 16 * 16 * wide + p % 16 * word], p);
+    }
 }
 
 }  // namespace
@@ -70,10 +73,18 @@ void Labels::keep(const Cache& cache, int64_t layer, int64_t kv_head, int64_t bl
     const int32_t* channels = channels_.data() + of * count_;
     const uint8_t* part = cache.keys_of(layer, kv_head)[start / kChunk];
     uint16_t* to = labels_[size_t(of)].data() + start * count_;
-    for (int64_t p = 0; p < kBlock; p++)
-        for (int64_t i = 0; i < count_; i++)
-            to[p / 16 * 16 * count_ + i / 2 * 32 + p % 16 * 2 + i % 2] =
-                channel_of(cache, part, start % kChunk + p, channels[i]);
+    const int64_t wide = wide_of(cache.head_dim()), at = start % kChunk;
+    if (cache.type() == kCacheF32) {
+        copy_channels(reinterpret_cast<const float*>(part), 1, wide, at, channels, count_, to,
+                      [](float x, int64_t) { return bfloat16_of(x); });
+    } else if (cache.type() == kCacheBF16) {
+        copy_channels(reinterpret_cast<const uint16_t*>(part), 2, wide, at, channels, count_, to,
+                      [](uint16_t x, int64_t) { return x; });
+    } else {
+        const float* scales = reinterpret_cast<const float*>(part + int64_t(kChunk) * wide) + at;
+        copy_channels(reinterpret_cast<const int8_t*>(part), 2, wide, at, channels, count_, to,
+                      [=](int8_t x, int64_t p) { return bfloat16_of(scales[p] * float(x)); });
+    }
 }
 
 void Labels::rate(const Cache& cache, const EstimateOps& ops, int64_t layer, const float* q, int worker,

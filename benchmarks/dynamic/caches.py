@@ -129,7 +129,8 @@ def natives(decoder: Decoder, labels: Tensor) -> dict[str, Callable[[], NativeSe
         (torch.int8, 16, 2048),
         (torch.int8, 16, 1024),
     ):
-        looks = DoubleSparsity(labels[..., :count], tokens).looks(decoder.model)
+        policy = DoubleSparsity(labels[..., :count], tokens).policy(decoder.model)
+        looks = policy.native(len(decoder.windows), decoder.heads)
         name = f"native, {str(dtype).removeprefix('torch.')}, Double Sparsity {count}, {tokens} tokens"
         found[name] = partial(NativeSession, decoder, dtype, looks)
     return found

@@ -21,7 +21,8 @@ class NativeSession:
     that comes next. ``logits`` gives those of every position. Calls from several threads take turns.
 
     ``looks``: what attention looks at (None: everything). Where all heads are of the kinds ``all`` and
-    ``static``, a token's logits have the same bits however the tokens were cut into calls. Other kinds
+    ``static``, a token's logits have the same bits however the tokens were cut into calls. ``labels`` choose
+    for calls of one token, and all others look at everything. Other kinds
     estimate for a call's rows within 512 positions (from a multiple of 512 on): cuts at multiples of 512 give
     the same bits, others another estimate.
     """

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gossamer import kernels
-from gossamer.dynamic.attention import Policy, attention
+from gossamer.dynamic.attention import attention, load_policy, save_policy
+from gossamer.dynamic.attention.label_blocks import LabelBlocks
 from gossamer.dynamic.cache.double_sparsity import DoubleSparsity, label_channels
 from gossamer.engine import Decoder, Look, NativeSession
 from gossamer.engine.decoder import CACHES
@@ -23,31 +24,6 @@ pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the nati
 
 IDS = tiny_tokens(1, 1110)[0]
 STEPS = 10
-
-
-class ByLabels(Policy):
-    """What the decoder does, in PyTorch, for one row at the end of all keys."""
-
-    name = "by_labels"
-
-    def __init__(self, labels: Tensor, count: int, window: int) -> None:
-        self.labels, self.count, self.window = labels, count, window
-
-    def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
-        if queries.shape[1] > 1:
-            return None
-        own = (keys.shape[1] - 1) // BLOCK
-        index, group = self.labels[layer], len(queries) // len(keys)
-        chosen = torch.zeros(len(queries), 1, own + 1, dtype=torch.bool)
-        chosen[:, :, max(0, own - self.window) :] = True
-        for head in range(len(keys)):
-            k = keys[head, : own * BLOCK, index[head]].bfloat16().float()
-            q = queries[head * group : (head + 1) * group, 0, index[head]].bfloat16().float()
-            best = (q @ k.mT).reshape(group, own, BLOCK).amax(-1)
-            rates = (best - best.amax(-1, keepdim=True)).amax(0)[: max(0, own - self.window)]
-            places = rates.sort(descending=True, stable=True).indices[: self.count]
-            chosen[head * group : (head + 1) * group, 0, places] = True
-        return chosen
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +40,9 @@ def made(**changes: Any) -> Any:
 def session_of(
     model: Any, method: DoubleSparsity | None, cache: torch.dtype = torch.float32
 ) -> NativeSession:
-    return NativeSession(Decoder(model), cache, method and method.looks(model))
+    config = model.config
+    looks = method and method.policy(model).native(config.num_hidden_layers, config.num_attention_heads)
+    return NativeSession(Decoder(model), cache, looks)
 
 
 def run(session: NativeSession, ids: Tensor, steps: int = STEPS) -> Tensor:
@@ -77,8 +55,9 @@ def test_steps_look_at_what_labels_rate_highest(group: int) -> None:
     model = made(num_key_value_heads=4 // group)
     labels = label_channels(model, tiny_tokens(1, 200), 6)
     method = DoubleSparsity(labels, tokens=5 * BLOCK, recent=BLOCK)
-    cache, policy = DynamicCache(config=model.config), ByLabels(labels, 3, 1)
-    with attention(model, policy):
+    cache, policy = DynamicCache(config=model.config), method.policy(model)
+    assert (policy.count, policy.window) == (3, 1)
+    with attention(model, policy) as attend:
         want = [model(IDS[None, :-STEPS], past_key_values=cache).logits[0, -1]]
         want += [model(token[None, None], past_key_values=cache).logits[0, -1] for token in IDS[-STEPS:]]
     session = session_of(model, method)
@@ -86,6 +65,7 @@ def test_steps_look_at_what_labels_rate_highest(group: int) -> None:
     assert float((got - torch.stack(want)).abs().max()) <= 1e-4 * size
     assert float((got - run(session_of(model, None), IDS)).abs().max()) > 0.1 * size
     assert session.looked == 5 / 18
+    assert attend.looked == session.looked
     dense = session_of(model, None)
     run(dense, IDS)
     assert session.nbytes - dense.nbytes >= 3 * 4 // group * 17 * BLOCK * 6 * 2
@@ -149,4 +129,33 @@ def test_what_does_not_fit_is_refused(model: Any) -> None:
         with pytest.raises(ModelError, match=fault):
             NativeSession(Decoder(model), looks=looks)
     with pytest.raises(MethodError, match="label channels"):
-        DoubleSparsity().looks(model)
+        DoubleSparsity().policy(model)
+    for labels in ((), ((), ()), [[[0, 1]], []]):
+        with pytest.raises(MethodError, match="takes labels"):
+            LabelBlocks(labels)
+    with pytest.raises(MethodError, match="another model"):
+        LabelBlocks([[[0, 1]]]).native(3, 4)
+    other = LabelBlocks([[[0, 1]]] * 3)
+    with attention(model, other), pytest.raises(MethodError, match="another model"):
+        model(IDS[None, :1])
+
+
+def test_a_block_with_the_best_token_is_found() -> None:
+    generator = torch.Generator().manual_seed(6)
+    keys = 0.1 * torch.randn(2, 700, 16, generator=generator)
+    keys[0, 130, 3], keys[1, 400, 5] = 9, -9
+    policy = LabelBlocks([[[3, 4], [4, 5]]], count=1, window=0)
+    queries = torch.ones(4, 1, 16)
+    queries[2:, 0, 5] = -1
+    chosen = policy.blocks(queries, keys, scaling=0.25, layer=0)
+    assert chosen is not None
+    assert [head.nonzero()[:, 1].tolist() for head in chosen] == [[2, 10]] * 2 + [[6, 10]] * 2
+    assert policy.blocks(queries.expand(-1, 2, -1), keys, scaling=0.25, layer=0) is None
+    first = policy.blocks(queries, keys[:, :5], scaling=0.25, layer=0)
+    assert first is not None
+    assert bool(first.all())
+
+
+def test_labels_are_a_file_like_other_policies(model: Any, tmp_path: Any) -> None:
+    policy = DoubleSparsity(label_channels(model, tiny_tokens(1, 50), 4), tokens=512).policy(model)
+    assert load_policy(save_policy(policy, tmp_path / "labels.json")) == policy

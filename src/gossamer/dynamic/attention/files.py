@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gossamer.dynamic.attention.label_blocks import LabelBlocks
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash
 from gossamer.dynamic.attention.policy import POLICIES, Policy
 from gossamer.errors import CheckpointError, MethodError, OutputError
@@ -76,6 +77,8 @@ def from_dict(content: dict[str, Any]) -> Policy:
     name = settings.pop("policy")
     if name == VerticalSlash.name:
         return VerticalSlash(**settings)
+    if name == LabelBlocks.name:
+        return LabelBlocks(**settings)
     if name != "minference":
         return POLICIES[name](**settings)
     patterns = [from_dict(one) for one in settings["patterns"]]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.dynamic.attention.label_blocks import LabelBlocks
 from gossamer.dynamic.attention.plug import Attend, attention
 from gossamer.dynamic.cache.method import CACHES, CacheMethod
 from gossamer.dynamic.cache.parts import Grown, split
 from gossamer.dynamic.cache.select import SelectiveLayer
-from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
 
@@ -59,22 +59,13 @@ class DoubleSparsity(CacheMethod):
         if self.labels.ndim != 3 or self.labels.shape[:2] != wanted or not self.labels.shape[2]:
             raise MethodError(f"labels must be {wanted} times a count, not {tuple(self.labels.shape)}")
 
-    def looks(self, model: Any) -> list[list[Look]]:
-        """The same for the native decoder (``NativeSession(..., looks=)``), in blocks of `BLOCK` positions:
-        those that hold the highest rated tokens, and the last ``recent``. Raises as `new` does."""
+    def policy(self, model: Any) -> LabelBlocks:
+        """The same number of tokens by whole blocks of `BLOCK`, as an attention policy, which both engines
+        take. Raises MethodError as `new`."""
         self.check(model)
         assert self.labels is not None
         window = -(-(self.recent - 1) // BLOCK)
-        count = max(0, self.tokens // BLOCK - window - 1)
-        group = model.config.num_attention_heads // self.labels.shape[1]
-        return [
-            [
-                Look("labels", count=count, window=window, labels=tuple(channels))
-                for channels in of_layer
-                for _ in range(group)
-            ]
-            for of_layer in self.labels.tolist()
-        ]
+        return LabelBlocks(self.labels.tolist(), max(0, self.tokens // BLOCK - window - 1), window)
 
     def layer(self, model: Any, number: int) -> DoubleSparsityLayer:
         assert self.labels is not None
