@@ -148,29 +148,49 @@ def test_packed_weights_give_what_pytorch_gives_with_them(values: str, layout: s
 def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(cache: torch.dtype) -> None:
     decoder, ids = Decoder(packed(tiny_model("llama"), "int4", "32:64")), tiny_tokens(1, 60)[0]
     session = partial(NativeSession, decoder, cache)
-    found = []
+    # tiles give tokens that come with more than 15 others bits of their own
+    tiles = kernels.isa() == "amx" and cache is not torch.float32
+    sizes = [3, 9, 1, 16, 15, 16] if tiles else [3, 9, 1, 47]
+    found, few = [], []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             whole, steps, parts = session(), session(), session()
             found.append(whole.logits(ids))
-            found.append(torch.stack([steps.step(int(token)) for token in ids]))
-            found.append(torch.cat([parts.logits(some) for some in ids.split([3, 9, 1, 47])]))
+            few.append(torch.stack([steps.step(int(token)) for token in ids]))
+            few.append(torch.cat([parts.logits(some) for some in ids.split(sizes)]))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert torch.equal(other, found[0])
+    for other in few[1:]:
+        assert torch.equal(other, few[0])
+    if tiles:
+        close(few[0], found[0], 2e-2)
+    else:
+        assert torch.equal(few[0], found[0])
 
 
-def test_a_row_after_several_chunks_has_the_bits_of_a_prompt() -> None:
+def test_chunks_of_a_prompt_give_the_bits_of_the_whole() -> None:
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 480)[0]
+    whole, parts = NativeSession(decoder), NativeSession(decoder)
+    pieces = torch.cat([parts.logits(some) for some in ids.split([17, 45, 300, 101, 17])])
+    assert torch.equal(pieces, whole.logits(ids))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_row_after_several_chunks_has_the_bits_of_a_prompt(cache: torch.dtype) -> None:
     ids = tiny_tokens(1, 500)[0]
     for case in ("mistral", "seven queries a key"):  # windows that begin within blocks, and none
         decoder = Decoder(made(case))
-        whole, steps = NativeSession(decoder), NativeSession(decoder)
+        whole, steps = NativeSession(decoder, cache), NativeSession(decoder, cache)
         steps.prompt(ids[:440])
-        got = torch.stack([steps.step(int(token)) for token in ids[440:]])
-        assert torch.equal(got, whole.logits(ids)[440:])
+        got, want = torch.stack([steps.step(int(token)) for token in ids[440:]]), whole.logits(ids)[440:]
+        if kernels.isa() == "amx" and cache is not torch.float32:  # a row alone adds in another order
+            close(got, want, 2e-2)
+        else:
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dim", [16, 24])  # 24 lies in 32
@@ -256,11 +276,11 @@ def test_a_model_that_does_not_fit_its_configuration_is_refused() -> None:
 def test_threads_of_python_take_turns_and_decoders_live_side_by_side() -> None:
     ids = tiny_tokens(1, 50)[0]
     decoders = [Decoder(tiny_model("llama", seed)) for seed in range(2)]
-    want = [NativeSession(decoder).logits(ids) for decoder in decoders]
+    want = [NativeSession(decoder, torch.float32).logits(ids) for decoder in decoders]
     wrong: list[int] = []
 
     def work(number: int) -> None:
-        session = NativeSession(decoders[number % 2])
+        session = NativeSession(decoders[number % 2], torch.float32)
         got = torch.stack([session.step(int(token)) for token in ids])
         if not torch.equal(got, want[number % 2]):
             wrong.append(number)

@@ -251,8 +251,8 @@ def test_decoders_of_different_sizes_take_turns_in_one_thread() -> None:
         {"num_hidden_layers": 1},
     )
     decoders, ids = [Decoder(tiny_model("llama", **size)) for size in sizes], tiny_tokens(1, 40)[0]
-    want = [NativeSession(decoder).logits(ids) for decoder in decoders]
-    sessions = [NativeSession(decoder) for decoder in decoders]
+    want = [NativeSession(decoder, torch.float32).logits(ids) for decoder in decoders]
+    sessions = [NativeSession(decoder, torch.float32) for decoder in decoders]
     for part in ids.split([30, *[1] * 10]):
         for session, logits in zip(sessions, want, strict=True):
             at = session.length

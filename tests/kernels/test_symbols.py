@@ -45,7 +45,13 @@ TIERS = [(*unit, tier) for unit in UNITS for tier in ("avx2", "avx512")]
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "tier"), [*TIERS, ("tiles", "int", "amx"), ("tiles", "float", "amx")]
+    ("name", "family", "tier"),
+    [
+        *TIERS,
+        ("tiles", "int", "amx"),
+        ("tiles", "float", "amx"),
+        ("attention_tiles", "attention", "amx"),
+    ],
 )
 def test_units_export_their_table_only(name: str, family: str, tier: str, tmp_path: Path) -> None:
     source = ROOT / "csrc" / f"{name}.cpp"
