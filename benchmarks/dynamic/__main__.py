@@ -9,6 +9,7 @@ PARTS = {
     "quality": "perplexity and KL while activations are dropped",
     "blocks": "the block-sparse attention kernel beside dense attention",
     "prompts": "time and perplexity of attention policies on long prompts",
+    "needles": "pass keys found in long texts by attention policies",
 }
 
 
