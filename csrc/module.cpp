@@ -84,13 +84,17 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](gossamer::Policy* self, int64_t layers, int64_t heads,
-               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows) {
+               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows, uintptr_t gates,
+               int64_t gates_count, int64_t gate_dim) {
                 std::vector<gossamer::HeadPolicy> of_heads;
                 for (const auto& r : rows)
-                    of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
-                new (self) gossamer::Policy(layers, heads, std::move(of_heads));
+                    of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9]});
+                const float* from = reinterpret_cast<const float*>(gates);
+                new (self) gossamer::Policy(layers, heads, std::move(of_heads),
+                                            {from, from + gates_count * gate_dim * gate_dim}, gate_dim);
             },
-            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h).")
+            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h); gates: "
+            "float32 [count][dim][dim].")
         .def("check", &gossamer::Policy::check, "An empty string, or what is wrong.")
         .def_prop_ro("looked", &gossamer::Policy::looked, "Blocks that were looked at so far.")
         .def_prop_ro("there", &gossamer::Policy::there, "Those that dense attention would have looked at.");
@@ -145,8 +149,9 @@ NB_MODULE(_native, m) {
                 if (cache.layers() != int64_t(self.layers.size()) || cache.kv_heads() != self.kv_heads ||
                     cache.head_dim() != self.head_dim)
                     throw nb::value_error("a cache of another model");
-                if (policy && (policy->layers() != int64_t(self.layers.size()) ||
-                               policy->heads() != self.heads || !policy->check().empty()))
+                if (policy &&
+                    (policy->layers() != int64_t(self.layers.size()) || policy->heads() != self.heads ||
+                     !policy->check().empty() || (policy->gate_dim() && policy->gate_dim() != self.head_dim)))
                     throw nb::value_error("a policy of another model");
                 gossamer::DecoderTimes times{};
                 {

@@ -26,6 +26,8 @@ struct HeadPolicy {
     int64_t kind;
     int64_t steps;  // whether one row by itself (a step after the prompt) looks by it too, not at all
     int64_t sink, window, stride, offset, count, vertical, slash;
+    int64_t
+        gate;  // of kLookPooled: the number of the gate that the mean query goes through, from 1 on; 0: none
 };
 
 constexpr int kPolicyNumbers = sizeof(HeadPolicy) / sizeof(int64_t);
@@ -46,13 +48,16 @@ struct PolicyRows {
 // nothing but what lies in the cache.
 class Policy {
   public:
-    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads);
+    // `gates`: [number - 1][gate_dim][gate_dim], by which a mean query is multiplied from the left.
+    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, std::vector<float> gates = {},
+           int64_t gate_dim = 0);
     Policy(const Policy&) = delete;
 
     // An empty string, or what is wrong with it.
     std::string check() const;
     int64_t layers() const { return layers_; }
     int64_t heads() const { return heads_; }
+    int64_t gate_dim() const { return gate_dim_; }  // 0: there are no gates
 
     // Makes room before `rows` tokens are appended; throws std::bad_alloc.
     void begin(const Cache& cache, int64_t rows, int threads);
@@ -95,6 +100,8 @@ class Policy {
 
     const int64_t layers_, heads_;
     const std::vector<HeadPolicy> of_heads_;
+    const std::vector<float> gates_;
+    const int64_t gate_dim_;
     std::vector<char> acts_;
     std::vector<std::vector<float>> means_;  // [layer][kv_head]: [block][dim], where a head is pooled
     int64_t known_ = 0;                      // blocks whose means are there

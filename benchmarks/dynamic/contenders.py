@@ -15,6 +15,7 @@ from gossamer.dynamic.attention import Policy
 from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.hip import HiP
 from gossamer.dynamic.attention.minference import MInference, candidates, searched
+from gossamer.dynamic.attention.seer import Seer, learned
 from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.dynamic.attention.strided import Strided
 from gossamer.engine import Decoder
@@ -23,12 +24,15 @@ from gossamer.kernels import BLOCK
 MEASURED, SEARCHED = "text/persuasion.txt.gz", "text/northangerabbey.txt.gz"
 SKIPPED_TOKENS = 20_000
 ROWS = 512  # of a prompt that the decoder takes together
-NAMES = ("sink_window", "strided", "block_topk", "hip", "minference")
+NAMES = ("sink_window", "strided", "block_topk", "seer", "hip", "minference")
+LEARNED = (8, 2048)  # windows, and tokens of each, on which gates are learned
+_gates: dict[int, Tensor] = {}  # by model: learned once for all budgets
 
 
-def policy(name: str, budget: int, positions: int, model: Any = None, prompt: Tensor | None = None) -> Policy:
+def policy(name: str, budget: int, positions: int, model: Any = None, text: Tensor | None = None) -> Policy:
     """The one that looks at about ``budget`` blocks for each block of queries in ``positions``. MInference's
-    patterns are searched by the transformers ``model`` on ``prompt``; without them all heads have one."""
+    patterns are searched, and Seer's gates learned, with the transformers ``model`` on ``text``; without them
+    all heads have one pattern, and there is no Seer."""
     half = budget // 2
     match name:
         case "sink_window":
@@ -40,9 +44,14 @@ def policy(name: str, budget: int, positions: int, model: Any = None, prompt: Te
         case "hip":
             return HiP(budget - 3, 2 * BLOCK)
         case "minference":
-            if model is None or prompt is None:
+            if model is None or text is None:
                 return MInference(other=candidates(budget)[2])
-            return searched(model, prompt, budget)
+            return searched(model, text[:positions], budget)
+        case "seer" if model is not None and text is not None:
+            if id(model) not in _gates:
+                count, length = LEARNED
+                _gates[id(model)] = learned(model, text[: count * length].reshape(count, length)).gates
+            return Seer(_gates[id(model)], budget)
     raise SystemExit(f"unknown policy {name!r}; there are: {', '.join(NAMES)}")
 
 

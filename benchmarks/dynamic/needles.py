@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     for tokens in sorted(args.tokens):
         asked: dict[str, Policy | None] = {"dense": None}
         for name in contenders.chosen(args.policies):
-            asked[name] = contenders.policy(name, args.budget, tokens, model, other[:tokens])
+            asked[name] = contenders.policy(name, args.budget, tokens, model, other)
         for depth in args.depths:
             hays = [haystack(tokenizer, text, tokens, depth, trial) for trial in range(args.trials)]
             for name, one in asked.items():

@@ -3,8 +3,9 @@
 Windows of a novel (8,064 tokens each, from its 20,001st token on) go through the model once per contender:
 seconds to the first token, and perplexity of the last 1,024 tokens. *torch*: transformers in bfloat16 with
 scaled_dot_product_attention. All others run in the decoder, weights and cache in bfloat16. Windows and
-contenders interleave, ratios are to dense on the same window. MInference's patterns are searched on another
-novel. The model of random weights has SmolLM2's shape, 6 layers and a context of 32,768: for time alone.
+contenders interleave, ratios are to dense on the same window. MInference's patterns are searched, and Seer's
+gates learned, on another novel. The model of random weights has SmolLM2's shape, 6 layers and a context of
+32,768: for time alone.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def on_novels(args: argparse.Namespace) -> None:
     tokenizer, model = protocol.load_tokenizer(args.model), protocol.load_model(args.model, "bfloat16")
     text = contenders.tokens_of(tokenizer, args.data, contenders.MEASURED)
     windows = text[: args.windows * args.tokens].reshape(-1, args.tokens)
-    other = contenders.tokens_of(tokenizer, args.data, contenders.SEARCHED)[: args.tokens]
+    other = contenders.tokens_of(tokenizer, args.data, contenders.SEARCHED)
     decoder = Decoder(model)
     asked: dict[str, Policy | str | None] = {} if args.no_torch else {"torch": "torch"}
     asked["dense"] = None
@@ -116,6 +117,8 @@ def on_random_weights(args: argparse.Namespace) -> None:
     decoder, ids = Decoder(model.eval()), torch.randint(0, RANDOM["vocab_size"], (args.random,))
     asked: dict[str, Policy | None] = {"dense": None}
     for name in contenders.chosen(args.policies):
+        if name == "seer":  # there is nothing to learn from, and it takes the time of block_topk
+            continue
         asked[f"{name}, {args.random_budget} blocks"] = contenders.policy(
             name, args.random_budget, args.random
         )

@@ -90,7 +90,7 @@ class Decoder:
 
     def new_policy(self, looks: Looks) -> Any:
         """What the attention of one sequence looks at, for `append`. Raises ModelError."""
-        return new_policy(looks, len(self.windows), self.heads)
+        return new_policy(looks, len(self.windows), self.heads, self.head_dim)
 
     def append(
         self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False, policy: Any = None
