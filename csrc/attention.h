@@ -58,6 +58,7 @@ struct Attention {
     int64_t last[kQueries];
     const int32_t* blocks;           // those that are looked at, in order; or null:
     int64_t block_begin, block_end;  // all of [begin, end), or of this part of the list
+    bool many;                       // whether these are some of more than kFewRows rows of a call (packed.h)
     float* states;                   // [count][state_size]
     uint8_t* scratch;                // scratch_bytes
 };

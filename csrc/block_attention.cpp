@@ -78,6 +78,7 @@ void attend_blocks(const BlockAttention& a, const Tier& tier, int threads) {
             one.keys = tables + head / (a.heads / a.kv_heads) * chunks;
             one.values = one.keys + parts;
             one.queries = queries;
+            one.many = a.rows > kFewRows;
             one.states = states;
             one.scratch = mine;
             for (int64_t p = low; p < high; p++) {

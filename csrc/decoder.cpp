@@ -122,7 +122,8 @@ std::string DecoderModel::check() const {
 // another.
 class DecoderRun {
   public:
-    DecoderRun(const DecoderModel& model, Cache& cache, Policy* policy, const Tier& tier, int threads)
+    DecoderRun(const DecoderModel& model, Cache& cache, const Tier& tier, int threads, const Gates* gates,
+               Policy* policy)
         : m_(model),
           cache_(cache),
           policy_(policy),
@@ -130,12 +131,14 @@ class DecoderRun {
           ops_(*tier.decoder),
           attention_(*tier.attention),
           threads_(threads),
-          barrier_(threads) {}
+          barrier_(threads),
+          gates_(gates) {}
 
     void run(const int64_t* tokens, int64_t count, bool all, float* logits, DecoderTimes* times) {
         tokens_ = tokens;
         rows_ = count;
-        padded_ = padded_rows(count);
+        block_ = count > kFewRows ? tier_.row_block : kMaxRowBlock;
+        padded_ = padded_rows(count, block_);
         all_ = all;
         logits_ = logits;
         times_ = times;
@@ -153,6 +156,7 @@ class DecoderRun {
             run_together(
                 threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
         cache_.fill(start_ + count);
+        if (gates_) gates_->count_tokens(count);
         if (policy_) policy_->end(cache_);
     }
 
@@ -168,7 +172,7 @@ class DecoderRun {
             for (const Packed* w : group) {
                 bytes += activation_bytes(*w, padded_);
                 if (padded_ > 4 || w->layout == kColumns)
-                    scratch = std::max(scratch, aligned(scratch_bytes(*w, padded_)));
+                    scratch = std::max(scratch, aligned(scratch_bytes(*w, padded_, block_)));
             }
             ready = std::max(ready, bytes);
         };
@@ -182,6 +186,7 @@ class DecoderRun {
         const int64_t state = state_size(m_.head_dim);
         int64_t most_chunks = 16;  // doubled, so that a long answer does not ask for memory chunk by chunk
         while (most_chunks * kChunk < start_ + rows_) most_chunks *= 2;
+        const int64_t widest = std::max({m_.hidden, queries, m_.inner});
         const int64_t numbers[] = {padded_ * m_.hidden,
                                    padded_ * m_.hidden,
                                    padded_ * queries,
@@ -193,14 +198,16 @@ class DecoderRun {
                                    rows_ * m_.head_dim,
                                    padded_ * m_.vocabulary * (all_ && padded_ > rows_),
                                    rows_ * m_.heads * wide_of(m_.head_dim),
-                                   rows_ == 1 ? m_.heads * most_chunks * state : 0};
-        float** places[] = {&x_,    &normed_, &q_,      &k_,     &v_,       &attended_,
-                            &gate_, &up_,     &angles_, &spare_, &queries_, &states_};
+                                   rows_ == 1 ? m_.heads * most_chunks * state : 0,
+                                   gates_ && padded_ > 1 ? padded_ * widest : 0};
+        float** places[] = {&x_,  &normed_, &q_,     &k_,       &v_,      &attended_, &gate_,
+                            &up_, &angles_, &spare_, &queries_, &states_, &gated_};
         constexpr int kPlaces = sizeof places / sizeof *places;
         const bool own = padded_ == 1;  // activations, and the row that they are made of
         const int64_t of_attention =
             aligned(attention_.scratch_bytes(m_.head_dim, cache_.type())) + aligned(4 * kQueries * state);
-        const int64_t of_own = own ? ready + aligned(4 * std::max(m_.hidden, queries)) : 0;
+        const int64_t of_row = aligned(4 * std::max(m_.hidden, queries));
+        const int64_t of_own = own ? ready + of_row + (gates_ ? aligned(4 * widest) : 0) : 0;
         const int64_t of_worker = scratch + of_own + of_attention;
         int64_t bytes = own ? 0 : ready;
         for (int64_t n : numbers) bytes += aligned(4 * n);
@@ -215,6 +222,7 @@ class DecoderRun {
         scratch_bytes_ = scratch;
         ready_bytes_ = own ? ready : 0;
         own_bytes_ = of_own;
+        row_bytes_ = of_row;
     }
 
     struct Worker {
@@ -222,17 +230,19 @@ class DecoderRun {
         uint8_t* scratch;
         uint8_t* ready;            // activations made ready
         float *normed, *attended;  // rows that they are made of
+        float* gated;              // and what gates leave of them
         float* states;             // of queries that attend
         uint8_t* attention;        // scratch of theirs
     };
 
     Worker worker_of(int id) const {
         uint8_t* at = workers_ + id * of_worker_;
-        Worker w{id, at, ready_, normed_, attended_, nullptr, nullptr};
+        Worker w{id, at, ready_, normed_, attended_, gated_, nullptr, nullptr};
         at += scratch_bytes_;
         if (padded_ == 1) {
             w.ready = at;
             w.normed = w.attended = reinterpret_cast<float*>(at + ready_bytes_);
+            w.gated = reinterpret_cast<float*>(at + ready_bytes_ + row_bytes_);
             at += own_bytes_;
         }
         w.states = reinterpret_cast<float*>(at);
@@ -251,32 +261,67 @@ class DecoderRun {
         if (padded_ > 1) barrier_.wait();
     }
 
+    // Where weights side by side read what they read: a layer, and the site of the first; the head: none.
+    struct Reads {
+        int64_t layer;
+        Site first;
+    };
+    static constexpr Reads kHead{-1, kSites};
+
+    const Gate* gate_at(const Reads& at, size_t i) const {
+        return gates_ && at.layer >= 0 ? &gates_->of(at.layer, Site(at.first + int(i))) : nullptr;
+    }
+
+    // Whether weight i reads what the one before it does.
+    template <size_t N>
+    bool together(const Packed* const (&weights)[N], const Reads& at, size_t i) const {
+        if (i == 0 || !alike(*weights[i], *weights[i - 1])) return false;
+        return !gates_ || at.layer < 0 || *gate_at(at, i) == *gate_at(at, i - 1);
+    }
+
+    // What a gate leaves of rows of `x`, `n` wide, where `x` may lie already; counts what it drops.
+    const float* left_of(const Worker& me, const Reads& at, size_t i, const float* x, int64_t n,
+                         Share rows) const {
+        int64_t dropped = 0;
+        for (int64_t r = rows.begin; r < rows.end; r++) {
+            const int64_t some = drop(ops_, *gate_at(at, i), x + r * n, n, me.gated + r * n);
+            dropped += r < rows_ ? some : 0;
+        }
+        if (padded_ > 1 || me.id == 0) gates_->count(at.layer, Site(at.first + int(i)), dropped);
+        return me.gated;
+    }
+
     // Makes rows of `x` ready for weights that see them, after a norm where there is one.
     template <size_t N>
-    void make_ready(const Worker& me, const Packed* const (&weights)[N], const float* x, const float* norm) {
+    void make_ready(const Worker& me, const Packed* const (&weights)[N], const float* x, const float* norm,
+                    const Reads& at) {
         const Share rows = own_rows(me.id);
         if (norm) {
             for (int64_t r = rows.begin; r < rows.end; r++)
                 ops_.rms_norm(x + r * m_.hidden, norm, m_.hidden, m_.eps, me.normed + r * m_.hidden);
             x = me.normed;
         }
-        uint8_t* at = me.ready;
+        uint8_t* memory = me.ready;
         for (size_t i = 0; i < N; i++) {
-            if (i > 0 && alike(*weights[i], *weights[i - 1])) continue;
+            const Gate* gate = gate_at(at, i);
+            const float* left = x;
+            if (gate && gate->on) left = left_of(me, at, i, x, weights[i]->in, rows);
+            if (together(weights, at, i)) continue;
             if (rows.begin < rows.end)
-                gossamer::make_ready(tier_, *weights[i], x, kF32, rows.begin, rows.end,
-                                     activations_at(at, *weights[i], padded_));
-            at += activation_bytes(*weights[i], padded_);
+                gossamer::make_ready(tier_, *weights[i], left, kF32, rows.begin, rows.end,
+                                     activations_at(memory, *weights[i], padded_, block_));
+            memory += activation_bytes(*weights[i], padded_);
         }
         meet();
     }
 
     template <size_t N>
-    Activations ready_for(const Worker& me, const Packed* const (&weights)[N], size_t index) const {
-        uint8_t* at = me.ready;
+    Activations ready_for(const Worker& me, const Packed* const (&weights)[N], size_t index,
+                          const Reads& at) const {
+        uint8_t* memory = me.ready;
         for (size_t i = 1; i <= index; i++)
-            if (!alike(*weights[i], *weights[i - 1])) at += activation_bytes(*weights[i - 1], padded_);
-        return activations_at(at, *weights[index], padded_);
+            if (!together(weights, at, i)) memory += activation_bytes(*weights[i - 1], padded_);
+        return activations_at(memory, *weights[index], padded_, block_);
     }
 
     // Outputs of panels [begin, end) of one weight.
@@ -298,7 +343,7 @@ class DecoderRun {
     // This worker's share of the outputs of several weights side by side.
     template <size_t N>
     void multiply_all(const Worker& me, const Linear* const (&linears)[N], float* const (&y)[N],
-                      const float* base) {
+                      const float* base, const Reads& at) {
         const Packed* weights[N];
         int64_t all = 0;
         for (size_t i = 0; i < N; i++) {
@@ -312,7 +357,7 @@ class DecoderRun {
             const auto clipped = [&](int64_t at) {
                 return std::min(count, std::max<int64_t>(0, (at - before + unit - 1) / unit));
             };
-            multiply_some(me, *linears[i], ready_for(me, weights, i), y[i], base,
+            multiply_some(me, *linears[i], ready_for(me, weights, i, at), y[i], base,
                           {clipped(mine.begin), clipped(mine.end)});
             before += weights[i]->panels;
         }
@@ -392,6 +437,7 @@ class DecoderRun {
         a.keys = cache_.keys_of(number, kv_head);
         a.values = cache_.values_of(number, kv_head);
         a.queries = query_at(row, head);
+        a.many = rows_ > kFewRows;
         for (int i = 0; i < count; i++) {
             a.last[i] = start_ + (rows_ == 1 ? 0 : row + i);
             a.first[i] = first_seen(number, a.last[i]);
@@ -555,8 +601,10 @@ class DecoderRun {
 
     void layer(const Worker& me, int64_t number, bool timed) {
         const Layer& l = m_.layers[size_t(number)];
-        make_ready(me, {&l.q.w, &l.k.w, &l.v.w}, x_, l.norm_attention);
-        multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr);
+        const Reads at_q{number, kAtQ}, at_o{number, kAtO}, at_gate{number, kAtGate},
+            at_down{number, kAtDown};
+        make_ready(me, {&l.q.w, &l.k.w, &l.v.w}, x_, l.norm_attention, at_q);
+        multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr, at_q);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
         place(me, number);
@@ -569,31 +617,43 @@ class DecoderRun {
         barrier_.wait();
         if (rows_ == 1) merge_chunks(me, number);
         if (timed) spent(&DecoderTimes::attention);
-        make_ready(me, {&l.o.w}, me.attended, nullptr);
-        multiply_all(me, {&l.o}, {x_}, x_);
+        make_ready(me, {&l.o.w}, me.attended, nullptr, at_o);
+        multiply_all(me, {&l.o}, {x_}, x_, at_o);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
         const Packed* inner[] = {&l.gate.w, &l.up.w};
-        make_ready(me, {&l.gate.w, &l.up.w}, x_, l.norm_mlp);
+        make_ready(me, {&l.gate.w, &l.up.w}, x_, l.norm_mlp, at_gate);
+        const bool activated = gates_ && gates_->of(number, kAtActivated).on;
         const Share mine = share_of(units(l.gate.w), me.id, threads_);
-        multiply_some(me, l.gate, ready_for(me, inner, 0), gate_, nullptr, mine);
-        multiply_some(me, l.up, ready_for(me, inner, 1), up_, nullptr, mine);
+        multiply_some(me, l.gate, ready_for(me, inner, 0, at_gate), gate_, nullptr, mine);
+        multiply_some(me, l.up, ready_for(me, inner, 1, at_gate), up_, nullptr, mine);
         const int64_t wide = kPanel * unit_of(l.gate.w.layout), from = mine.begin * wide;
         const int64_t to = std::min(mine.end * wide, m_.inner);
         for (int64_t r = 0; r < padded_ && from < to; r++)
-            ops_.gate(gate_ + r * m_.inner + from, up_ + r * m_.inner + from, to - from);
+            if (activated)
+                ops_.silu(gate_ + r * m_.inner + from, to - from);
+            else
+                ops_.gate(gate_ + r * m_.inner + from, up_ + r * m_.inner + from, to - from);
         barrier_.wait();
-        make_ready(me, {&l.down.w}, gate_, nullptr);
-        multiply_all(me, {&l.down}, {x_}, x_);
+        make_ready(me, {&l.down.w}, activated ? gated_products(me, number) : gate_, nullptr, at_down);
+        multiply_all(me, {&l.down}, {x_}, x_, at_down);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::mlp);
+    }
+
+    // What the gate of the activation leaves of this worker's rows, times the up projection's outputs.
+    const float* gated_products(const Worker& me, int64_t number) const {
+        const Share rows = own_rows(me.id);
+        left_of(me, {number, kAtActivated}, 0, gate_, m_.inner, rows);
+        for (int64_t i = rows.begin * m_.inner; i < rows.end * m_.inner; i++) me.gated[i] *= up_[i];
+        return me.gated;
     }
 
     // Logits of all rows, or of the last alone.
     void head(const Worker& me) {
         if (all_) {
-            make_ready(me, {&m_.head.w}, x_, m_.norm);
-            multiply_all(me, {&m_.head}, {padded_ > rows_ ? spare_ : logits_}, nullptr);
+            make_ready(me, {&m_.head.w}, x_, m_.norm, kHead);
+            multiply_all(me, {&m_.head}, {padded_ > rows_ ? spare_ : logits_}, nullptr, kHead);
             if (padded_ > rows_) {
                 barrier_.wait();
                 const Share mine = share_of(rows_ * m_.vocabulary, me.id, threads_);
@@ -630,24 +690,26 @@ class DecoderRun {
     const AttentionOps& attention_;
     const int threads_;
     Barrier barrier_;
+    const Gates* const gates_;
     const int64_t* tokens_ = nullptr;
-    int64_t rows_ = 0, padded_ = 0, start_ = 0;
+    int64_t rows_ = 0, padded_ = 0, block_ = kMaxRowBlock, start_ = 0;
     bool all_ = false;
     float* logits_ = nullptr;
-    float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_;
+    float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,
+        *gated_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
-    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0;
+    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0;
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     DecoderTimes* times_ = nullptr;
     Clock::time_point since_;
 };
 
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
-            bool all, float* logits, int threads, DecoderTimes* times, Policy* policy) {
+            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates, Policy* policy) {
     for (int64_t done = 0; done < count;) {
         const int64_t some = std::min(count - done, kRows - cache.length() % kRows);
         float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;
-        DecoderRun(model, cache, policy, tier, threads).run(tokens + done, some, all, wanted, times);
+        DecoderRun(model, cache, tier, threads, gates, policy).run(tokens + done, some, all, wanted, times);
         done += some;
     }
 }

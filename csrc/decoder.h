@@ -14,6 +14,7 @@
 
 #include "cache.h"
 #include "dispatch.h"
+#include "gates.h"
 #include "policy.h"
 
 namespace gossamer {
@@ -58,9 +59,10 @@ struct DecoderTimes {
 };
 
 // Appends `count` tokens to the cache. Logits, float32 (vocabulary) a row: of the last token, or of all.
-// Tokens must lie in the vocabulary. `policy`: what is looked at, of this model and this cache; null: all.
-// Throws std::bad_alloc, and leaves the cache as it was then.
+// Tokens must lie in the vocabulary. `gates`: of as many layers, or null; `policy`: what is looked at, of
+// this model and this cache; null: all. Throws std::bad_alloc, and leaves the cache as it was then.
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
-            bool all, float* logits, int threads, DecoderTimes* times, Policy* policy = nullptr);
+            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates = nullptr,
+            Policy* policy = nullptr);
 
 }  // namespace gossamer

@@ -33,13 +33,41 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
+GOSSAMER_INLINE Floats silu_of(Floats x) { return quotient(x, plus(exps(mul(x, floats(-1))), floats(1))); }
+
 void gate(float* gate, const float* up, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
         const int some = n - i < 16 ? int(n - i) : 16;
-        const Floats g = load_floats(gate + i, some);
-        const Floats silu = quotient(g, plus(exps(mul(g, floats(-1))), floats(1)));
-        store_floats(gate + i, mul(silu, load_floats(up + i, some)), some);
+        store_floats(gate + i, mul(silu_of(load_floats(gate + i, some)), load_floats(up + i, some)), some);
     }
+}
+
+void silu(float* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const int some = n - i < 16 ? int(n - i) : 16;
+        store_floats(x + i, silu_of(load_floats(x + i, some)), some);
+    }
+}
+
+// Left to the compiler, who makes vectors of it.
+int64_t drop(const float* x, const float* importance, float threshold, int64_t n, float* y) {
+    int32_t dropped = 0;
+    if (importance) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; i++) {
+            const bool gone = __builtin_fabsf(x[i]) * importance[i] <= threshold;
+            y[i] = gone ? 0.0f : x[i];
+            dropped += gone;
+        }
+    } else {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; i++) {
+            const bool gone = __builtin_fabsf(x[i]) <= threshold;
+            y[i] = gone ? 0.0f : x[i];
+            dropped += gone;
+        }
+    }
+    return dropped;
 }
 
 }  // namespace
@@ -47,5 +75,6 @@ void gate(float* gate, const float* up, int64_t n) {
 
 extern "C" {
 extern const gossamer::DecoderOps GOSSAMER_EXPORT(decoder);
-const gossamer::DecoderOps GOSSAMER_EXPORT(decoder) = {gossamer::rms_norm, gossamer::rotate, gossamer::gate};
+const gossamer::DecoderOps GOSSAMER_EXPORT(decoder) = {gossamer::rms_norm, gossamer::rotate, gossamer::gate,
+                                                       gossamer::silu, gossamer::drop};
 }

@@ -14,6 +14,10 @@ struct DecoderOps {
     void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
     // gate = silu(gate) * up
     void (*gate)(float* gate, const float* up, int64_t n);
+    // x = silu(x)
+    void (*silu)(float* x, int64_t n);
+    // y = x, or 0 where |x| * importance (null: 1) is at most the threshold; returns how many. NaN stays.
+    int64_t (*drop)(const float* x, const float* importance, float threshold, int64_t n, float* y);
 };
 
 }  // namespace gossamer

@@ -23,6 +23,7 @@ extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx
 #endif
 #if defined(GOSSAMER_AMX)
 extern const gossamer::Family gossamer_int_amx, gossamer_float_amx;
+extern const gossamer::AttentionOps gossamer_attention_amx;
 bool gossamer_works_amx();
 #endif
 }
@@ -92,8 +93,8 @@ bool has_amx() {
            (palette.c & 0xffff) >= 16;
 }
 
-// Linux gives tiles to processes that ask for them, whose signal frames then are larger by 8 KiB: so this is
-// asked only where these kernels are.
+// Linux gives tiles to processes that ask for them, as PyTorch does too; their signal frames then are larger
+// by 8 KiB.
 bool system_gives_tiles() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -121,7 +122,7 @@ const Tier* tiers(int* count) {
 #endif
 #if defined(GOSSAMER_AMX)
         {"amx", &gossamer_int_amx, &gossamer_float_amx, &gossamer_columns_avx512, &gossamer_decoder_avx512,
-         &gossamer_attention_avx512, &gossamer_estimate_avx512, amx_runs, kTileRows, true},
+         &gossamer_attention_amx, &gossamer_estimate_avx512, amx_runs, kTileRows},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

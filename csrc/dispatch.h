@@ -17,10 +17,9 @@ struct Tier {
     const EstimateOps* estimate;
     bool (*runs_here)();               // the processor has it and the system saves its registers; asked once
     int64_t row_block = kMaxRowBlock;  // Activations::block where a call has more than kFewRows
-    bool opt_in = false;               // runs only where somebody names it: runs_here() changes the process
 };
 
-// From the slowest to the fastest, those to opt in to last; the first is "portable" and runs everywhere.
+// From the slowest to the fastest; the first is "portable" and runs everywhere.
 const Tier* tiers(int* count);
 
 }  // namespace gossamer

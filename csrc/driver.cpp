@@ -154,7 +154,7 @@ void matmul(const Program& program, const Tier& tier, const void* x, int64_t row
         cost += cost_of(stage, rows);
         for (const Term& term : stage.terms) {
             if (padded > 4 || term.w.layout == kColumns)
-                scratch = std::max(scratch, aligned(scratch_bytes(term.w, padded)));
+                scratch = std::max(scratch, aligned(scratch_bytes(term.w, padded, row_block)));
             if (term.blocks > 1) block = std::max(block, activation_bytes(term.w, padded));
         }
     }

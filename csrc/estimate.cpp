@@ -109,10 +109,51 @@ void weigh(const Weighing* w) {
     }
 }
 
+// Blocks for N neighbouring queries.
+template <int N>
+void rate_some(const Rating& r, int from) {
+    const uint16_t* keys = r.keys;
+    for (int64_t b = 0; b < r.blocks; b++) {
+        Floats most[N];
+        GOSSAMER_UNROLL(4)
+        for (int n = 0; n < N; n++) most[n] = floats(kLowest);
+        for (int j = 0; j < kBlock / 16; j++, keys += 16 * r.labels) {
+            Floats sum[N];
+            GOSSAMER_UNROLL(4)
+            for (int n = 0; n < N; n++) sum[n] = floats(0);
+            for (int i = 0; i < r.labels; i += 2) {
+                const Bytes k = load(keys + 16 * i);
+                GOSSAMER_UNROLL(4)
+                for (int n = 0; n < N; n++)
+                    sum[n] = dot_pairs(sum[n], k, pair(r.queries + (from + n) * r.labels + i));
+            }
+            GOSSAMER_UNROLL(4)
+            for (int n = 0; n < N; n++) most[n] = larger(most[n], sum[n]);
+        }
+        GOSSAMER_UNROLL(4)
+        for (int n = 0; n < N; n++) r.best[(from + n) * r.room + b] = largest_of(most[n]);
+    }
+}
+
+void rate(const Rating* r) {
+    int from = 0;
+    for (; from + 4 <= r->count; from += 4) rate_some<4>(*r, from);
+    switch (r->count - from) {
+        case 1:
+            return rate_some<1>(*r, from);
+        case 2:
+            return rate_some<2>(*r, from);
+        case 3:
+            return rate_some<3>(*r, from);
+        default:
+            return;
+    }
+}
+
 }  // namespace
 }  // namespace gossamer
 
 extern "C" {
 extern const gossamer::EstimateOps GOSSAMER_EXPORT(estimate);
-const gossamer::EstimateOps GOSSAMER_EXPORT(estimate) = {gossamer::dots, gossamer::weigh};
+const gossamer::EstimateOps GOSSAMER_EXPORT(estimate) = {gossamer::dots, gossamer::weigh, gossamer::rate};
 }

@@ -26,10 +26,22 @@ struct Weighing {
     float* of_distances;  // the same
 };
 
+// Queries at one position over the labels of whole blocks (labels.h).
+struct Rating {
+    int count;                // 1 .. kWeighed
+    int labels;               // of a query and of a key: even
+    const uint16_t* queries;  // [count][labels] bfloat16
+    const uint16_t* keys;     // [block][kBlock / 16][labels / 2][16][2] bfloat16
+    int64_t blocks;
+    float* best;   // [count] rows: the largest product of a query with a label in each block
+    int64_t room;  // from one row to the next
+};
+
 struct EstimateOps {
     // scores[i] = x · rows[i], rows of `dim` numbers
     void (*dots)(const float* x, const float* rows, int64_t count, int64_t dim, float* scores);
     void (*weigh)(const Weighing* w);
+    void (*rate)(const Rating* r);
 };
 
 }  // namespace gossamer

@@ -23,7 +23,7 @@ std::vector<std::string> tier_names(bool all) {
     const gossamer::Tier* tiers = gossamer::tiers(&count);
     std::vector<std::string> names;
     for (int i = 0; i < count; i++)
-        if (all || (!tiers[i].opt_in && tiers[i].runs_here())) names.emplace_back(tiers[i].name);
+        if (all || tiers[i].runs_here()) names.emplace_back(tiers[i].name);
     return names;
 }
 
@@ -80,21 +80,43 @@ NB_MODULE(_native, m) {
         .def_prop_ro("length", &gossamer::Cache::length)
         .def_prop_ro("nbytes", &gossamer::Cache::bytes)
         .def("truncate", &gossamer::Cache::truncate, "Forgets all but the first positions.");
+    nb::class_<gossamer::Gates>(m, "Gates")
+        .def(nb::init<int64_t>(), "Of layers, none of them gated yet.")
+        .def(
+            "set",
+            [](gossamer::Gates& self, int64_t layer, int site, float threshold, int64_t pruned,
+               uintptr_t importance) {
+                if (layer < 0 || layer >= self.layers() || site < 0 || site >= gossamer::kSites)
+                    throw nb::value_error("no such site");
+                self.set(layer, gossamer::Site(site),
+                         {true, threshold, pruned, reinterpret_cast<const float*>(importance)});
+            },
+            "Sites: what q, k, v, o, gate, up and down read, and what the activation gives; pruned: "
+            "activations "
+            "that each row loses, or -1 where the threshold says.")
+        .def("dropped", [](const gossamer::Gates& self, int64_t layer,
+                           int site) { return self.dropped(layer, gossamer::Site(site)); })
+        .def_prop_ro("tokens", &gossamer::Gates::tokens, "That have run with them.");
     nb::class_<gossamer::Policy>(m, "Policy")
         .def(
             "__init__",
             [](gossamer::Policy* self, int64_t layers, int64_t heads,
-               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows, uintptr_t gates,
-               int64_t gates_count, int64_t gate_dim) {
+               const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows, int64_t kv_heads,
+               std::vector<int32_t> labels, uintptr_t gates, int64_t gates_count, int64_t gate_dim) {
                 std::vector<gossamer::HeadPolicy> of_heads;
                 for (const auto& r : rows)
                     of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9]});
                 const float* from = reinterpret_cast<const float*>(gates);
                 new (self) gossamer::Policy(layers, heads, std::move(of_heads),
+                                            gossamer::Labels(layers, kv_heads, std::move(labels)),
                                             {from, from + gates_count * gate_dim * gate_dim}, gate_dim);
             },
-            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h); gates: "
-            "float32 [count][dim][dim].")
+            nb::arg("layers"), nb::arg("heads"), nb::arg("rows"), nb::arg("kv_heads") = 0,
+            nb::arg("labels") = std::vector<int32_t>(), nb::arg("gates") = 0, nb::arg("gates_count") = 0,
+            nb::arg("gate_dim") = 0,
+            "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h); labels: "
+            "channels of each head of keys of each layer; gates: float32 [count][dim][dim].")
+        .def_prop_ro("nbytes", &gossamer::Policy::bytes, "Of labels.")
         .def("check", &gossamer::Policy::check, "An empty string, or what is wrong.")
         .def_prop_ro("looked", &gossamer::Policy::looked, "Blocks that were looked at so far.")
         .def_prop_ro("there", &gossamer::Policy::there, "Those that dense attention would have looked at.");
@@ -141,7 +163,8 @@ NB_MODULE(_native, m) {
         .def(
             "decode",
             [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
-               int64_t count, bool all, uintptr_t logits, int threads, bool timed, gossamer::Policy* policy) {
+               int64_t count, bool all, uintptr_t logits, int threads, bool timed,
+               const gossamer::Gates* gates, gossamer::Policy* policy) {
                 int tiers_count;
                 const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
                 if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
@@ -149,16 +172,18 @@ NB_MODULE(_native, m) {
                 if (cache.layers() != int64_t(self.layers.size()) || cache.kv_heads() != self.kv_heads ||
                     cache.head_dim() != self.head_dim)
                     throw nb::value_error("a cache of another model");
+                if (gates && gates->layers() != int64_t(self.layers.size()))
+                    throw nb::value_error("gates of another model");
                 if (policy &&
                     (policy->layers() != int64_t(self.layers.size()) || policy->heads() != self.heads ||
-                     !policy->check().empty() || (policy->gate_dim() && policy->gate_dim() != self.head_dim)))
+                     !policy->check().empty() || !policy->suits(cache)))
                     throw nb::value_error("a policy of another model");
                 gossamer::DecoderTimes times{};
                 {
                     nb::gil_scoped_release release;
                     gossamer::decode(self, cache, tiers[tier], reinterpret_cast<const int64_t*>(tokens),
                                      count, all, reinterpret_cast<float*>(logits), threads,
-                                     timed ? &times : nullptr, policy);
+                                     timed ? &times : nullptr, gates, policy);
                 }
                 nb::dict parts;
                 parts["attention_products"] = times.attention_products;
@@ -169,14 +194,13 @@ NB_MODULE(_native, m) {
                 return parts;
             },
             nb::arg("cache"), nb::arg("tier"), nb::arg("tokens"), nb::arg("count"), nb::arg("all"),
-            nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("policy").none() = nb::none(),
+            nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("gates").none() = nb::none(),
+            nb::arg("policy").none() = nb::none(),
             "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
             "if not timed. policy: what is looked at, or None: all.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
-    m.def(
-        "available", [] { return tier_names(false); },
-        "Those of them that run here, but for such as must be named.");
+    m.def("available", [] { return tier_names(false); }, "Those of them that run here.");
     m.def("tier", &tier_index, "Index of an instruction set that runs here, or -1.");
     m.def("team", [] { return std::string(gossamer::team_kind()); }, "Whose threads kernels use.");
     m.def("cycles_per_second", &gossamer::cycles_per_second, nb::call_guard<nb::gil_scoped_release>(),

@@ -144,9 +144,26 @@ static inline int64_t tile_groups(const Packed& w) {
     return (w.groups + tiles - 1) / tiles;
 }
 
-// Bytes that a thread needs to multiply `padded` rows: an expanded tile, its list of steps, and sums of all
-// rows between tiles.
-static inline int64_t scratch_bytes(const Packed& w, int64_t padded) {
+// tiles.cpp sweeps over larger ones, which stay in the second-level cache: some groups of kSweptPanels.
+constexpr int kSweptPanels = 8;
+constexpr int64_t kSweptBytes = 64 << 10;  // of each of them
+
+static inline int64_t swept_groups(const Packed& w) {
+    int64_t most = kSweptBytes / (kWeights * element_bytes(w.values));
+    int64_t sweeps = (w.groups + most - 1) / most;
+    return (w.groups + sweeps - 1) / sweeps;
+}
+
+// Whether tiles multiply rows that lie in blocks of `block`.
+static inline bool by_tiles(const Packed& w, int64_t block) {
+    return block == kTileRows && w.layout != kBySteps && w.layout != kColumns && w.values != kFloat32;
+}
+
+// Bytes that a thread needs to multiply `padded` rows in blocks of `block`: expanded weights, the list of
+// their steps, and sums of all rows between sweeps.
+static inline int64_t scratch_bytes(const Packed& w, int64_t padded, int64_t block = kMaxRowBlock) {
+    if (by_tiles(w, block))
+        return kSweptPanels * (kSweptBytes + (swept_groups(w) < w.groups ? padded * kPanel * 4 : 0));
     if (w.layout == kColumns) return padded * kColumnPanel * 4 + kColumnSpan * kGroup * 128;
     return kTileBytes + kListBytes + kTilePanels * padded * element_bytes(w.values) * kPanel * 4;
 }

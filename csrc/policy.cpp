@@ -59,11 +59,12 @@ Some share_of(int64_t items, int worker, int workers) {
 
 }  // namespace
 
-Policy::Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, std::vector<float> gates,
-               int64_t gate_dim)
+Policy::Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels,
+               std::vector<float> gates, int64_t gate_dim)
     : layers_(layers),
       heads_(heads),
       of_heads_(std::move(of_heads)),
+      labels_(std::move(labels)),
       gates_(std::move(gates)),
       gate_dim_(gate_dim) {}
 
@@ -74,15 +75,16 @@ std::string Policy::check() const {
         const HeadPolicy& p = of_heads_[i];
         const std::string at = " of head " + std::to_string(int64_t(i) % heads_) + " of layer " +
                                std::to_string(int64_t(i) / heads_);
-        if (p.kind < kLookAtAll || p.kind > kLookTree) return "the kind" + at + " is none that there is";
+        if (p.kind < kLookAtAll || p.kind > kLookLabels) return "the kind" + at + " is none that there is";
         for (int64_t number : {p.sink, p.window, p.stride, p.offset, p.count, p.vertical, p.slash})
             if (number < 0 || number > INT32_MAX) return "a number" + at + " is out of range";
         if (p.gate < 0 || p.gate * gate_dim_ * gate_dim_ > int64_t(gates_.size()) || (p.gate && !gate_dim_))
             return "there is no such gate" + at;
         if ((p.kind == kLookPooled || p.kind == kLookTree) && p.count < 1)
             return "the count" + at + " is below 1";
+        if (p.kind == kLookLabels && labels_.empty()) return "there are no labels" + at;
     }
-    return "";
+    return labels_.check();
 }
 
 void Policy::begin(const Cache& cache, int64_t rows, int threads) {
@@ -94,12 +96,15 @@ void Policy::begin(const Cache& cache, int64_t rows, int threads) {
     known_ = std::min(known_, start / kBlock);
     acts_.assign(size_t(layers_), 0);
     means_.resize(size_t(layers_ * cache.kv_heads()));
+    labels_.forget(start);
+    labels_act_ = false;
     bool weighs = false, any_pools = false;
     for (int64_t layer = 0; layer < layers_; layer++) {
         bool pools = false;
         for (int64_t head = 0; head < heads_; head++) {
             const HeadPolicy& p = of(layer, head);
-            if (p.kind != kLookAtAll && (p.steps || !step_)) acts_[size_t(layer)] = 1;
+            if (kind_of(p) != kLookAtAll) acts_[size_t(layer)] = 1;
+            labels_act_ = labels_act_ || kind_of(p) == kLookLabels;
             pools = pools || p.kind == kLookPooled;
             weighs = weighs || (p.kind == kLookAcross && (p.steps || !step_));
         }
@@ -107,7 +112,8 @@ void Policy::begin(const Cache& cache, int64_t rows, int threads) {
             means_[size_t(layer * cache.kv_heads() + head)].resize(size_t(end / kBlock * cache.head_dim()));
         any_pools = any_pools || pools;
     }
-    prepares_ = weighs || (any_pools && end / kBlock > known_);
+    if (labels_act_) labels_.begin(cache, heads_);
+    prepares_ = weighs || labels_act_ || (any_pools && end / kBlock > known_);
     of_worker_ = std::max(room_, weighs ? kWeighed * room_ * kBlock : 0) + 2 * kMostHead;
     numbers_.resize(size_t(threads * of_worker_));
     chosen_.resize(size_t(threads * room_));
@@ -136,6 +142,7 @@ void Policy::prepare(const PolicyRows& r, int worker) {
             for (int64_t j = 0; j < dim; j++) mean[j] *= 1.0f / kBlock;
         }
     }
+    if (labels_act_) labels_.rate(r.cache, r.ops, r.layer, r.q, worker, threads_);
     const Some mine = share_of(heads_ * kParts, worker, threads_);
     for (int64_t i = mine.begin; i < mine.end; i++) {
         const HeadPolicy& p = of(r.layer, i / kParts);
@@ -175,7 +182,7 @@ void Policy::choose_some(const PolicyRows& r, int64_t head, int64_t n, int worke
     const int64_t own = r.start / kBlock + n;
     char* chosen = chosen_.data() + worker * room_;
     std::fill(chosen, chosen + room_, char(0));
-    switch (step_ && !p.steps ? int64_t(kLookAtAll) : p.kind) {
+    switch (kind_of(p)) {
         case kLookPooled:
             pooled(r, p, head, n, worker);
             break;
@@ -183,7 +190,9 @@ void Policy::choose_some(const PolicyRows& r, int64_t head, int64_t n, int worke
             across(p, head, own, worker);
             break;
         case kLookTree:
-            tree(r, p, head, n, worker);
+        case kLookLabels:
+            if (p.kind == kLookTree) tree(r, p, head, n, worker);
+            if (p.kind == kLookLabels) rated(p, head, own, worker);
             [[fallthrough]];
         case kLookStatic:
             for (int64_t block = 0; block <= own; block++)
@@ -270,6 +279,13 @@ void Policy::across(const HeadPolicy& p, int64_t head, int64_t own, int worker) 
     std::reverse(chosen, chosen + own + 1);
     std::fill(chosen + own + 1, chosen + room_, char(0));
     keep_best(blocks, 0, room_, p.vertical, worker);
+}
+
+void Policy::rated(const HeadPolicy& p, int64_t head, int64_t own, int worker) {
+    float* rates = numbers_of(worker);
+    labels_.rates_of(head, rates);
+    const int64_t to = std::max<int64_t>(0, own - p.window);
+    keep_best(rates, std::min(p.sink, to), to, p.count, worker);
 }
 
 void Policy::tree(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_t n, int worker) {

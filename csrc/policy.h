@@ -10,6 +10,7 @@
 
 #include "cache.h"
 #include "estimate.h"
+#include "labels.h"
 
 namespace gossamer {
 
@@ -19,6 +20,7 @@ enum PolicyKind : int64_t {
     kLookPooled = 2,  // `count` blocks whose mean key the rows' mean query likes best
     kLookAcross = 3,  // `vertical` blocks and `slash` distances that the last rows give the most weight
     kLookTree = 4,    // `count` blocks found by halving ranges; `sink` and `window` as well
+    kLookLabels = 5,  // steps only: `count` blocks that labels rate highest; `sink` and `window` as well
 };
 
 // Of one head. Numbers are of blocks; what a kind does not name is 0.
@@ -26,8 +28,7 @@ struct HeadPolicy {
     int64_t kind;
     int64_t steps;  // whether one row by itself (a step after the prompt) looks by it too, not at all
     int64_t sink, window, stride, offset, count, vertical, slash;
-    int64_t
-        gate;  // of kLookPooled: the number of the gate that the mean query goes through, from 1 on; 0: none
+    int64_t gate;  // of kLookPooled: the gate that the mean query goes through, from 1 on; 0: none
 };
 
 constexpr int kPolicyNumbers = sizeof(HeadPolicy) / sizeof(int64_t);
@@ -49,19 +50,28 @@ struct PolicyRows {
 class Policy {
   public:
     // `gates`: [number - 1][gate_dim][gate_dim], by which a mean query is multiplied from the left.
-    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, std::vector<float> gates = {},
-           int64_t gate_dim = 0);
+    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels,
+           std::vector<float> gates = {}, int64_t gate_dim = 0);
     Policy(const Policy&) = delete;
 
     // An empty string, or what is wrong with it.
     std::string check() const;
     int64_t layers() const { return layers_; }
     int64_t heads() const { return heads_; }
-    int64_t gate_dim() const { return gate_dim_; }  // 0: there are no gates
+
+    // Whether it is for such a cache.
+    bool suits(const Cache& cache) const {
+        return heads_ % cache.kv_heads() == 0 && labels_.suit(cache) &&
+               (!gate_dim_ || gate_dim_ == cache.head_dim());
+    }
+    int64_t bytes() const { return labels_.bytes(); }  // of what it keeps of keys besides the cache
 
     // Makes room before `rows` tokens are appended; throws std::bad_alloc.
     void begin(const Cache& cache, int64_t rows, int threads);
-    void end(const Cache& cache) { known_ = cache.length() / kBlock; }
+    void end(const Cache& cache) {
+        known_ = cache.length() / kBlock;
+        if (labels_act_) labels_.end();
+    }
 
     bool acts(int64_t layer) const { return acts_[size_t(layer)]; }
     bool prepares() const { return prepares_; }  // else there is nothing to prepare, nor to wait for
@@ -83,6 +93,10 @@ class Policy {
     int64_t there() const { return there_; }
 
   private:
+    // What a head looks by in this run.
+    int64_t kind_of(const HeadPolicy& p) const {
+        return (p.kind == kLookLabels ? step_ : p.steps || !step_) ? p.kind : int64_t(kLookAtAll);
+    }
     const HeadPolicy& of(int64_t layer, int64_t head) const {
         return of_heads_[size_t(layer * heads_ + head)];
     }
@@ -95,20 +109,22 @@ class Policy {
     void pooled(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_t n, int worker);
     void across(const HeadPolicy& p, int64_t head, int64_t own, int worker);
     void tree(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_t n, int worker);
+    void rated(const HeadPolicy& p, int64_t head, int64_t own, int worker);
     void mean_query(const PolicyRows& r, int64_t head, int64_t n, float* mean) const;
     void keep_best(const float* scores, int64_t from, int64_t to, int64_t count, int worker);
 
     const int64_t layers_, heads_;
     const std::vector<HeadPolicy> of_heads_;
+    Labels labels_;
     const std::vector<float> gates_;
-    const int64_t gate_dim_;
+    const int64_t gate_dim_;  // 0: there are no gates
     std::vector<char> acts_;
     std::vector<std::vector<float>> means_;  // [layer][kv_head]: [block][dim], where a head is pooled
     int64_t known_ = 0;                      // blocks whose means are there
 
     // of a run
     int threads_ = 1;
-    bool step_ = false, prepares_ = false;
+    bool step_ = false, prepares_ = false, labels_act_ = false;
     int64_t row_blocks_ = 0, room_ = 0, of_worker_ = 0;  // room_: blocks of all positions
     std::vector<int32_t> lists_;                         // [head][row block][room]
     std::vector<int64_t> counts_;

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 from cli_run import run
 
 from gossamer.recipes.chat import Conversation
@@ -97,6 +99,16 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path: Path) -> None:
     assert process.returncode == 0, told
 
 
+def wait_asleep(process: subprocess.Popen[bytes]) -> None:
+    """Until the process waits for input: readline prints its prompt some time before it begins to wait, and a
+    signal that comes between the two is not looked at before a key is pressed."""
+    seen, until = 0, time.monotonic() + WAIT
+    while seen < 10:
+        assert time.monotonic() < until, "the program does not come to rest"
+        seen = seen + 1 if psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING else 0
+        time.sleep(0.03)
+
+
 def test_in_a_terminal(model: Path) -> None:
     """A prompt, Ctrl-C while it waits, and a turn that does not fit: the conversation goes on."""
     import pty
@@ -116,6 +128,7 @@ def test_in_a_terminal(model: Path) -> None:
         seen = seen.partition(word)[2]
 
     until(b"> ")
+    wait_asleep(process)
     process.send_signal(signal.SIGINT)
     until(b"/exit")
     until(b"> ")

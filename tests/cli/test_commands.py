@@ -14,9 +14,11 @@ from cli_run import SMALL, run
 from gossamer.cli.compress import compress as command
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
+from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
-from gossamer.recipes.compress import CompressSettings
+from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.tune import TUNERS
 from gossamer.version import VERSION
 from tiny import tiny_tokens
 
@@ -62,7 +64,7 @@ def test_compress_prints_a_table_and_the_next_command(model: Path, tmp_path: Pat
 def test_compress_has_the_defaults_of_the_recipe() -> None:
     given = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     expected = CompressSettings().model_dump()
-    assert expected.pop("options") == {}
+    assert expected.pop("options") == expected.pop("tune_options") == {}
     assert {name: given[name] for name in expected} == expected
 
 
@@ -264,7 +266,13 @@ def test_export_loads_in_transformers(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
-    families = {"prune": METHODS, "activations": ACTIVATIONS, "attention": POLICIES}
+    families = {
+        "prune": METHODS,
+        "tune": TUNERS,
+        "activations": ACTIVATIONS,
+        "attention": POLICIES,
+        "cache": CACHES,
+    }
     expected = [(family, name) for family, names in families.items() for name in names]
     assert [(method["family"], method["name"]) for method in told] == expected
     sweep = next(method for method in told if method["name"] == "obs")
@@ -298,3 +306,17 @@ def test_json_holds_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     value: Any = {"a": float("nan"), "b": [float("inf"), 1.5], 3: ("x",)}
     document(value)
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "3": ["x"]}
+
+
+def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gated"
+    done = run("gate", checkpoint, "-o", out, "--sparsity", 0.6, "--text", text, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert done.document["weights_in_columns"] == done.document["weights"] == 21
+    answer = run("run", out, "hello", "--max-new-tokens", 2)
+    assert "gated by teal" in answer.err
+    again = run("gate", checkpoint, "-o", out, "--text", text, *SMALL)
+    assert again.code == 2
+    assert again.err.startswith("error: ")
+    assert run("gate", checkpoint, "-o", tmp_path / "x", "--method", "none", *SMALL).code == 2
+    assert not (tmp_path / "x").exists()

@@ -43,7 +43,16 @@ needs_avx512 = pytest.mark.skipif(
 
 # by tiles there are calls of more rows than 16; whole tiles, one row more or less, pairs of tiles
 ROWS = st.sampled_from([17, 31, 32, 33, 48, 49]) | st.integers(17, 70)
-TILES = {"ldtilecfg", "tilerelease", "tileloadd", "tilestored", "tilezero", "tdpbsud", "tdpbf16ps"}
+TILES = {
+    "ldtilecfg",
+    "sttilecfg",
+    "tilerelease",
+    "tileloadd",
+    "tilestored",
+    "tilezero",
+    "tdpbssd",
+    "tdpbf16ps",
+}
 
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump")

@@ -79,9 +79,10 @@ def test_a_row_depends_on_itself_and_what_it_sees_alone(dtype: torch.dtype) -> N
             assert torch.equal(block_attention(q, k, v, scaling=0.2, blocks=blocks), whole)
     finally:
         torch.set_num_threads(before)
-    # what comes later is not seen: chunks of a prompt give its rows
+    # what comes later is not seen: chunks of a prompt give its rows (by tiles: chunks of more than 16)
     at = 0
-    for end in (1, 63, 64, 200, 500):
+    tiles = dtype == torch.bfloat16 and kernels.isa() == "amx"
+    for end in (17, 64, 199, 216, 500) if tiles else (1, 63, 64, 200, 500):
         some = blocks[:, at // BLOCK : (end - 1) // BLOCK + 1, : (end - 1) // BLOCK + 1]
         part = block_attention(q[:, at:end], k[:, :end], v[:, :end], scaling=0.2, blocks=some)
         assert torch.equal(part, whole[at:end])
@@ -91,6 +92,33 @@ def test_a_row_depends_on_itself_and_what_it_sees_alone(dtype: torch.dtype) -> N
     k[:, 320:384], v[:, 320:384] = torch.nan, torch.inf
     blocks[:, :, 5] = False
     assert block_attention(q, k, v, scaling=0.2, blocks=blocks).isfinite().all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 48, 64, 80])
+def test_many_rows_and_few_agree(dtype: torch.dtype, isa: str, dim: int) -> None:
+    """The same bits but for bfloat16 by tiles, where few rows add in another order."""
+    q, k, v = made(2, 1, 190, 333, dim, dtype)
+    blocks = some_blocks(2, 190, 333, 0.6)
+    whole = block_attention(q, k, v, scaling=0.2, blocks=blocks, isa=isa)
+    for row in (0, 40, 189):
+        end = 333 - 190 + row + 1
+        of_row = (end - 1) // BLOCK
+        one = block_attention(
+            q[:, row : row + 1],
+            k[:, :end],
+            v[:, :end],
+            scaling=0.2,
+            blocks=blocks[:, of_row - (333 - 190) // BLOCK, : of_row + 1][:, None],
+            isa=isa,
+        )
+        if isa == "amx" and dtype == torch.bfloat16:
+            assert float((one[0].float() - whole[row].float()).abs().max()) <= 2e-2 * float(
+                v.float().abs().max()
+            )
+        else:
+            assert torch.equal(one[0], whole[row])
 
 
 def test_python_and_the_kernels_mean_the_same_blocks() -> None:

@@ -36,6 +36,7 @@ def fresh() -> Iterator[None]:
 # What each instruction set is compiled with, as /proc/cpuinfo calls it (abm: POPCNT and LZCNT).
 AVX2 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm"}
 AVX512 = {f"avx512{name}" for name in ("f", "bw", "vl", "dq", "vbmi", "_vbmi2", "_vnni", "_bf16")}
+AMX = {"amx_tile", "amx_int8", "amx_bf16"}
 
 
 def test_every_instruction_set_of_this_processor_is_tested() -> None:
@@ -50,8 +51,14 @@ def test_every_instruction_set_of_this_processor_is_tested() -> None:
     if not info.exists():
         pytest.skip("cannot ask the system what the processor has")
     flags = set(info.read_text().split())
-    wanted = [("portable", set[str]()), ("avx2", AVX2), ("avx512", AVX2 | AVX512)]
-    assert kernels.available() == tiers() == tuple(name for name, needs in wanted if flags >= needs)
+    wanted = [
+        ("portable", set[str]()),
+        ("avx2", AVX2),
+        ("avx512", AVX2 | AVX512),
+        ("amx", AVX2 | AVX512 | AMX),
+    ]
+    here = tuple(name for name, needs in wanted if name in compiled and flags >= needs)
+    assert kernels.available() == tiers() == here
 
 
 def marks(isa: str | None) -> tuple[float, float]:
@@ -66,7 +73,7 @@ def marks(isa: str | None) -> tuple[float, float]:
     return fused, tiny
 
 
-MARKS = {"portable": (0, 2**-128), "avx2": (2**-24, 2**-128), "avx512": (2**-24, 0)}
+MARKS = {"portable": (0, 2**-128), "avx2": (2**-24, 2**-128), "avx512": (2**-24, 0), "amx": (2**-24, 0)}
 
 
 @needs_native
@@ -103,17 +110,33 @@ def test_what_cannot_run_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_native
-def test_amx_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "amx" not in kernels.available()
-    if "amx" not in native.native().compiled():
-        pytest.skip("the compiler knows no tiles")
+@pytest.mark.skipif("amx" not in native.native().compiled(), reason="the compiler knows no tiles")
+def test_tiles_are_refused_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "amx" in kernels.available():
+        pytest.skip("there are")
     monkeypatch.setenv("GOSSAMER_ISA", "amx")
-    if native.native().tier("amx") >= 0:
-        assert kernels.isa() == "amx"
-        assert marks(None) == MARKS["avx512"]
-        return
     with pytest.raises(KernelError, match=r"does not run amx.*GOSSAMER_ISA"):
         kernels.isa()
+
+
+@needs_native
+@pytest.mark.skipif(
+    not kernels.native_available() or "amx" not in kernels.available(), reason="there are no tiles"
+)
+def test_tiles_are_shared_with_pytorch() -> None:
+    """oneDNN configures the tiles of the same threads for itself: neither spoils the other's products."""
+    w, handle = case("32:64", "int4", 192, 640)
+    x = torch.randn(96, 640)
+    plain = torch.randn(640, 640).bfloat16()
+    q = torch.randn(1, 2, 128, 64).bfloat16()
+    ours, theirs = kernels.matmul(handle, x), x.bfloat16() @ plain
+    attended = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    for _ in range(20):
+        assert torch.equal(kernels.matmul(handle, x), ours)
+        assert torch.equal(x.bfloat16() @ plain, theirs)
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(q, q, q), attended)
+    assert torch.equal(ours, kernels.matmul(handle, x, "avx512"))
+    check_product(w, x, ours)
 
 
 def test_a_missing_module_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:

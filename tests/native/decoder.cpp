@@ -88,18 +88,20 @@ class RandomDecoder {
 // One sequence: logits of what is appended, all rows or the last.
 class Sequence {
   public:
-    Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, Random& random)
+    Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, const Gates* gates,
+             Random& random)
         : cache(int64_t(model.layers.size()), model.kv_heads, model.head_dim, type),
           model_(model),
           tier_(tier),
           threads_(threads),
+          gates_(gates),
           random_(random) {}
 
     Rows append(const std::vector<int64_t>& tokens, int64_t count, bool all, Policy* policy = nullptr) {
         const Buffer logits((all ? count : 1) * kVocabulary * 4, random_);
         memset(logits.data(), 0xff, size_t(logits.size()));  // NaN: what is not written shows
         decode(model_, cache, tier_, tokens.data() + cache.length(), count, all, logits.as<float>(), threads_,
-               nullptr, policy);
+               nullptr, gates_, policy);
         const float* first = logits.as<float>();
         return Rows(first, first + logits.size() / 4);
     }
@@ -110,16 +112,22 @@ class Sequence {
     const DecoderModel& model_;
     const Tier& tier_;
     const int threads_;
+    const Gates* gates_;
     Random& random_;
 };
 
-// Goes on after the prompt, and again from within it: `want` are the logits of all tokens.
-void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Rows& want, Random& random) {
+// Goes on after the prompt one by one, or by few, and again from within it. `want` are the logits of all
+// tokens, `alone` those of the ones after the prompt as they come one by one: the same but for tiles, which
+// give what comes in pieces of more than kFewRows bits of its own.
+void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Rows& want, const Rows& alone,
+                    bool tiles, Random& random) {
     some.cache.truncate(kPrompt);
     while (some.cache.length() < kTokens) {
-        const int64_t at = some.cache.length();
-        check_same(some.append(tokens, 1, random.chance(0.5)), 0, want, at, 1, kVocabulary,
-                   "a token alone, and among all");
+        const int64_t at = some.cache.length(),
+                      count = tiles ? std::min<int64_t>(1 + random.below(7), kTokens - at) : 1;
+        const bool all = count > 1 || random.chance(0.5);
+        check_same(some.append(tokens, count, all), 0, alone, at - kPrompt, count, kVocabulary,
+                   "a token among few, and alone");
     }
     // within a chunk: what lay behind in it must not be seen again
     const int64_t bytes = some.cache.bytes();
@@ -127,29 +135,44 @@ void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Ro
     CHECK(some.cache.bytes() < bytes, "a cache that was truncated keeps %lld bytes",
           (long long)some.cache.bytes());
     while (some.cache.length() < kTokens) {
-        const int64_t pieces[] = {2, 3, 7, 8, 9, 47}, at = some.cache.length();
-        const int64_t count = std::min(pieces[random.below(6)], kTokens - at);
+        // by tiles: no piece, nor the part of one on either side of the border at 512, of few rows
+        const int64_t pieces[] = {2, 3, 7, 8, 9, 47}, at = some.cache.length(), left = kTokens - at;
+        int64_t count = std::min(pieces[random.below(6)], left);
+        if (tiles) count = at < 512 ? 512 - at : left < 40 ? left : 17 + random.below(left - 34);
+        if (tiles && at < 512 && count <= kFewRows) {
+            some.cache.truncate(480);
+            continue;
+        }
         check_same(some.append(tokens, count, true), 0, want, at, count, kVocabulary,
                    "a piece, and all at once");
     }
 }
 
 void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
-                   CacheType type, int threads, Random& random) {
+                   CacheType type, int threads, const Gates* gates, Random& random) {
     const char* cache = type == kCacheF32 ? "float32" : type == kCacheBF16 ? "bfloat16" : "int8";
-    describe("%s, decoder, cache of %s", tier.name, cache);
-    Sequence whole(model, tier, type, 1, random);
+    const char* gated = gates ? ", gated" : "";
+    describe("%s, decoder%s, cache of %s", tier.name, gated, cache);
+    Sequence whole(model, tier, type, 1, gates, random);
     const Rows want = whole.append(tokens, kTokens, true);
     for (size_t i = 0; i < want.size(); i++)
         CHECK(std::isfinite(want[i]), "logit %zu of token %zu is %g", i % kVocabulary, i / kVocabulary,
               double(want[i]));
-    check_going_on(whole, tokens, want, random);
-    describe("%s, decoder, cache of %s, %d threads", tier.name, cache, threads);
-    Sequence other(model, tier, type, threads, random);
+    Rows alone;
+    whole.cache.truncate(kPrompt);
+    while (whole.cache.length() < kTokens) {
+        const Rows one = whole.append(tokens, 1, false);
+        alone.insert(alone.end(), one.begin(), one.end());
+    }
+    const bool tiles = has_tiles(tier);
+    if (!tiles) check_same(alone, 0, want, kPrompt, kTokens - kPrompt, kVocabulary, "alone, and among all");
+    check_going_on(whole, tokens, want, alone, tiles, random);
+    describe("%s, decoder%s, cache of %s, %d threads", tier.name, gated, cache, threads);
+    Sequence other(model, tier, type, threads, gates, random);
     check_same(other.append(tokens, kPrompt, false), 0, want, kPrompt - 1, 1, kVocabulary,
                "the last token of a prompt, and it among all");
     CHECK(other.cache.length() == kPrompt, "there are %lld positions", (long long)other.cache.length());
-    check_going_on(other, tokens, want, random);
+    check_going_on(other, tokens, want, alone, tiles, random);
 }
 
 // Every kind of policy beside each other: the same bits on any threads, after what was forgotten too, and
@@ -166,12 +189,13 @@ void check_policies(const DecoderModel& model, const std::vector<int64_t>& token
             {kLookAcross, 0, 0, 0, 0, 0, 0, few, few, 0}, {kLookTree, 1, 1, 1, 0, 0, few, 0, 0, 0}};
         std::vector<HeadPolicy> heads(kinds, kinds + 6);
         heads.insert(heads.end(), {kinds[5], kinds[4], kinds[3], kinds[2], kinds[1], kinds[0]});
-        return std::make_unique<Policy>(2, kHeads, heads, gate, kHead);
+        return std::make_unique<Policy>(2, kHeads, heads, Labels(2, kKvHeads, {}), gate, kHead);
     };
     CHECK(made(2)->check().empty(), "a good policy is refused: %s", made(2)->check().c_str());
     for (int64_t few : {int64_t(2), int64_t(99)}) {
         const auto one = made(few), other = made(few);
-        Sequence whole(model, tier, type, 1, random), parts(model, tier, type, threads, random);
+        Sequence whole(model, tier, type, 1, nullptr, random),
+            parts(model, tier, type, threads, nullptr, random);
         Rows want = whole.append(tokens, kPrompt, true, one.get());
         parts.append(tokens, 512, false, other.get());
         parts.append(tokens, 40, false, other.get());
@@ -185,7 +209,7 @@ void check_policies(const DecoderModel& model, const std::vector<int64_t>& token
         CHECK((one->looked() < one->there()) == (few == 2), "%lld of %lld blocks were looked at",
               (long long)one->looked(), (long long)one->there());
         if (few == 2) continue;
-        Sequence dense(model, tier, type, threads, random);
+        Sequence dense(model, tier, type, threads, nullptr, random);
         check_same(dense.append(tokens, kPrompt, true), 0, want, 0, kPrompt, kVocabulary,
                    "all blocks, and dense");
     }
@@ -200,10 +224,23 @@ void test_decoder() {
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < kTokens; i++) tokens.push_back(random.below(kVocabulary));
     for (const Tier* tier : tiers_under_test())
-        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8}) {
-            check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, random);
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
+            check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, nullptr, random);
+    // by threshold, by count, with importance and without; some sites of the second layer have none
+    const std::vector<float> importance(kInner, 0.5f);
+    Gates gates(2);
+    for (int site = 0; site < kSites; site++) {
+        gates.set(0, Site(site), {true, 0.3f, site % 2 ? -1 : 20, site % 3 ? importance.data() : nullptr});
+        if (site % 3) gates.set(1, Site(site), {true, 0.3f, site % 2 ? 20 : -1, nullptr});
+    }
+    for (const Tier* tier : tiers_under_test())
+        check_decoder(decoder.model, tokens, *tier, kCacheF32, 3, &gates, random);
+    for (const Tier* tier : tiers_under_test())
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
             check_policies(decoder.model, tokens, *tier, type, type == kCacheF32 ? 3 : 2, random);
-        }
+    CHECK(gates.tokens() > 0 && gates.dropped(0, kAtQ) == 20 * gates.tokens(),
+          "%lld activations were dropped of %lld tokens", (long long)gates.dropped(0, kAtQ),
+          (long long)gates.tokens());
 }
 
 }  // namespace testing

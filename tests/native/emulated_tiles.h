@@ -1,8 +1,8 @@
 // The tile instructions of AMX as functions, so that csrc/tiles.cpp runs where there is no AMX: put in front
 // of it (-include). Written from the "Operation" sections of Intel's manual (Software Developer's Manual,
-// volume 2; LDTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSUD, TDPBF16PS). What would raise
-// #GP or #UD stops the process with a sentence, and so does what only our kernels promise ("ours"). The
-// library's own build never sees it.
+// volume 2; LDTILECFG, STTILECFG, TILELOADD, TILESTORED, TILEZERO, TILERELEASE, TDPBSSD, TDPBF16PS). What
+// would raise #GP or #UD stops the process with a sentence, and so does what only our kernels promise
+// ("ours"). The library's own build never sees it.
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// While not zero, tile products are wrong in one place: 1 TDPBSUD, 2 TDPBF16PS.
+// While not zero, tile products are wrong in one place: 1 TDPBSSD, 2 TDPBF16PS.
 extern "C" int emulated_fault;
 
 namespace emulated {
@@ -56,6 +56,16 @@ inline void load_config(const void* p) {
     tiles.configured = true;
 }
 
+inline void store_config(void* p) {
+    uint8_t bytes[64] = {};
+    bytes[0] = tiles.configured;
+    for (int t = 0; t < 8; t++) {
+        bytes[16 + 2 * t] = uint8_t(tiles.colsb[t]);
+        bytes[48 + t] = uint8_t(tiles.rows[t]);
+    }
+    memcpy(p, bytes, 64);
+}
+
 inline void release() { memset(&tiles, 0, sizeof tiles); }
 
 inline void zero(int t) {
@@ -85,14 +95,14 @@ inline void need_product(int c, int a, int b) {
 }
 
 // The sum wraps around, as the instruction's does.
-inline void dpbsud(int c, int a, int b) {
+inline void dpbssd(int c, int a, int b) {
     need_product(c, a, b);
     for (int m = 0; m < tiles.rows[c]; m++)
         for (int n = 0; n < tiles.colsb[c] / 4; n++) {
             uint32_t sum;
             memcpy(&sum, tiles.data[c][m] + 4 * n, 4);
             for (int k = 0; k < tiles.colsb[a]; k++)
-                sum += uint32_t(int8_t(tiles.data[a][m][k]) * int32_t(tiles.data[b][k / 4][4 * n + k % 4]));
+                sum += uint32_t(int8_t(tiles.data[a][m][k]) * int8_t(tiles.data[b][k / 4][4 * n + k % 4]));
             if (emulated_fault == 1 && m == 13 && n == 5) sum ^= 1;
             memcpy(tiles.data[c][m] + 4 * n, &sum, 4);
         }
@@ -140,12 +150,13 @@ inline void dpbf16ps(int c, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
-#undef _tile_dpbsud
+#undef _tile_dpbssd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated::load_config
+#define _tile_storeconfig emulated::store_config
 #define _tile_release emulated::release
 #define _tile_loadd emulated::load
 #define _tile_stored emulated::store
 #define _tile_zero emulated::zero
-#define _tile_dpbsud emulated::dpbsud
+#define _tile_dpbssd emulated::dpbssd
 #define _tile_dpbf16ps emulated::dpbf16ps

@@ -8,7 +8,7 @@ int emulated_fault = 0;
 extern "C" {
 extern const gossamer::Family gossamer_int_emulated, gossamer_float_emulated, gossamer_columns_avx512;
 extern const gossamer::DecoderOps gossamer_decoder_avx512;
-extern const gossamer::AttentionOps gossamer_attention_avx512;
+extern const gossamer::AttentionOps gossamer_attention_emulated;
 extern const gossamer::EstimateOps gossamer_estimate_avx512;
 bool gossamer_works_emulated();
 }
@@ -36,11 +36,10 @@ const Tier& emulated_tiles() {
                            &gossamer_float_emulated,
                            &gossamer_columns_avx512,
                            &gossamer_decoder_avx512,
-                           &gossamer_attention_avx512,
+                           &gossamer_attention_emulated,
                            &gossamer_estimate_avx512,
                            avx512_runs,
-                           kTileRows,
-                           true};
+                           kTileRows};
     return tier;
 }
 

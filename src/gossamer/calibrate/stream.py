@@ -32,10 +32,22 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 2048  # tokens a forward pass: products near full speed, activations still in cache
 
 
+@dataclass(frozen=True)
+class Calls:
+    """How a block is called on the calibration windows: its ``inputs`` a ``batch`` of windows at a time, with
+    the other arguments ``kwargs``; ``targets``: what the dense block gives in the dense model."""
+
+    inputs: Inputs
+    targets: Inputs
+    batch: int
+    kwargs: dict[str, Any]
+
+
 @dataclass
 class Visit:
     """One block on the walk. ``layers`` maps full names to its prunable modules; ``statistics`` holds
-    what their inputs were. Weights put in by :meth:`replace` are what the next blocks see."""
+    what their inputs were. Weights put in by :meth:`replace` are what the next blocks see. ``calls``: how
+    it is run, where the walk was asked for it."""
 
     index: int
     name: str
@@ -43,6 +55,7 @@ class Visit:
     layers: dict[str, nn.Module]
     files: WeightFiles
     statistics: dict[str, dict[type[Statistic], Statistic]] = field(default_factory=dict)
+    calls: Calls | None = None
 
     def weight(self, name: str) -> Tensor:
         """The layer's own weight, float32 ``(out, in)``, whatever type the walk multiplies in."""
@@ -69,6 +82,7 @@ def walk(
     work: WorkFolder,
     *,
     windows: Tensor | None = None,
+    targets: bool = False,
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
     stage: str = "blocks",
@@ -76,18 +90,19 @@ def walk(
     """Visits each decoder block from ``work.next_block`` on, with statistics of ``needs``.
 
     ``model`` is a skeleton on the meta device; ``windows`` are token ids ``(windows, seqlen)``, and may
-    be None only where nothing is needed. When the caller asks for the next visit, the block runs again
+    be None only where nothing is needed. With ``targets`` the dense model's hidden states are kept beside,
+    and each visit has its ``calls``. When the caller asks for the next visit, the block runs again
     with the weights it was left with, and the work folder notes it as done: write results before that.
     Raises CalibrationError where inputs are not finite.
     """
     parts = find_parts(model)
     total = len(parts.blocks)
-    if not needs:
+    if not needs and not targets:
         for index in range(work.next_block, total):
             block = parts.blocks[index]
             progress(stage, index, total)
             yield _visit(index, block.name, block.module, files)
-            work.block_done(index, None)
+            work.block_done(index)
         progress(stage, total, total)
         return
     if windows is None:
@@ -102,21 +117,28 @@ def walk(
                 capture_block_inputs(model, windows[at : at + batch], batch=batch, parts=parts).hidden
                 for at in range(0, len(windows), batch)
             )
-            work.block_done(-1, Inputs(work.inputs_file(0), shape, dtype).written(states))
+            work.block_done(-1, inputs=Inputs(work.inputs_file(0), shape, dtype).written(states))
     for index in range(work.next_block, total):
         block = parts.blocks[index]
         progress(stage, index, total)
+        call = kwargs.kwargs[index]
         inputs = work.open_inputs(shape, dtype)
         materialize(block.module, block.name, files, dtype, check_finite=True)
         visit = _visit(index, block.name, block.module, files)
-        visit.statistics = _collect(visit, needs, inputs, batch, kwargs.kwargs[index])
+        dense = None
+        if targets:
+            before = work.open_inputs(shape, dtype, "dense") if index else inputs
+            dense = Inputs(work.inputs_file(index + 1, "dense"), shape, dtype)
+            visit.calls = Calls(inputs, dense.written(_run(block.module, before, batch, call)), batch, call)
+        if needs:
+            visit.statistics = _collect(visit, needs, inputs, batch, call)
         yield visit
         following = None
         if index + 1 < total:
-            outputs = _run(block.module, inputs, batch, kwargs.kwargs[index])
+            outputs = _run(block.module, inputs, batch, call)
             following = Inputs(work.inputs_file(index + 1), shape, dtype).written(outputs)
         release(block.module)
-        work.block_done(index, following)
+        work.block_done(index, inputs=following, dense=dense)
     progress(stage, total, total)
 
 

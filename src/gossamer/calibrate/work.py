@@ -1,8 +1,9 @@
 """The work folder: what an interrupted run needs to go on, and the proof that it is the same run.
 
     OUT.work/
-        state.json        fingerprint of the run, next block, checksum of its inputs (the one truth)
+        state.json        fingerprint of the run, next block, checksums of its inputs (the one truth)
         inputs-007.bin    the next block's inputs: windows x seqlen x hidden, raw
+        dense-007.bin     the same as the dense model has them, where somebody asks for them
         block-000.*       results of finished blocks, written by whoever walks
 
 Every file is written beside and renamed, ``state.json`` last: a run killed at any moment either has
@@ -40,7 +41,7 @@ class WorkFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.resumed = False
         self.next_block = 0
-        self._inputs_crc: int | None = None
+        self._crcs: dict[str, int | None] = {}  # of the next block's inputs, by stream
         if path.exists():
             self._resume()
         else:
@@ -60,7 +61,7 @@ class WorkFolder:
         try:
             state = json.loads(state_file.read_text())
             theirs, self.next_block = state["fingerprint"], int(state["next_block"])
-            self._inputs_crc = state["inputs_crc"]
+            self._crcs = dict(state["inputs"])
         except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{self.path.name}/state.json is damaged; delete {self.path.name}") from error
         if theirs != self.fingerprint:
@@ -83,7 +84,7 @@ class WorkFolder:
         state = {
             "fingerprint": self.fingerprint,
             "next_block": self.next_block,
-            "inputs_crc": self._inputs_crc,
+            "inputs": self._crcs,
         }
         data = json.dumps(state, indent=1, sort_keys=True).encode()
         self.write("state.json", data)
@@ -107,23 +108,25 @@ class WorkFolder:
     def block_file(self, index: int, suffix: str = ".safetensors") -> Path:
         return self.path / f"block-{index:03d}{suffix}"
 
-    def inputs_file(self, index: int) -> Path:
-        return self.path / f"inputs-{index:03d}.bin"
+    def inputs_file(self, index: int, stream: str = "inputs") -> Path:
+        """The inputs of block ``index``: ``inputs`` as the walk hands them on, or ``dense``."""
+        return self.path / f"{stream}-{index:03d}.bin"
 
-    def block_done(self, index: int, inputs: Inputs | None) -> None:
-        """Block ``index`` and the next one's ``inputs`` are on disk: from here on a run goes on there."""
+    def block_done(self, index: int, **following: Inputs | None) -> None:
+        """Block ``index`` and the next one's inputs by stream are on disk: a run goes on from here."""
         self.next_block = index + 1
-        self._inputs_crc = None if inputs is None else inputs.crc
+        self._crcs = {stream: inputs.crc for stream, inputs in following.items() if inputs is not None}
         self._save()
-        if index >= 0:
-            self.inputs_file(index).unlink(missing_ok=True)
+        for stale in self.path.glob(f"*-{index:03d}.bin"):
+            stale.unlink(missing_ok=True)
 
-    def open_inputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+    def open_inputs(self, shape: tuple[int, ...], dtype: torch.dtype, stream: str = "inputs") -> Inputs:
         """The next block's inputs; raises ResumeError where they are missing or damaged."""
-        inputs = Inputs(self.inputs_file(self.next_block), shape, dtype)
-        if self._inputs_crc is not None and inputs.checksum() != self._inputs_crc:
+        inputs = Inputs(self.inputs_file(self.next_block, stream), shape, dtype)
+        crc = self._crcs.get(stream)
+        if crc is not None and inputs.checksum() != crc:
             raise ResumeError(f"{inputs.path.name} in {self.path.name} is damaged; delete {self.path.name}")
-        inputs.crc = self._inputs_crc
+        inputs.crc = crc
         return inputs
 
     def remove(self) -> None:

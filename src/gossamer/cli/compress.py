@@ -62,6 +62,20 @@ def compress(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the method, such as damping=0.05; repeatable."),
     ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            help="Win quality back by a tuning method: blockwise (each block to its dense outputs; takes "
+            "several times as long).",
+            show_default="none",
+        ),
+    ] = None,
+    tune_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An option of the tuning method, such as epochs=8; repeatable."
+        ),
+    ] = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -69,7 +83,7 @@ def compress(
 
     Ctrl-C keeps finished blocks in OUT.work; the same command goes on from there, with the same result.
     """
-    chosen = parse_options(option or ())
+    chosen, tune_options = parse_options(option or ()), parse_options(tune_option or ())
     options.use_threads(threads)
     start = time.perf_counter()
     with resumable(out.with_name(out.name + ".work")), progress() as report:
@@ -94,6 +108,8 @@ def compress(
             windows=windows,
             seed=seed,
             options=chosen,
+            tune=tune,
+            tune_options=tune_options,
         )
         before = weight_bytes(resolve(model).folder)
     found, seconds, peak = describe_checkpoint(made.path), time.perf_counter() - start, peak_bytes()

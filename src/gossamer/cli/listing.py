@@ -22,8 +22,10 @@ def methods(as_json: AsJson = False) -> None:
         return
     for family, title, what, notes in (
         ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
+        ("tune", "Tuning of what was kept", "patterns", ()),
         ("activations", "Activation sparsity at run time", "drops", ()),
         ("attention", "Sparse attention at run time", "looks at", ()),
+        ("cache", "Caches of keys and values", "keeps", ()),
     ):
         show.columns(
             title,

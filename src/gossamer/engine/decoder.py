@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gossamer import kernels
+from gossamer.engine.gates import ActivationGate, NativeGates
 from gossamer.engine.policy import Looks, new_policy
 from gossamer.errors import ModelError
 from gossamer.kernels import Handle
@@ -29,11 +32,12 @@ class Decoder:
     Packed weights are used in place; plain ones are packed in their own dtype (float16 as float32), which
     keeps every number. Norms, attention and what lies between layers is float32. ``context``: positions that
     the model knows; ``weights``: those that a token reads whole, by the part of `append`'s times that does;
-    ``windows``: positions that each layer sees, its own among them (0: all). Raises ModelError where
-    `why_not` has a reason.
+    ``windows``: positions that each layer sees, its own among them (0: all). ``gates``: of activations, by
+    the names of modules: linear layers of the blocks (what they read), ``act_fn`` of MLPs (what they give);
+    they act on every token. Raises ModelError where `why_not` has a reason, and for gates of another model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, gates: Mapping[str, ActivationGate] | None = None) -> None:
         reason = why_not(model)
         if reason is not None:
             raise ModelError(f"the native decoder cannot run this model: {reason}")
@@ -80,6 +84,17 @@ class Decoder:
         fault = self._native.check()
         if fault:
             raise ModelError(f"the native decoder cannot run this model: {fault}")
+        self._gates = None if gates is None else NativeGates(gates, self._sites())
+
+    def gated(self, gates: Mapping[str, ActivationGate] | None) -> Decoder:
+        """This decoder with other gates (None: dense), over the same weights; its caches fit too."""
+        other = copy(self)
+        other._gates = None if gates is None else NativeGates(gates, self._sites())
+        return other
+
+    def achieved(self) -> dict[str, float]:
+        """The share of activations that its gates have dropped so far, by site, of those that have run."""
+        return {} if self._gates is None else self._gates.achieved()
 
     def new_cache(self, dtype: torch.dtype = torch.bfloat16) -> Any:
         """An empty cache of keys and values in one of the `CACHES` (int8: a scale a position and head)."""
@@ -90,7 +105,12 @@ class Decoder:
 
     def new_policy(self, looks: Looks) -> Any:
         """What the attention of one sequence looks at, for `append`. Raises ModelError."""
-        return new_policy(looks, len(self.windows), self.heads, self.head_dim)
+        policy = new_policy(looks, len(self.windows), self.heads, self.kv_heads, self.head_dim)
+        if max(
+            (channel for of_layer in looks for look in of_layer for channel in look.labels), default=0
+        ) >= (self.head_dim):
+            raise ModelError(f"the attention policy is wrong: heads have {self.head_dim} channels")
+        return policy
 
     def append(
         self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False, policy: Any = None
@@ -121,6 +141,7 @@ class Decoder:
             logits.data_ptr(),
             torch.get_num_threads(),
             timed,
+            None if self._gates is None else self._gates.handle,
             policy,
         )
         return logits, seconds
@@ -141,6 +162,20 @@ class Decoder:
             window,
             bool(getattr(attention, "use_rope", True)),
         )
+
+    def _sites(self) -> list[dict[str, int]]:
+        """Names of each layer's sites and their activations, in the order of csrc/gates.h."""
+        config: Any = self.model.config
+        body: Any = self.model.model
+        widths = dict.fromkeys(_LINEARS, config.hidden_size)
+        widths |= {"o_proj": self.heads * self.head_dim}
+        widths |= dict.fromkeys(("down_proj", "act_fn"), body.layers[0].mlp.gate_proj.out_features)
+        parts = {name: "mlp" if part == "mlp" else "self_attn" for name, part in _LINEARS.items()}
+        parts |= {"act_fn": "mlp"}
+        return [
+            {f"model.layers.{i}.{part}.{name}": widths[name] for name, part in parts.items()}
+            for i in range(len(body.layers))
+        ]
 
     def _array(self, tensor: Tensor | None) -> int:
         """The address of a float32 copy that lives as long as the decoder; 0 for None."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.errors import ModelError
 from gossamer.kernels.native import native
 
-KINDS = ("all", "static", "pooled", "across", "tree")  # in the order of csrc/policy.h
+KINDS = ("all", "static", "pooled", "across", "tree", "labels")  # in the order of csrc/policy.h
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Look:
     ``(b + offset) % stride == 0``; ``pooled``: the ``count`` ones whose mean key meets the rows' mean query
     best, their own and the first among them; ``across``: the ``vertical`` ones and ``slash`` distances to
     which the last 64 rows of the call give the most weight; ``tree``: ``count`` found by halving ranges of
-    the past, and ``sink`` and ``window``. ``steps``: whether that goes for tokens that come one by one, too.
+    the past, and ``sink`` and ``window``; ``labels``: the ``count`` that hold the positions which the
+    channels ``labels`` of keys rate highest, and ``sink`` and ``window``, for tokens that come one by one
+    (all others look at everything). ``steps``: whether that goes for tokens that come one by one, too.
     ``gate``, float32 ``(dim, dim)``, of ``pooled``: the mean query is multiplied by it before it meets keys.
     """
 
@@ -36,6 +38,7 @@ class Look:
     count: int = 0
     vertical: int = 0
     slash: int = 0
+    labels: tuple[int, ...] = ()  # as many for each head, an even number, the same for heads that share keys
     gate: Tensor | None = field(default=None, repr=False, compare=False)
 
     def numbers(self, gate: int) -> list[int]:
@@ -49,23 +52,36 @@ class Look:
 Looks = Sequence[Sequence[Look]]  # [layer][head]
 
 
-def new_policy(looks: Looks, layers: int, heads: int, dim: int) -> Any:
+def new_policy(looks: Looks, layers: int, heads: int, kv_heads: int, dim: int) -> Any:
     """The native policy of one sequence. Raises ModelError where ``looks`` are not those of such a model."""
     if len(looks) != layers or any(len(of_layer) != heads for of_layer in looks):
         raise ModelError(f"the attention policy is not one of {layers} layers with {heads} heads")
     gates: list[Tensor] = []
-    numbers = []
+    rows = []
     for look in (look for of_layer in looks for look in of_layer):
         if look.gate is not None:
             if tuple(look.gate.shape) != (dim, dim):
-                raise ModelError(
-                    f"a gate of the attention policy is {tuple(look.gate.shape)}, not {dim} x {dim}"
-                )
+                shape = tuple(look.gate.shape)
+                raise ModelError(f"a gate of the attention policy is {shape}, not {dim} x {dim}")
             gates.append(look.gate.float())
-        numbers.append(look.numbers(0 if look.gate is None else len(gates)))
+        rows.append(look.numbers(0 if look.gate is None else len(gates)))
     stacked = torch.stack(gates).contiguous() if gates else torch.empty(0)  # copied over there
-    policy = native().Policy(layers, heads, numbers, stacked.data_ptr(), len(gates), dim if gates else 0)
+    labels = _labels(looks, heads, heads // kv_heads)
+    gated = (stacked.data_ptr(), len(gates), dim) if gates else (0, 0, 0)
+    policy = native().Policy(layers, heads, rows, kv_heads, labels, *gated)
     fault = policy.check()
     if fault:
         raise ModelError(f"the attention policy is wrong: {fault}")
     return policy
+
+
+def _labels(looks: Looks, heads: int, group: int) -> list[int]:
+    """Channels of each head of keys of each layer, one after the other. Raises ModelError."""
+    labels = [of_layer[i].labels for of_layer in looks for i in range(0, heads, group)]
+    if len({len(some) for some in labels}) > 1:
+        raise ModelError("the attention policy is wrong: heads have different numbers of labels")
+    if any(
+        of_layer[i].labels != of_layer[i // group * group].labels for of_layer in looks for i in range(heads)
+    ):
+        raise ModelError("the attention policy is wrong: heads that share keys have different labels")
+    return [channel for some in labels for channel in some]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ class NativeSession:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache."""
-        return int(self._cache.nbytes)
+        """Bytes of the cache, and of labels beside it."""
+        return int(self._cache.nbytes) + (0 if self._policy is None else int(self._policy.nbytes))
 
     @property
     def looked(self) -> float:
@@ -67,6 +68,12 @@ class NativeSession:
         """Forget all but the first ``length`` positions."""
         with self._turn:
             self._cache.truncate(length)
+
+    def beside(self, decoder: Decoder) -> NativeSession:
+        """The same sequence, over the same cache, as ``decoder`` runs it (`Decoder.gated`)."""
+        other = copy(self)
+        other.decoder = decoder
+        return other
 
     def _append(self, ids: Tensor, every: bool) -> list[Tensor]:
         with self._turn:

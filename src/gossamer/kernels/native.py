@@ -37,10 +37,7 @@ def native_available() -> bool:
 
 
 def available() -> tuple[str, ...]:
-    """Instruction sets that kernels run on here, from ``portable`` to the fastest.
-
-    ``amx`` is never among them: it runs where it is named, in ``GOSSAMER_ISA`` or for one call.
-    """
+    """Instruction sets that kernels run on here, from ``portable`` to the fastest."""
     return tuple(native().available())
 
 

@@ -25,7 +25,7 @@ def matmul(operand: Operand, x: Tensor, isa: str | None = None) -> Tensor:
     The weights of a program (`make_program`) each hold to this, for the float32 numbers that they are given.
 
     Runs on ``torch.get_num_threads()`` threads at most, those of PyTorch where they are OpenMP's.
-    ``isa`` forces an instruction set for this call (one of ``available()``, or amx).
+    ``isa`` forces an instruction set for this call (one of ``available()``).
 
     Raises KernelError for another dtype, device or width. There is no gradient: backward raises it too.
     """

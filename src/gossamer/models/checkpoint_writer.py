@@ -70,6 +70,7 @@ class CheckpointWriter:
         self._matrices: dict[str, Matrix] = {}
         self._plain: dict[str, Tensor] = {}
         self._ties: dict[str, str] = {}
+        self._files: dict[str, bytes] = {}
         self._names: dict[int, str] = {}  # by the identity of what is stored, which the tables keep alive
         check_free(self.out)
         if not (self.base / "config.json").is_file():
@@ -89,6 +90,13 @@ class CheckpointWriter:
         if not self._tied(name, tensor):
             self._plain[name] = tensor
 
+    def add_file(self, name: str, content: bytes) -> None:
+        """Adds a file of its own to the folder, listed and checked with the others; raises OutputError where
+        the name is taken."""
+        if name in self._files or name in (*COMPANIONS, WEIGHTS, MANIFEST):
+            raise OutputError(f"the file {name!r} was added to the checkpoint twice")
+        self._files[name] = content
+
     def finish(self, made: Mapping[str, Any]) -> Path:
         """Writes everything, loads it once to see that it is a whole model, and gives it the name ``out``.
 
@@ -100,6 +108,8 @@ class CheckpointWriter:
         record = plain_json(dict(made))
         with atomic_folder(self.out, scratch=self.scratch) as folder:
             files = copy_companions(self.base, folder)
+            for name, content in self._files.items():
+                files[name] = _write(content, folder / name)
             stored = self._stored_tensors()
             total = sum(nbytes(tensor) for tensor in stored.values())
             written = write_tensors(
@@ -166,4 +176,12 @@ def _copy(source: Path, target: Path) -> Checksums:
         while piece := reader.read(1 << 20):
             writer.write(piece)
             digest.update(piece)
+    return digest.result()
+
+
+def _write(content: bytes, target: Path) -> Checksums:
+    digest = Digest()
+    digest.update(content)
+    with atomic_file(target, needed=len(content)) as writer:
+        writer.write(content)
     return digest.result()

@@ -64,6 +64,12 @@ class Session:
         """Append ``ids``; the logits after each of them, float32 ``(n, vocab)``."""
         return self._append(ids.reshape(1, -1))
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        if length < self.length:
+            self._cache.crop(length - self.length)  # negative: so many are removed
+            self.length = length
+
     def _append(self, ids: Tensor, **options: Any) -> Tensor:
         out = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **options)
         self.length += ids.shape[1]

@@ -7,18 +7,22 @@ from typing import Any
 
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
+from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, METHODS, Claim
+from gossamer.registry import Registry
 from gossamer.sparse import NM, Block, Channel, Unstructured
+from gossamer.tune import TUNERS
 
 _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``activations``
-    (inputs, at run time) or ``attention`` (keys, at run time); ``needs``: statistics of calibration inputs,
-    none for methods without data; ``patterns``: those it accepts, or what it drops or looks at;
-    ``comparison_group``: what plain "unstructured" means, or where scores compete."""
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``tune`` (what was
+    kept of them), ``activations`` (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how
+    keys and values are kept); ``needs``: what is calibrated, none for methods without data; ``patterns``:
+    those it accepts, or what it drops, looks at or keeps; ``comparison_group``: what plain "unstructured"
+    means, or where scores compete."""
 
     name: str
     aliases: tuple[str, ...]
@@ -39,48 +43,37 @@ def methods() -> list[MethodFacts]:
     """All methods, by family and name."""
     found = []
     for name in METHODS:
-        cls = METHODS[name]
-        found.append(
-            MethodFacts(
-                name=name,
-                aliases=tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name)),
-                family="prune",
-                says=(cls.__doc__ or "").partition("\n")[0],
-                needs=tuple(kind.__name__ for kind in cls.needs),
-                patterns=tuple(_WORDS[kind] for kind in cls.accepts),
-                comparison_group=cls.comparison_group,
-                cite=METHODS.citations[name],
-                claim=cls.claim,
-            )
-        )
+        pruning = METHODS[name]
+        needs = tuple(kind.__name__ for kind in pruning.needs)
+        patterns = tuple(_WORDS[kind] for kind in pruning.accepts)
+        aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
+        group = pruning.comparison_group
+        found.append(_facts("prune", METHODS, name, needs, patterns, group, aliases, pruning.claim))
+    for name in TUNERS:
+        found.append(_facts("tune", TUNERS, name, ("calibration text",), ("any, and dense",), "block"))
     for name in ACTIVATIONS:
         gating = ACTIVATIONS[name]
         thresholds = gating.selection == "threshold"
-        found.append(
-            MethodFacts(
-                name=name,
-                aliases=(),
-                family="activations",
-                says=(gating.__doc__ or "").partition("\n")[0],
-                needs=("Quantiles",) if thresholds else (),
-                patterns=(gating.gates,),
-                comparison_group="layer" if thresholds else "token",
-                cite=ACTIVATIONS.citations[name],
-                claim=None,
-            )
-        )
+        needs, within = (("Quantiles",), "layer") if thresholds else ((), "token")
+        found.append(_facts("activations", ACTIVATIONS, name, needs, (gating.gates,), within))
     for name in POLICIES:
-        found.append(
-            MethodFacts(
-                name=name,
-                aliases=(),
-                family="attention",
-                says=(POLICIES[name].__doc__ or "").partition("\n")[0],
-                needs=(),
-                patterns=("blocks of keys",),
-                comparison_group="block of queries",
-                cite=POLICIES.citations[name],
-                claim=None,
-            )
-        )
+        found.append(_facts("attention", POLICIES, name, (), ("blocks of keys",), "block of queries"))
+    for name in CACHES:
+        caching = CACHES[name]
+        found.append(_facts("cache", CACHES, name, caching.needs, (caching.keeps,), caching.reads))
     return found
+
+
+def _facts(
+    family: str,
+    registry: Registry[Any],
+    name: str,
+    needs: tuple[str, ...],
+    patterns: tuple[str, ...],
+    within: str,
+    aliases: tuple[str, ...] = (),
+    claim: Claim | None = None,
+) -> MethodFacts:
+    says = (registry[name].__doc__ or "").partition("\n")[0]
+    cite = registry.citations[name]
+    return MethodFacts(name, aliases, family, says, needs, patterns, within, cite, claim)

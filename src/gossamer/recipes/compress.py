@@ -1,6 +1,6 @@
 """The main job: a dense model in, a sparse packed checkpoint out, one block in memory at a time.
 
-    resolve -> check -> (score and allocate) -> walk blocks: prune, round, pack -> write
+    resolve -> check -> (score and allocate) -> walk blocks: prune, round, (tune,) pack -> write
 
 Work in progress lies in ``OUT.work``; the same call goes on where it stopped, with the same result.
 """
@@ -8,15 +8,15 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from gossamer import kernels
@@ -27,7 +27,6 @@ from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
 from gossamer.matrices.checksums import checksums_of
-from gossamer.matrices.values import value_type
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.parts import read_part, write_part
 from gossamer.models.place import takes_matrix
@@ -37,55 +36,19 @@ from gossamer.models.text import Text, TextSource, calibration_windows, read_tex
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.progress import Progress, silent
-from gossamer.prune import Combination, Layer, Pruned, check_combination
+from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
+from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.load import check_context
 from gossamer.sparse.allocate import NEED_SCORES, LayerInfo, allocation
 from gossamer.sparse.masks import unit_scores
+from gossamer.tune import TunedWeight, Tuner
 from gossamer.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class CompressSettings(BaseModel):
-    """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``; a sparsity alone means
-    unstructured in the comparison group of the method's paper; sparsity 0 means dense.
-
-    ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
-    ``group``: inputs a scale (64 or 32); ``seqlen`` and ``windows``: of calibration; ``options``: of the
-    method.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    method: str = "obs"
-    sparsity: float | None = None
-    pattern: str | None = None
-    allocation: str = "uniform"
-    values: str = "int4"
-    head_values: str = "int8"
-    group: int = 64
-    seqlen: int = Field(default=1024, ge=1)
-    windows: int = Field(default=128, ge=1)
-    seed: int = 0
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    def combination(self) -> Combination:
-        """Checked as a whole; raises a GossamerError with a sentence before any work starts."""
-        value_type(self.head_values)
-        pattern = self.pattern
-        if pattern is None and self.sparsity is None:
-            pattern = "32:64"
-        return check_combination(
-            self.method,
-            pattern=pattern,
-            sparsity=self.sparsity,
-            allocation_name=self.allocation,
-            values=self.values,
-            group=self.group,
-            options=self.options,
-        )
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -118,13 +81,13 @@ def compress(
     except ValidationError as error:
         first = error.errors()[0]
         raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    combination = chosen.combination()
+    combination, tuned_by = chosen.combination(), chosen.tuner()
     out = Path(out)
     check_free(out)
     if not isinstance(model, (str, Path)):
-        return _compress_module(model, tokenizer, out, calibration, chosen, combination, progress)
+        return _compress_module(model, tokenizer, out, calibration, chosen, combination, tuned_by, progress)
     folder = resolve(str(model), progress=progress)
-    return _Job(folder, out, chosen, combination, calibration, progress).run()
+    return _Job(folder, out, chosen, combination, tuned_by, calibration, progress).run()
 
 
 def _compress_module(
@@ -134,6 +97,7 @@ def _compress_module(
     calibration: TextSource,
     chosen: CompressSettings,
     combination: Combination,
+    tuned_by: Tuner | None,
     progress: Progress,
 ) -> Compressed:
     """A model in memory is saved first, so that it takes the same road as one on disk."""
@@ -145,7 +109,7 @@ def _compress_module(
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
         folder = ModelFolder(Path(source), label=type(model).__name__)
-        return _Job(folder, out, chosen, combination, calibration, progress).run()
+        return _Job(folder, out, chosen, combination, tuned_by, calibration, progress).run()
 
 
 class _Job:
@@ -155,11 +119,12 @@ class _Job:
         out: Path,
         settings: CompressSettings,
         combination: Combination,
+        tuned_by: Tuner | None,
         calibration: TextSource,
         progress: Progress,
     ) -> None:
         self.source, self.out, self.settings = source, out, settings
-        self.combination, self.progress = combination, progress
+        self.combination, self.tuner, self.progress = combination, tuned_by, progress
         self.method = combination.method
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
@@ -167,7 +132,7 @@ class _Job:
         self._check_layers()
         self.windows: Tensor | None = None
         self.text: Text | None = None
-        if self.method.needs:
+        if self.method.needs or self.tuner:
             check_context(self.model.config, settings.seqlen, source.label)
             self.text = read_text(calibration)
             tokenizer = load_tokenizer(source.folder)
@@ -180,7 +145,8 @@ class _Job:
     def run(self) -> Compressed:
         resumed = self.work.resumed
         shares = self._allocate()
-        for visit in self._walk(self.work, "pruning"):
+        stage = "pruning" if self.tuner is None else "pruning and tuning"
+        for visit in self._walk(self.work, stage, targets=self.tuner is not None):
             self._prune_block(visit, shares)
         self._pack_edges()
         made = self._made()
@@ -198,13 +164,14 @@ class _Job:
                         "a structured matrix cannot stand in for its weight"
                     )
 
-    def _walk(self, work: WorkFolder, stage: str) -> Iterator[Visit]:
+    def _walk(self, work: WorkFolder, stage: str, *, targets: bool = False) -> Iterator[Visit]:
         return walk(
             self.model,
             self.files,
             self.method.needs,
             work,
             windows=self.windows,
+            targets=targets,
             progress=self.progress,
             stage=stage,
         )
@@ -263,7 +230,7 @@ class _Job:
                 yield f"{block.name}.{inner}", (out, features)
 
     def _prune_block(self, visit: Visit, shares: dict[str, float | None]) -> None:
-        """Prunes, rounds and packs one block's layers, and leaves them in the work folder.
+        """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder.
 
         Layers that share statistics are one task, tasks run side by side, each on one thread: a sweep is
         many small steps that gain nothing from more, and its result must not depend on their number.
@@ -271,40 +238,50 @@ class _Job:
         tasks: dict[int, list[str]] = {}
         for name in visit.layers:
             tasks.setdefault(id(visit.statistics.get(name, name)), []).append(name)
+        solved = dict(_side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), tasks))
+        notes = self._tune(visit, solved)
 
-        def solve(names: list[str]) -> list[tuple[str, tuple[Pruned, Packed, dict[str, Any]]]]:
-            return [(name, self._prune_layer(visit, name, shares[name])) for name in names]
+        def finish(name: str) -> tuple[str, tuple[Packed, dict[str, Any]]]:
+            matrix = pack_pruned(solved[name], self.combination)
+            visit.replace(name, solved[name].weight)
+            record = self._record(visit, name, solved[name], matrix, shares[name] or 0.0)
+            return name, (matrix, record | notes)
 
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            solved = {name: rest for part in pool.map(solve, tasks.values()) for name, rest in part}
-        torch.set_num_threads(threads)
-        matrices: dict[str, Matrix] = {}
-        records = []
-        for name in visit.layers:
-            pruned, matrix, record = solved[name]
-            visit.replace(name, pruned.weight)
-            matrices[f"{name}.weight"] = matrix
-            records.append(record)
-        data = json.dumps(records, allow_nan=False).encode()
+        finished = dict(_side_by_side(finish, tasks))
+        matrices: dict[str, Matrix] = {f"{name}.weight": finished[name][0] for name in visit.layers}
+        data = json.dumps([finished[name][1] for name in visit.layers], allow_nan=False).encode()
         write_part(self.work.block_file(visit.index), matrices)
         self.work.write(self.work.block_file(visit.index, ".json").name, data)
 
-    def _prune_layer(
-        self, visit: Visit, name: str, share: float | None
-    ) -> tuple[Pruned, Packed, dict[str, Any]]:
-        layer = Layer(name, visit.weight(name), visit.statistics.get(name, {}))
+    def _layer(self, visit: Visit, name: str) -> Layer:
+        return Layer(name, visit.weight(name), visit.statistics.get(name, {}))
+
+    def _prune_layer(self, visit: Visit, name: str, share: float | None) -> Pruned:
+        layer, c = self._layer(visit, name), self.combination
         check_finite(layer)
-        sparsity = 0.0 if share is None else share
-        c = self.combination
         try:
-            pruned = self.method.prune(layer, c.pattern, sparsity, c.values, c.group)
+            return self.method.prune(layer, c.pattern, share or 0.0, c.values, c.group)
         except GossamerError as error:
             raise type(error)(f"{name}: {error}") from error
-        matrix = pack_pruned(pruned, c)
-        return pruned, matrix, self._record(layer, pruned, matrix, sparsity)
 
-    def _record(self, layer: Layer, pruned: Pruned, matrix: Packed, requested: float) -> dict[str, Any]:
+    def _tune(self, visit: Visit, pruned: dict[str, Pruned]) -> dict[str, Any]:
+        """Tunes what was made of a block, in place; what every layer's record says of it."""
+        if self.tuner is None:
+            return {}
+        weights = {name: TunedWeight(p.weight, p.mask, p.quantized) for name, p in pruned.items()}
+        outcome = self.tuner.tune(visit, weights, self.settings.seed + visit.index)
+        for name, weight in weights.items():
+            pruned[name].weight, pruned[name].quantized = weight.finished()
+        return {
+            "block_loss": outcome.before,
+            "block_loss_tuned": outcome.after,
+            "tuned_tokens": outcome.tokens,
+        }
+
+    def _record(
+        self, visit: Visit, name: str, pruned: Pruned, matrix: Packed, requested: float
+    ) -> dict[str, Any]:
+        layer = self._layer(visit, name)
         gram = next((s.matrix for s in layer.statistics.values() if hasattr(s, "matrix")), None)
         kept = layer.weight.numel() if pruned.mask is None else int(pruned.mask.sum())
         return {
@@ -410,6 +387,19 @@ def pack_pruned(pruned: Pruned, combination: Combination) -> Packed:
     if pruned.quantized is not None:
         return Packed.pack(pruned.quantized, mask=pruned.mask)
     return Packed.pack(pruned.weight, combination.values.name, mask=pruned.mask)
+
+
+def _side_by_side(work: Callable[[str], R], tasks: dict[int, list[str]]) -> list[R]:
+    """``work`` of every name: tasks on threads of their own, the names of one task in turn."""
+
+    def run(names: list[str]) -> list[R]:
+        return [work(name) for name in names]
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = [found for part in pool.map(run, tasks.values()) for found in part]
+    torch.set_num_threads(threads)
+    return done
 
 
 def _read_scores(path: Path) -> Tensor:

@@ -26,6 +26,7 @@ from gossamer.recipes.answer import Answer, AnswerStream, Timing
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from gossamer.dynamic.activations import Gates
     from gossamer.dynamic.attention import Policy
 
 _GREEDY = Sampling()
@@ -40,13 +41,14 @@ class LoadedModel:
     last part; with the dtype where that was asked for).
 
     ``new_session`` makes what runs tokens where that is not transformers itself; ``engine`` says which one it
-    is, and why."""
+    is, and why. ``gates``: of activations, at work in both, or None."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     label: str
     new_session: SessionFactory | None = None
     engine: str = "transformers"
+    gates: Gates | None = None
 
     def session(self) -> DecodingSession:
         """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
@@ -172,8 +174,9 @@ def load(
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
     families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
     and values in; ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or
-    itself) that chooses which keys are looked at (None: all). Raises ModelError, CheckpointError or
-    MethodError.
+    itself) that chooses which keys are looked at (None: all). Where gates were saved with the model
+    (``activations.json``) it runs gated, in either engine, and ``engine`` says so. Raises ModelError,
+    CheckpointError or MethodError.
     """
     policy = None if attention is None else _policy(attention)
     path = Path(source).expanduser()
@@ -181,7 +184,8 @@ def load(
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
-        loaded = _with_engine(LoadedModel(model, load_tokenizer(path), label), engine, cache, policy)
+        loaded = _gated(LoadedModel(model, load_tokenizer(path), label), path)
+        loaded = _with_engine(loaded, engine, cache, policy)
         progress(f"loading {label}", 1, 1)
         return loaded
     found = resolve(str(source), progress=progress)
@@ -189,7 +193,7 @@ def load(
     model, tokenizer = load_model(found.folder, dtype)
     progress(f"loading {found.label}", 1, 1)
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
-    loaded = LoadedModel(model, tokenizer, found.label + asked)
+    loaded = _gated(LoadedModel(model, tokenizer, found.label + asked), found.folder)
     if engine == "auto":
         return _in_transformers(loaded, "the model is no checkpoint of packed weights", policy)
     return _with_engine(loaded, engine, cache, policy)
@@ -206,7 +210,7 @@ def _in_transformers(loaded: LoadedModel, reason: str, policy: Policy | None) ->
         from gossamer.dynamic.attention import attach
 
         attach(loaded.model, policy)
-    return replace(loaded, engine=f"transformers: {reason}")
+    return _says(loaded, f"transformers: {reason}")
 
 
 def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache, policy: Policy | None) -> LoadedModel:
@@ -218,13 +222,29 @@ def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache, policy: Poli
         return _in_transformers(loaded, "asked for", policy)
     reason = why_not(loaded.model)
     if reason is None:
-        decoder = Decoder(loaded.model)
+        decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
         looks = None if policy is None else policy.native(len(decoder.windows), decoder.heads)
         new_session = partial(NativeSession, decoder, getattr(torch, cache), looks)
-        return replace(loaded, new_session=new_session, engine="the native decoder")
+        return _says(replace(loaded, new_session=new_session), "the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")
     return _in_transformers(loaded, reason, policy)
+
+
+def _says(loaded: LoadedModel, engine: str) -> LoadedModel:
+    gated = "" if loaded.gates is None else f", gated by {loaded.gates.method}"
+    return replace(loaded, engine=engine + gated)
+
+
+def _gated(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """The model with the gates that lie in ``folder`` at work in its modules, where there are any."""
+    if not (folder / "activations.json").is_file():
+        return loaded
+    from gossamer.dynamic.activations import Gates
+
+    gates = Gates.load(folder)
+    gates.attach(loaded.model)
+    return replace(loaded, gates=gates)
 
 
 def check_context(config: PreTrainedConfig, seqlen: int, label: str) -> None:

@@ -226,6 +226,8 @@ def test_greedy_levels_take_the_cheap_and_spend_the_budget() -> None:
     uniform = dict.fromkeys(sizes, 0.3)
     assert error(levels) < error(uniform)
     assert levels["cheap"] > 0.9
+    before = greedy_levels(sizes, 0.15, error)
+    assert greedy_levels(sizes, 0.3, error, start=before) == pytest.approx(levels)
     assert greedy_levels(sizes, 0.0, error) == {"cheap": 0.0, "dear": 0.0}
     full = greedy_levels(sizes, 0.98, error)
     assert full == pytest.approx({"cheap": 0.98, "dear": 0.98})

@@ -17,6 +17,7 @@ from gossamer.dynamic.activations.method import METHODS, ActivationMethod, metho
 from gossamer.dynamic.activations.natural import natural_sparsity
 from gossamer.dynamic.activations.ppl_p import PplP, largest_sparsity, ppl_p
 from gossamer.dynamic.activations.quantiles import Quantiles
+from gossamer.dynamic.activations.sirius import Corrected, GatedSession, Sirius
 from gossamer.dynamic.activations.sites import Site, linear_sites
 
 __all__ = [
@@ -24,10 +25,13 @@ __all__ = [
     "ActivationMethod",
     "AttachedGates",
     "Calibrated",
+    "Corrected",
     "Gate",
+    "GatedSession",
     "Gates",
     "PplP",
     "Quantiles",
+    "Sirius",
     "Site",
     "calibrate",
     "greedy",

@@ -30,8 +30,10 @@ def greedy_levels(
     sparsity: float,
     error: Callable[[dict[str, float]], float],
     step: float = STEP,
+    start: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Levels of sparsity that skip a share ``sparsity`` of all bytes; ``sizes``: bytes of each place.
+    """Levels of sparsity that skip a share ``sparsity`` of all bytes; ``sizes``: bytes of each place;
+    ``start``: levels to go on from, such as those of a smaller sparsity.
 
     Every step skips ``step`` of all bytes more, in the one place where ``error(levels)`` then rises least by
     the byte (a place that is nearly used up takes what is left of it). Raises SparsityError past MOST.
@@ -39,10 +41,10 @@ def greedy_levels(
     check_sparsity(sparsity)
     if sparsity > MOST:
         raise SparsityError(f"layers of one block can share a sparsity of at most {MOST}, not {sparsity}")
-    levels = dict.fromkeys(sizes, 0.0)
+    levels = {name: (start or {}).get(name, 0.0) for name in sizes}
     total = sum(sizes.values())
-    left = sparsity * total
-    now = 0.0
+    left = sparsity * total - sum(levels[name] * size for name, size in sizes.items())
+    now = error(levels) if start else 0.0
     while left > 1e-9 * total:
         best: tuple[float, float, float, str] | None = None
         for name, size in sizes.items():
@@ -67,13 +69,15 @@ def greedy(
     windows: Tensor,
     *,
     step: float = STEP,
+    start: Mapping[str, float] | None = None,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Sparsity of each site by `greedy_levels` within each block, ``sparsity`` of the bytes of every block.
 
     The error is that of the block's outputs, ``||block(h) - gated(h)||^2``, on the hidden states ``h`` of
     the dense model for ``windows``, token ids ``(n, seqlen)``; all are in memory at once, so a few will do.
-    A step runs a block once for each of its sites.
+    A step runs a block once for each of its sites; ``start``: levels that were found for a smaller
+    ``sparsity``, whose steps are not taken again.
     """
     parts = find_parts(model)
     training = model.training
@@ -89,7 +93,7 @@ def greedy(
                 error = partial(_error, model, calibrated, run, dense)
                 inside = f"{block.name}."
                 sizes = {n: site.bytes for n, site in calibrated.sites.items() if n.startswith(inside)}
-                found.update(greedy_levels(sizes, sparsity, error, step))
+                found.update(greedy_levels(sizes, sparsity, error, step, start))
                 hidden = dense
             progress("allocate", len(parts.blocks), len(parts.blocks))
     finally:

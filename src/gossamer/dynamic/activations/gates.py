@@ -87,8 +87,8 @@ class Gates:
     def attach(self, model: nn.Module) -> AttachedGates:
         """Puts the gates into ``model`` as hooks, until `AttachedGates.detach` or the end of a ``with``.
 
-        They act wherever its modules run; the native decoder runs none. Raises ModelError where the model
-        has no module of a gate's name, or one of another width.
+        They act wherever its modules run; the native decoder takes ``gates`` itself. Raises ModelError where
+        the model has no module of a gate's name, or one of another width.
         """
         return AttachedGates(model, self)
 

@@ -47,15 +47,7 @@ class Attend:
     ) -> tuple[Tensor, None]:
         """``query (batch, heads, rows, dim)``, ``key`` and ``value (batch, kv_heads, positions, dim)``; gives
         ``(batch, rows, heads, dim)``. ``attention_mask (batch, positions)``: 0 for padding at either end."""
-        if dropout:
-            raise MethodError("sparse attention has no dropout: put the model into eval mode")
-        unknown = sorted(
-            name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
-        )
-        if unknown:
-            raise MethodError(f"sparse attention cannot do what this model asks for: {', '.join(unknown)}")
-        if torch.is_grad_enabled() and query.requires_grad:
-            raise MethodError("sparse attention has no gradient: run the model under torch.no_grad()")
+        self.refuse(query, dropout, others)
         rows, positions = query.shape[2], key.shape[2]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         outputs = query.new_zeros((len(query), rows, query.shape[1], query.shape[3]))
@@ -71,6 +63,19 @@ class Attend:
                 q, k, v, scaling=scaling, window=sliding_window or 0, layer=layer
             )
         return outputs, None
+
+    @staticmethod
+    def refuse(query: Tensor, dropout: float, others: dict[str, Any]) -> None:
+        """Raises MethodError for what no attention of this kind can do."""
+        if dropout:
+            raise MethodError("sparse attention has no dropout: put the model into eval mode")
+        unknown = sorted(
+            name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None
+        )
+        if unknown:
+            raise MethodError(f"sparse attention cannot do what this model asks for: {', '.join(unknown)}")
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise MethodError("sparse attention has no gradient: run the model under torch.no_grad()")
 
     def one(
         self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int

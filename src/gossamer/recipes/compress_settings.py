@@ -1,0 +1,62 @@
+"""What `compress` is asked for, checked as a whole before any work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gossamer.errors import MethodError
+from gossamer.matrices.values import value_type
+from gossamer.prune import Combination, check_combination
+from gossamer.tune import Tuner, tuner
+
+
+class CompressSettings(BaseModel):
+    """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``; a sparsity alone means
+    unstructured in the comparison group of the method's paper; sparsity 0 means dense.
+
+    ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
+    ``group``: inputs a scale (64 or 32); ``seqlen`` and ``windows``: of calibration; ``options``: of the
+    method; ``tune``: a tuning method that wins quality back block by block, with ``tune_options``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "obs"
+    sparsity: float | None = None
+    pattern: str | None = None
+    allocation: str = "uniform"
+    values: str = "int4"
+    head_values: str = "int8"
+    group: int = 64
+    seqlen: int = Field(default=1024, ge=1)
+    windows: int = Field(default=128, ge=1)
+    seed: int = 0
+    options: dict[str, Any] = Field(default_factory=dict)
+    tune: str | None = None
+    tune_options: dict[str, Any] = Field(default_factory=dict)
+
+    def combination(self) -> Combination:
+        """Checked as a whole; raises a GossamerError with a sentence before any work starts."""
+        value_type(self.head_values)
+        pattern = self.pattern
+        if pattern is None and self.sparsity is None:
+            pattern = "32:64"
+        return check_combination(
+            self.method,
+            pattern=pattern,
+            sparsity=self.sparsity,
+            allocation_name=self.allocation,
+            values=self.values,
+            group=self.group,
+            options=self.options,
+        )
+
+    def tuner(self) -> Tuner | None:
+        """The tuning method; raises MethodError for an unknown name or option."""
+        if self.tune is None:
+            if self.tune_options:
+                raise MethodError("there are options of a tuning method, and none is named")
+            return None
+        return tuner(self.tune, **self.tune_options)
