@@ -102,17 +102,20 @@ NB_MODULE(_native, m) {
             "__init__",
             [](gossamer::Policy* self, int64_t layers, int64_t heads,
                const std::vector<std::array<int64_t, gossamer::kPolicyNumbers>>& rows, int64_t kv_heads,
-               std::vector<int32_t> labels) {
+               std::vector<int32_t> labels, uintptr_t gates, int64_t gates_count, int64_t gate_dim) {
                 std::vector<gossamer::HeadPolicy> of_heads;
                 for (const auto& r : rows)
-                    of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]});
+                    of_heads.push_back({r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9]});
+                const float* from = reinterpret_cast<const float*>(gates);
                 new (self) gossamer::Policy(layers, heads, std::move(of_heads),
-                                            gossamer::Labels(layers, kv_heads, std::move(labels)));
+                                            gossamer::Labels(layers, kv_heads, std::move(labels)),
+                                            {from, from + gates_count * gate_dim * gate_dim}, gate_dim);
             },
             nb::arg("layers"), nb::arg("heads"), nb::arg("rows"), nb::arg("kv_heads") = 0,
-            nb::arg("labels") = std::vector<int32_t>(),
+            nb::arg("labels") = std::vector<int32_t>(), nb::arg("gates") = 0, nb::arg("gates_count") = 0,
+            nb::arg("gate_dim") = 0,
             "Of one sequence; for each head of each layer the numbers of HeadPolicy (csrc/policy.h); labels: "
-            "channels of each head of keys of each layer.")
+            "channels of each head of keys of each layer; gates: float32 [count][dim][dim].")
         .def_prop_ro("nbytes", &gossamer::Policy::bytes, "Of labels.")
         .def("check", &gossamer::Policy::check, "An empty string, or what is wrong.")
         .def_prop_ro("looked", &gossamer::Policy::looked, "Blocks that were looked at so far.")

@@ -59,8 +59,14 @@ Some share_of(int64_t items, int worker, int workers) {
 
 }  // namespace
 
-Policy::Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels)
-    : layers_(layers), heads_(heads), of_heads_(std::move(of_heads)), labels_(std::move(labels)) {}
+Policy::Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels,
+               std::vector<float> gates, int64_t gate_dim)
+    : layers_(layers),
+      heads_(heads),
+      of_heads_(std::move(of_heads)),
+      labels_(std::move(labels)),
+      gates_(std::move(gates)),
+      gate_dim_(gate_dim) {}
 
 std::string Policy::check() const {
     if (layers_ < 1 || heads_ < 1 || int64_t(of_heads_.size()) != layers_ * heads_)
@@ -72,6 +78,8 @@ std::string Policy::check() const {
         if (p.kind < kLookAtAll || p.kind > kLookLabels) return "the kind" + at + " is none that there is";
         for (int64_t number : {p.sink, p.window, p.stride, p.offset, p.count, p.vertical, p.slash})
             if (number < 0 || number > INT32_MAX) return "a number" + at + " is out of range";
+        if (p.gate < 0 || p.gate * gate_dim_ * gate_dim_ > int64_t(gates_.size()) || (p.gate && !gate_dim_))
+            return "there is no such gate" + at;
         if ((p.kind == kLookPooled || p.kind == kLookTree) && p.count < 1)
             return "the count" + at + " is below 1";
         if (p.kind == kLookLabels && labels_.empty()) return "there are no labels" + at;
@@ -238,6 +246,13 @@ void Policy::pooled(const PolicyRows& r, const HeadPolicy& p, int64_t head, int6
     const int64_t own = r.start / kBlock + n, dim = r.cache.head_dim();
     float *mean = numbers_of(worker), *scores = mean + kMostHead;
     mean_query(r, head, n, mean);
+    if (p.gate) {
+        const float* gate = gates_.data() + (p.gate - 1) * dim * dim;
+        float gated[kMostHead] = {};
+        for (int64_t i = 0; i < dim; i++)
+            for (int64_t j = 0; j < dim; j++) gated[j] += mean[i] * gate[i * dim + j];
+        std::copy(gated, gated + dim, mean);
+    }
     const float* means = means_of(r, head / (heads_ / r.cache.kv_heads()));
     r.ops.dots(mean, means, own, dim, scores);
     // the rows' own block is one of them, and the first one too where there is room

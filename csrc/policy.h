@@ -28,6 +28,7 @@ struct HeadPolicy {
     int64_t kind;
     int64_t steps;  // whether one row by itself (a step after the prompt) looks by it too, not at all
     int64_t sink, window, stride, offset, count, vertical, slash;
+    int64_t gate;  // of kLookPooled: the gate that the mean query goes through, from 1 on; 0: none
 };
 
 constexpr int kPolicyNumbers = sizeof(HeadPolicy) / sizeof(int64_t);
@@ -48,7 +49,9 @@ struct PolicyRows {
 // nothing but what lies in the cache.
 class Policy {
   public:
-    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels);
+    // `gates`: [number - 1][gate_dim][gate_dim], by which a mean query is multiplied from the left.
+    Policy(int64_t layers, int64_t heads, std::vector<HeadPolicy> of_heads, Labels labels,
+           std::vector<float> gates = {}, int64_t gate_dim = 0);
     Policy(const Policy&) = delete;
 
     // An empty string, or what is wrong with it.
@@ -57,7 +60,10 @@ class Policy {
     int64_t heads() const { return heads_; }
 
     // Whether it is for such a cache.
-    bool suits(const Cache& cache) const { return heads_ % cache.kv_heads() == 0 && labels_.suit(cache); }
+    bool suits(const Cache& cache) const {
+        return heads_ % cache.kv_heads() == 0 && labels_.suit(cache) &&
+               (!gate_dim_ || gate_dim_ == cache.head_dim());
+    }
     int64_t bytes() const { return labels_.bytes(); }  // of what it keeps of keys besides the cache
 
     // Makes room before `rows` tokens are appended; throws std::bad_alloc.
@@ -110,6 +116,8 @@ class Policy {
     const int64_t layers_, heads_;
     const std::vector<HeadPolicy> of_heads_;
     Labels labels_;
+    const std::vector<float> gates_;
+    const int64_t gate_dim_;  // 0: there are no gates
     std::vector<char> acts_;
     std::vector<std::vector<float>> means_;  // [layer][kv_head]: [block][dim], where a head is pooled
     int64_t known_ = 0;                      // blocks whose means are there

@@ -11,6 +11,7 @@ PARTS = {
     "sirius": "the dense model corrects the one that drops activations",
     "blocks": "the block-sparse attention kernel beside dense attention",
     "prompts": "time and perplexity of attention policies on long prompts",
+    "needles": "pass keys found in long texts by attention policies",
     "caches": "bytes, perplexity and decode speed of compressed and selectively read caches",
 }
 

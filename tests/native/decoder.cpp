@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "running.h"
 #include "validate.h"
@@ -96,11 +97,11 @@ class Sequence {
           gates_(gates),
           random_(random) {}
 
-    Rows append(const std::vector<int64_t>& tokens, int64_t count, bool all) {
+    Rows append(const std::vector<int64_t>& tokens, int64_t count, bool all, Policy* policy = nullptr) {
         const Buffer logits((all ? count : 1) * kVocabulary * 4, random_);
         memset(logits.data(), 0xff, size_t(logits.size()));  // NaN: what is not written shows
         decode(model_, cache, tier_, tokens.data() + cache.length(), count, all, logits.as<float>(), threads_,
-               nullptr, gates_);
+               nullptr, gates_, policy);
         const float* first = logits.as<float>();
         return Rows(first, first + logits.size() / 4);
     }
@@ -174,6 +175,46 @@ void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens
     check_going_on(other, tokens, want, alone, tiles, random);
 }
 
+// Every kind of policy beside each other: the same bits on any threads, after what was forgotten too, and
+// those of dense attention where all is within the budget.
+void check_policies(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
+                    CacheType type, int threads, Random& random) {
+    describe("%s, policies, cache type %d, %d threads", tier.name, int(type), threads);
+    std::vector<float> gate(2 * kHead * kHead);
+    for (float& number : gate) number = float(2 * random.unit() - 1);
+    const auto made = [&](int64_t few) {
+        const HeadPolicy kinds[] = {
+            {kLookAtAll, 1, 0, 0, 0, 0, 0, 0, 0, 0},      {kLookStatic, 1, 1, few, 3, 1, 0, 0, 0, 0},
+            {kLookPooled, 1, 0, 0, 0, 0, few, 0, 0, 0},   {kLookPooled, 1, 0, 0, 0, 0, few, 0, 0, 2},
+            {kLookAcross, 0, 0, 0, 0, 0, 0, few, few, 0}, {kLookTree, 1, 1, 1, 0, 0, few, 0, 0, 0}};
+        std::vector<HeadPolicy> heads(kinds, kinds + 6);
+        heads.insert(heads.end(), {kinds[5], kinds[4], kinds[3], kinds[2], kinds[1], kinds[0]});
+        return std::make_unique<Policy>(2, kHeads, heads, Labels(2, kKvHeads, {}), gate, kHead);
+    };
+    CHECK(made(2)->check().empty(), "a good policy is refused: %s", made(2)->check().c_str());
+    for (int64_t few : {int64_t(2), int64_t(99)}) {
+        const auto one = made(few), other = made(few);
+        Sequence whole(model, tier, type, 1, nullptr, random),
+            parts(model, tier, type, threads, nullptr, random);
+        Rows want = whole.append(tokens, kPrompt, true, one.get());
+        parts.append(tokens, 512, false, other.get());
+        parts.append(tokens, 40, false, other.get());
+        parts.cache.truncate(512);
+        check_same(parts.append(tokens, kPrompt - 512, true, other.get()), 0, want, 512, kPrompt - 512,
+                   kVocabulary, "the end of a prompt under a policy");
+        for (int64_t at = kPrompt; at < kTokens; at++)
+            check_same(parts.append(tokens, 1, false, other.get()), 0,
+                       whole.append(tokens, 1, false, one.get()), 0, 1, kVocabulary,
+                       "a token under a policy");
+        CHECK((one->looked() < one->there()) == (few == 2), "%lld of %lld blocks were looked at",
+              (long long)one->looked(), (long long)one->there());
+        if (few == 2) continue;
+        Sequence dense(model, tier, type, threads, nullptr, random);
+        check_same(dense.append(tokens, kPrompt, true), 0, want, 0, kPrompt, kVocabulary,
+                   "all blocks, and dense");
+    }
+}
+
 }  // namespace
 
 void test_decoder() {
@@ -194,6 +235,9 @@ void test_decoder() {
     }
     for (const Tier* tier : tiers_under_test())
         check_decoder(decoder.model, tokens, *tier, kCacheF32, 3, &gates, random);
+    for (const Tier* tier : tiers_under_test())
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
+            check_policies(decoder.model, tokens, *tier, type, type == kCacheF32 ? 3 : 2, random);
     CHECK(gates.tokens() > 0 && gates.dropped(0, kAtQ) == 20 * gates.tokens(),
           "%lld activations were dropped of %lld tokens", (long long)gates.dropped(0, kAtQ),
           (long long)gates.tokens());

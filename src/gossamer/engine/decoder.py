@@ -105,7 +105,7 @@ class Decoder:
 
     def new_policy(self, looks: Looks) -> Any:
         """What the attention of one sequence looks at, for `append`. Raises ModelError."""
-        policy = new_policy(looks, len(self.windows), self.heads, self.kv_heads)
+        policy = new_policy(looks, len(self.windows), self.heads, self.kv_heads, self.head_dim)
         if max(
             (channel for of_layer in looks for look in of_layer for channel in look.labels), default=0
         ) >= (self.head_dim):

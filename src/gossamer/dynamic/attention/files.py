@@ -1,4 +1,4 @@
-"""Policies by name, and as JSON: ``{"policy": NAME, ...its settings}``."""
+"""Policies by name, and as JSON: ``{"policy": NAME, ...settings}``; learned gates in safetensors beside."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from gossamer.dynamic.attention.label_blocks import LabelBlocks
+=======
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+>>>>>>> policies
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash
 from gossamer.dynamic.attention.policy import POLICIES, Policy
+from gossamer.dynamic.attention.seer import Seer
 from gossamer.errors import CheckpointError, MethodError, OutputError
 
 FILE = "attention.json"  # beside a checkpoint
@@ -34,6 +41,8 @@ def save_policy(policy: Policy, path: str | Path) -> Path:
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     beside = file.with_suffix(".tmp")
     try:
+        if isinstance(policy, Seer):
+            save_file({"gates": policy.gates.contiguous()}, file.with_suffix(".safetensors"))
         with open(beside, "w", encoding="utf-8") as out:
             json.dump(to_dict(policy), out)
             out.write("\n")
@@ -50,15 +59,20 @@ def load_policy(path: str | Path) -> Policy:
     """What `save_policy` wrote; raises CheckpointError where it is missing or damaged."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        return from_dict(json.loads(file.read_text(encoding="utf-8")))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["policy"] == Seer.name:
+            return Seer(load_file(file.with_suffix(".safetensors"))["gates"], content["count"])
+        return from_dict(content)
     except OSError as error:
         raise CheckpointError(f"cannot read {file.name}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, MethodError) as error:
+    except (ValueError, TypeError, KeyError, MethodError, SafetensorError) as error:
         raise CheckpointError(f"{file.name} is no attention policy: {error}") from error
 
 
 def to_dict(policy: Policy) -> dict[str, Any]:
     """Plain data, of MInference each pattern once: ``heads`` are ``[layer, head, number of the pattern]``."""
+    if isinstance(policy, Seer):
+        return {"policy": policy.name, "count": policy.count}
     if not isinstance(policy, MInference):
         return {"policy": policy.name, **asdict(policy)}  # type: ignore[call-overload]
     patterns = list(dict.fromkeys(policy.heads.values()))
