@@ -99,6 +99,7 @@ void Policy::begin(const Cache& cache, int64_t rows, int threads) {
     labels_.forget(start);
     labels_act_ = false;
     bool weighs = false, any_pools = false;
+    pools_act_ = true;
     for (int64_t layer = 0; layer < layers_; layer++) {
         bool pools = false;
         for (int64_t head = 0; head < heads_; head++) {
@@ -111,6 +112,7 @@ void Policy::begin(const Cache& cache, int64_t rows, int threads) {
         for (int64_t head = 0; head < cache.kv_heads() && pools; head++)
             means_[size_t(layer * cache.kv_heads() + head)].resize(size_t(end / kBlock * cache.head_dim()));
         any_pools = any_pools || pools;
+        pools_act_ = pools_act_ && (!pools || acts_[size_t(layer)]);
     }
     if (labels_act_) labels_.begin(cache, heads_);
     prepares_ = weighs || labels_act_ || (any_pools && end / kBlock > known_);

@@ -69,7 +69,7 @@ class Policy {
     // Makes room before `rows` tokens are appended; throws std::bad_alloc.
     void begin(const Cache& cache, int64_t rows, int threads);
     void end(const Cache& cache) {
-        known_ = cache.length() / kBlock;
+        if (pools_act_) known_ = cache.length() / kBlock;
         if (labels_act_) labels_.end();
     }
 
@@ -121,6 +121,7 @@ class Policy {
     std::vector<char> acts_;
     std::vector<std::vector<float>> means_;  // [layer][kv_head]: [block][dim], where a head is pooled
     int64_t known_ = 0;                      // blocks whose means are there
+    bool pools_act_ = false;                 // whether a run makes those of all layers that want them
 
     // of a run
     int threads_ = 1;

@@ -85,6 +85,20 @@ def test_logits_are_those_of_the_policy_in_transformers(name: str) -> None:
         assert session.looked == looked < 0.5
 
 
+def test_blocks_that_steps_filled_are_known_to_the_chunk_of_a_prompt_after_them() -> None:
+    """Steps that look at everything make no means; the chunk that follows must not take them for made."""
+    model, ids = made(), tiny_tokens(1, 700)[0]
+    policy = MInference(other=BlockTopK(3))  # acts on prompts alone
+    stepped, prompted = session_of(model, policy), session_of(model, policy)
+    stepped.prompt(ids[:120])
+    for token in ids[120:330]:
+        stepped.step(int(token))
+    prompted.prompt(ids[:120])
+    prompted.decoder.append(prompted._cache, ids[120:330])  # dense, as steps are
+    got, want = stepped.prompt(ids[330:]), prompted.prompt(ids[330:])
+    assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 def test_every_instruction_set_chooses_alike(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index = native().tier(isa)

@@ -8,13 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from gossamer.dynamic.attention.label_blocks import LabelBlocks
-=======
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
->>>>>>> policies
+from gossamer.dynamic.attention.label_blocks import LabelBlocks
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash
 from gossamer.dynamic.attention.policy import POLICIES, Policy
 from gossamer.dynamic.attention.seer import Seer
