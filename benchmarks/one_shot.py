@@ -33,6 +33,10 @@ CONFIGS: dict[str, tuple[str, str | None]] = {
     "joint_50_int4": ("--sparsity 0.5 --values int4 --windows 32", "joint_50_int4"),
     "joint_32_64_int4": ("--pattern 32:64 --values int4 --windows 32", "joint_50_int4"),
     "joint_2_4_int4": ("--pattern 2:4 --values int4 --windows 32", None),
+    "tuned_32_64_int4": ("--pattern 32:64 --values int4 --windows 32 --tune blockwise", None),
+    "tuned_int3_g64": ("--sparsity 0 --values int3 --windows 32 --tune blockwise", None),
+    "tuned_int4_g64": ("--sparsity 0 --values int4 --windows 32 --tune blockwise", None),
+    "tuned_2_4": ("--pattern 2:4 --values bf16 --head-values bf16 --windows 32 --tune blockwise", None),
 }
 
 
