@@ -52,6 +52,7 @@ void multiply(int64_t out, int64_t in, int layout, int values, int keep, int par
                               nullptr,
                               nullptr,
                               nullptr,
+                              nullptr,
                               kRowBlock};
     gossamer::Program program;
     program.add_term(w, 1, -1);

@@ -98,7 +98,9 @@ def is_reported(planted: Planted, layout: str, values: str, group: int, isa: str
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("isa", tiers())
+@pytest.mark.parametrize(
+    "isa", [isa for isa in tiers() if isa != "amx"]
+)  # which test_amx.py plants faults in
 def test_a_wrong_result_of_any_kernel_is_reported(isa: str, tmp_path: Path) -> None:
     planted = Planted(isa, tmp_path)
     every = PACKED
