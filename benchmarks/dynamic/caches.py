@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import DynamicCache
 
 from benchmarks import protocol
-from benchmarks.dynamic.prompts import MEASURED, SEARCHED, SKIPPED_TOKENS, tokens_of
+from benchmarks.dynamic.contenders import MEASURED, SEARCHED, tokens_of
 from gossamer.dynamic.cache import CacheMethod, reading
 from gossamer.dynamic.cache.double_sparsity import DoubleSparsity, label_channels
 from gossamer.dynamic.cache.gear import Gear
@@ -236,8 +236,8 @@ def main() -> None:
     protocol.set_threads(args.threads)
     tokenizer, model = protocol.load_tokenizer(args.model), protocol.load_model(args.model, "bfloat16")
     later = args.rounds * args.steps
-    text = tokens_of(tokenizer, args.data, MEASURED)[SKIPPED_TOKENS:]
-    other = tokens_of(tokenizer, args.data, SEARCHED)[SKIPPED_TOKENS : SKIPPED_TOKENS + 4096]
+    text = tokens_of(tokenizer, args.data, MEASURED)
+    other = tokens_of(tokenizer, args.data, SEARCHED)[:4096]
     found: dict[str, list[dict[str, Any]]] = {}
     with torch.no_grad():
         decoder = Decoder(model)
