@@ -73,7 +73,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path: Path) -> None:
         [*COMMAND, "chat", str(model), "--max-new-tokens", "1000000"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         bufsize=0,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None

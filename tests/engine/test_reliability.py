@@ -189,7 +189,6 @@ def test_no_thread_keeps_an_ended_process_alive(phase: str, number: signal.Signa
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(TESTS), phase],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     try:
         assert child.stdout is not None
