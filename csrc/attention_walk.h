@@ -55,6 +55,14 @@ GOSSAMER_INLINE float soften(const Block<T>& block, int64_t first, int64_t last,
     if (block.value_scales) {
         GOSSAMER_UNROLL(4)
         for (int j = 0; j < 4; j++) s[j] = mul(s[j], load_floats(block.value_scales + 16 * j, 16));
+        if (block.count <
+            kBlock) {  // scales behind them may be anything, and zero times that need not be zero
+            GOSSAMER_UNROLL(4)
+            for (int j = 0; j < 4; j++) store_floats(scores + 16 * j, s[j], 16);
+            for (int p = block.count; p < kBlock; p++) scores[p] = 0;
+            GOSSAMER_UNROLL(4)
+            for (int j = 0; j < 4; j++) s[j] = load_floats(scores + 16 * j, 16);
+        }
     }
     store_weights(weights, s[0], s[1]);
     store_weights(weights + 32, s[2], s[3]);

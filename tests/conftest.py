@@ -39,3 +39,14 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("GOSSAMER_DATA does not name the folder of shared data")
     return Path(folder)
+
+
+@pytest.fixture
+def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder runs on kernels that give a row the same bits in any company. With tiles calls of few rows
+    have bits of their own (docs/architecture.md, "Contracts")."""
+    from gossamer import kernels
+
+    if kernels.native_available() and kernels.isa() == "amx":
+        index = kernels.native.tier("avx512")
+        monkeypatch.setattr(kernels.native, "tier", lambda name: index)

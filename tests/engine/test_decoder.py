@@ -193,6 +193,25 @@ def test_a_row_after_several_chunks_has_the_bits_of_a_prompt(cache: torch.dtype)
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_lies_behind_the_last_position_is_never_seen(cache: torch.dtype) -> None:
+    """Positions that were forgotten hold NaN, in the block that later tokens end in."""
+    ids, poisoned = tiny_tokens(1, 64)[0], tiny_model("qwen2")
+    for layer in poisoned.model.layers:
+        for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.constant_(linear.bias, torch.nan)
+    decoder, other = Decoder(tiny_model("qwen2")), Decoder(poisoned)
+    for more in (25, 1):  # rows that come with many others, and one alone
+        fresh, used = NativeSession(decoder, cache), NativeSession(decoder, cache)
+        for session in (fresh, used):
+            session.prompt(ids[:20])
+        other.append(used._cache, ids[20:])
+        used.truncate(20)
+        got = used.logits(ids[20 : 20 + more])
+        assert got.isfinite().all()
+        assert torch.equal(got, fresh.logits(ids[20 : 20 + more]))
+
+
 @pytest.mark.parametrize("dim", [16, 24])  # 24 lies in 32
 @pytest.mark.parametrize(("cache", "bytes_a_number"), [(torch.bfloat16, 2), (torch.int8, 1)])
 def test_smaller_caches_are_near_one_in_float32(dim: int, cache: torch.dtype, bytes_a_number: int) -> None:

@@ -142,6 +142,7 @@ def test_a_full_budget_is_dense_attention_bit_for_bit(name: str, cache: torch.dt
     assert session.looked == 1.0
 
 
+@pytest.mark.usefixtures("without_tiles")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", STATIC)
 def test_static_policies_give_a_token_the_same_bits_however_it_comes(name: str, cache: torch.dtype) -> None:
@@ -159,6 +160,7 @@ def test_static_policies_give_a_token_the_same_bits_however_it_comes(name: str, 
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("without_tiles")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ESTIMATING)
 def test_estimates_depend_on_nothing_but_the_chunk_and_what_came_before(

@@ -78,6 +78,7 @@ def test_a_full_budget_is_dense_bit_for_bit(model: Any, dtype: torch.dtype) -> N
     assert torch.equal(run(session_of(model, method, dtype), IDS), run(session_of(model, None, dtype), IDS))
 
 
+@pytest.mark.usefixtures("without_tiles")
 @pytest.mark.parametrize("dtype", CACHES)
 def test_threads_cuts_and_rollbacks_change_no_bit(model: Any, dtype: torch.dtype) -> None:
     labels = label_channels(model, tiny_tokens(1, 100), 4)
