@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.dynamic.activations.sites import is_linear, shape_of, tap
-from gossamer.errors import CheckpointError, ModelError, OutputError
+from gossamer.errors import CheckpointError, ModelError
+from gossamer.matrices.atomic import atomic_file
 from gossamer.sparse.masks import check_sparsity, count_pruned, keep_highest
 
 FILE = "activations.json"
@@ -129,19 +129,11 @@ class Gates:
             raise CheckpointError(f"this is no document of gates: {error!r}") from error
 
     def save(self, folder: Path) -> Path:
-        """Writes them into ``folder`` (that of a checkpoint or model) as FILE; returns its path."""
+        """Writes them into ``folder`` (that of a checkpoint or model) as FILE; returns its path.
+        Raises OutputError."""
         file = Path(folder) / FILE
-        beside = file.with_suffix(".tmp")
-        try:
-            with open(beside, "w", encoding="utf-8") as out:
-                json.dump(self.to_dict(), out)
-                out.write("\n")
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(beside, file)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {file.name}: {error.strerror}") from error
+        with atomic_file(file) as out:
+            out.write((json.dumps(self.to_dict()) + "\n").encode())
         return file
 
     @classmethod

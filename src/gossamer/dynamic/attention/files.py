@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from gossamer.dynamic.attention.label_blocks import LabelBlocks
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash
 from gossamer.dynamic.attention.policy import POLICIES, Policy
 from gossamer.dynamic.attention.seer import Seer
-from gossamer.errors import CheckpointError, MethodError, OutputError
+from gossamer.errors import CheckpointError, MethodError
+from gossamer.matrices.atomic import atomic_file
 
 FILE = "attention.json"  # beside a checkpoint
 
@@ -34,21 +34,13 @@ def policy_of(asked: str | Path | Policy) -> Policy:
 
 
 def save_policy(policy: Policy, path: str | Path) -> Path:
-    """Writes ``policy`` as a file, or into a folder as FILE; returns its path."""
+    """Writes ``policy`` as a file, or into a folder as FILE; returns its path. Raises OutputError."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    beside = file.with_suffix(".tmp")
-    try:
-        if isinstance(policy, Seer):
-            save_file({"gates": policy.gates.contiguous()}, file.with_suffix(".safetensors"))
-        with open(beside, "w", encoding="utf-8") as out:
-            json.dump(to_dict(policy), out)
-            out.write("\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(beside, file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {file.name}: {error.strerror}") from error
+    if isinstance(policy, Seer):
+        with atomic_file(file.with_suffix(".safetensors")) as out:
+            out.write(save({"gates": policy.gates.contiguous()}))
+    with atomic_file(file) as out:
+        out.write((json.dumps(to_dict(policy)) + "\n").encode())
     return file
 
 
