@@ -7,6 +7,7 @@ import sys
 
 PARTS = {
     "quality": "perplexity and KL while activations are dropped",
+    "prepared": "WINA's preparation: the model rotated for it",
     "speed": "tokens a second in the native decoder while activations are dropped",
     "sirius": "the dense model corrects the one that drops activations",
     "blocks": "the block-sparse attention kernel beside dense attention",

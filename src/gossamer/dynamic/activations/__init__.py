@@ -15,6 +15,7 @@ from gossamer.dynamic.activations.calibrate import Calibrated, calibrate, settle
 from gossamer.dynamic.activations.gates import AttachedGates, Gate, Gates
 from gossamer.dynamic.activations.method import METHODS, ActivationMethod, method
 from gossamer.dynamic.activations.natural import natural_sparsity
+from gossamer.dynamic.activations.orthogonal import orthogonal_columns
 from gossamer.dynamic.activations.ppl_p import PplP, largest_sparsity, ppl_p
 from gossamer.dynamic.activations.quantiles import Quantiles
 from gossamer.dynamic.activations.sirius import Corrected, GatedSession, Sirius
@@ -40,6 +41,7 @@ __all__ = [
     "linear_sites",
     "method",
     "natural_sparsity",
+    "orthogonal_columns",
     "ppl_p",
     "settle",
 ]

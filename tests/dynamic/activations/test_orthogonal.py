@@ -1,0 +1,64 @@
+"""WINA's preparation: the same function, orthogonal columns, and gates that act in the new coordinates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from activation_probes import inputs_of, logits
+
+from gossamer.dynamic.activations import calibrate, method, orthogonal_columns
+from gossamer.errors import ModelError
+from tiny import tiny_model, tiny_tokens
+
+KEY, GATE = "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.gate_proj"
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_a_prepared_model_computes_the_same(arch: str) -> None:
+    model, ids = tiny_model(arch), tiny_tokens()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert torch.allclose(logits(orthogonal_columns(model), ids), logits(model, ids), atol=1e-4)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [KEY, GATE])
+def test_columns_are_orthogonal(name: str) -> None:
+    weight = orthogonal_columns(tiny_model()).get_submodule(name).weight.detach().double()
+    gram = weight.T @ weight
+    assert (gram - gram.diag().diag()).abs().max() < 1e-5 * gram.max()
+    plain = tiny_model().get_submodule(name).weight.detach().double()
+    gram = plain.T @ plain
+    assert (gram - gram.diag().diag()).abs().max() > 0.1 * gram.max()
+
+
+@pytest.mark.parametrize("name", [KEY, GATE])
+def test_no_other_choice_of_as_many_activations_errs_less(name: str) -> None:
+    model, ids = orthogonal_columns(tiny_model()), tiny_tokens()
+    gates = calibrate(model, method("wina", prepared=True, selection="top_k"), ids).gates(0.5)
+    weight = model.get_submodule(name).weight.detach()
+    for x in inputs_of(model, name, lambda: logits(model, ids)).reshape(-1, weight.shape[1])[:8]:
+        scores = x.abs() * torch.tensor(gates.gates[name].importance)
+        dropped = gates.gates[name].drops(scores)
+        error = (weight @ (x * dropped)).norm()
+        for _ in range(20):
+            other = dropped[torch.randperm(len(dropped))]
+            assert error <= (weight @ (x * other)).norm() * (1 + 1e-5)
+
+
+def test_prepared_weighs_the_orthogonal_layers_alone() -> None:
+    model, ids = orthogonal_columns(tiny_model()), tiny_tokens()
+    gates = calibrate(model, method("wina", prepared=True), ids).gates(0.5).gates
+    weighed = {name.rpartition(".")[2] for name, gate in gates.items() if gate.importance is not None}
+    assert weighed == {"k_proj", "gate_proj"}
+
+
+def test_thresholds_of_zero_are_dense() -> None:
+    model, ids = tiny_model(), tiny_tokens()
+    prepared = orthogonal_columns(model)
+    with calibrate(prepared, method("wina", prepared=True), ids).gates(0.0).attach(prepared):
+        assert torch.allclose(logits(prepared, ids), logits(model, ids), atol=1e-4)
+
+
+def test_a_model_with_other_names_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot be made orthogonal"):
+        orthogonal_columns(tiny_model("gpt2"))
