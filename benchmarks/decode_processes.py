@@ -46,13 +46,19 @@ class Server:
         self.ready = Ready(**self._answer("ready"))
 
     def run(self, prompt: int, steps: int, seed: int) -> Run:
+        return Run(**self._ask({"prompt": prompt, "steps": steps, "seed": seed}, "run"))
+
+    def judge(self, window: Path) -> dict[str, float]:
+        """Loss, KL and agreement on a window that lies in the folder (`decode_protocol.judged`)."""
+        return self._ask({"window": str(window)}, "judged")
+
+    def _ask(self, asked: dict[str, Any], kind: str) -> dict[str, Any]:
         assert self.process.stdin
-        asked = {"prompt": prompt, "steps": steps, "seed": seed}
         try:
             print(json.dumps(asked), file=self.process.stdin, flush=True)
         except BrokenPipeError:
             raise GoneError(self._last_words()) from None
-        return Run(**self._answer("run"))
+        return self._answer(kind)
 
     def _answer(self, kind: str) -> dict[str, Any]:
         assert self.process.stdout

@@ -2,7 +2,8 @@
 
 A contender is a process, `python -m MODULE JOB`, with a `Job` as JSON. It loads its model and prints a line
 `{"ready": {...}}`; then it answers each line of its standard input, such as
-`{"prompt": 512, "steps": 64, "seed": 0}`, by `{"run": {...}}`, and ends with its input. With `--make` it
+`{"prompt": 512, "steps": 64, "seed": 0}`, by `{"run": {...}}`, one such as `{"window": FOLDER}` by
+`{"judged": {...}}`, and ends with its input. With `--make` it
 makes the file that it loads, where that is missing, and ends. Whatever a library prints goes to
 the standard error.
 """
@@ -193,6 +194,9 @@ class Engine(Protocol):
     def run(self, ids: list[int], steps: int) -> Run:
         """A new sequence: the prompt ``ids`` to the first token, then ``steps`` tokens after it."""
 
+    def logits(self, ids: list[int]) -> Any:
+        """A new sequence: the logits after each of ``ids``, a float32 array ``(len(ids), vocabulary)``."""
+
 
 class Stepper(Protocol):
     """One sequence; both give the likeliest next token."""
@@ -232,10 +236,33 @@ def main(load: Callable[[Job], Engine], make: Callable[[Job], None], argv: Seque
     _emit(out, "ready", engine.ready)
     for line in sys.stdin:
         asked = json.loads(line)
+        if "window" in asked:
+            _emit(out, "judged", judged(engine, Path(asked["window"])))
+            continue
         run = engine.run(prompt_ids(asked["prompt"], vocabulary, asked["seed"]), asked["steps"])
         run.tokens = run.tokens[:8]
         run.resident, run.peak = memory()
         _emit(out, "run", run)
+
+
+def judged(engine: Engine, window: Path) -> dict[str, float]:
+    """What an engine makes of a window whose tokens and reference `quality` has written: the mean loss, KL
+    from the reference, nats a token, and the share of positions where both rank the same token first."""
+    import numpy as np
+
+    ids, expected = np.load(window / "ids.npy"), np.load(window / "logp.npy", mmap_mode="r")
+    logits = np.asarray(engine.logits(ids.tolist()))[:-1]
+    loss = kl = same = 0.0
+    for start in range(0, len(logits), 128):  # a few rows at a time: the whole is 400 MB
+        part, want = logits[start : start + 128].astype(np.float32), expected[start : start + 128]
+        part -= part.max(axis=1, keepdims=True)
+        part -= np.log(np.exp(part).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+        targets = ids[start + 1 : start + 1 + len(part)]
+        loss -= float(part[np.arange(len(part)), targets].sum(dtype=np.float64))
+        same += float((part.argmax(axis=1) == want.argmax(axis=1)).sum())
+        part -= want
+        kl -= float((np.exp(want) * part).sum(dtype=np.float64))
+    return {"loss": loss / len(logits), "kl": kl / len(logits), "top1": same / len(logits)}
 
 
 def prompt_ids(count: int, vocabulary: int, seed: int = -1) -> list[int]:
@@ -244,8 +271,9 @@ def prompt_ids(count: int, vocabulary: int, seed: int = -1) -> list[int]:
     return random.Random(seed).choices(range(16, min(vocabulary, 40000)), k=count)
 
 
-def _emit(out: TextIO, kind: str, content: Ready | Run) -> None:
-    print(json.dumps({kind: asdict(content)}), file=out, flush=True)
+def _emit(out: TextIO, kind: str, content: Ready | Run | dict[str, float]) -> None:
+    plain = content if isinstance(content, dict) else asdict(content)
+    print(json.dumps({kind: plain}), file=out, flush=True)
 
 
 def memory() -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,11 @@ class Native:
         self.session = NativeSession(self.decoder)
         return stepped(self, ids, steps)
 
+    def logits(self, ids: list[int]) -> Any:
+        from gossamer.engine import NativeSession
+
+        return NativeSession(self.decoder).logits(torch.tensor(ids)).numpy()
+
     def prompt(self, ids: list[int]) -> int:
         return _likeliest(self.session.prompt(torch.tensor(ids)))
 
@@ -81,6 +87,10 @@ class Transformers:
 
         self.cache = DynamicCache(config=self.model.config)
         return stepped(self, ids, steps)
+
+    @torch.inference_mode()
+    def logits(self, ids: list[int]) -> Any:
+        return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
 
     def prompt(self, ids: list[int]) -> int:
         found = self.model(

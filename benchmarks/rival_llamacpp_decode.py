@@ -70,6 +70,24 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
         return stepped(self, ids, steps)
 
+    def logits(self, ids: list[int]) -> Any:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), False)
+        found = np.empty((len(ids), self.vocabulary), np.float32)
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            batch = llama_cpp.llama_batch_init(len(part), 0, 1)
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            code = llama_cpp.llama_decode(self.context, batch)
+            if code != 0:
+                raise SystemExit(f"llama.cpp could not run {len(part)} tokens (code {code})")
+            rows: Any = llama_cpp.llama_get_logits(self.context)
+            found[start : start + len(part)] = np.ctypeslib.as_array(rows, (len(part), self.vocabulary))
+            llama_cpp.llama_batch_free(batch)
+        return found
+
     def prompt(self, ids: list[int]) -> int:
         for start in range(0, len(ids), BATCH):
             self._decode(ids[start : start + BATCH])

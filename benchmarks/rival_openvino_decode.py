@@ -53,6 +53,7 @@ class OpenVino:
         if job.setting == "f32":
             self.config["INFERENCE_PRECISION_HINT"] = "f32"
         self.folder = str(made(job))
+        self.plain: Any = None
         trial = prompt_ids(64, 40000)
         seconds = {}
         for backend in BACKENDS:
@@ -76,6 +77,21 @@ class OpenVino:
             options["scheduler_config"] = genai.SchedulerConfig()
             options["scheduler_config"].enable_prefix_caching = False  # every prompt is read
         self.pipeline = genai.LLMPipeline(self.folder, "CPU", **options)
+
+    def logits(self, ids: list[int]) -> Any:
+        if self.plain is None:  # GenAI gives the last token's alone
+            config = {name: value for name, value in self.config.items() if name != "ATTENTION_BACKEND"}
+            path = Path(self.folder) / "openvino_model.xml"
+            self.plain = ov.Core().compile_model(path, "CPU", config).create_infer_request()
+        self.plain.reset_state()
+        tokens = np.array([ids], np.int64)
+        given = {
+            "input_ids": tokens,
+            "attention_mask": np.ones_like(tokens),
+            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        return self.plain.infer(given)["logits"][0]
 
     def run(self, ids: list[int], steps: int) -> Run:
         asked = genai.GenerationConfig()

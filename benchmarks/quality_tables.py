@@ -1,0 +1,176 @@
+"""The docs page of the quality benchmark, made from its results alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import protocol
+
+DENSE = "dense bfloat16"
+RATIOS, KLS = (1.02, 1.05, 1.10), (0.05, 0.10, 0.20)  # the bars, fixed beforehand
+HEAD = """# Quality at equal bytes, and speed at equal quality
+
+Made by `python -m benchmarks.quality table` from `benchmarks/results/quality.json`. Perplexity is a multiple
+of the dense bfloat16 model's, KL is from it (nats a token), top-1 the share of tokens that both rank first;
+ *novel* is a second text. Every contender is measured through the engine that serves it. MB are all
+weights, the embedding and head among them (int8 in ours; llama.cpp's and OpenVINO's as they choose).
+*front*: no contender that is measured has fewer bytes and a lower KL (B), or more tokens a second and a
+lower KL (S). Tuned rows saw so many tokens of the calibration text, counted each time; the dense model that
+they are held against saw none of them.
+"""
+
+
+@dataclass
+class Row:
+    name: str
+    ours: bool
+    bytes: int
+    ratio: float
+    kl: float
+    top1: float
+    novel: float
+    novel_kl: float
+    speed: float | None
+    tokens: int
+    tasks: float | None
+
+    @property
+    def engine(self) -> str:
+        return "ours" if self.ours else self.name.split()[0]
+
+
+def rows_of(model: dict[str, Any]) -> list[Row]:
+    """All contenders that were judged, by bytes."""
+    dense = {text: statistics.mean(found["loss"]) for text, found in model[DENSE]["judged"].items()}
+    rows = []
+    for name, found in model.items():
+        if name == DENSE or "judged" not in found:
+            continue
+        judged = {
+            text: {key: statistics.mean(values) for key, values in one.items()}
+            for text, one in found["judged"].items()
+        }
+        ratios = {text: math.exp(one["loss"] - dense[text]) for text, one in judged.items()}
+        timed = found.get("speed")
+        rows.append(
+            Row(
+                name,
+                not name.startswith(("llama.cpp", "OpenVINO")),
+                found["weight_bytes"],
+                ratios["wikitext"],
+                judged["wikitext"]["kl"],
+                judged["wikitext"]["top1"],
+                ratios["novel"],
+                judged["novel"]["kl"],
+                statistics.median(timed["decode"]) if timed else None,
+                found.get("tuned_tokens") or 0,
+                mean_accuracy(found),
+            )
+        )
+    return sorted(rows, key=lambda row: row.bytes)
+
+
+def mean_accuracy(found: dict[str, Any]) -> float | None:
+    tasks = found.get("tasks")
+    if not tasks:
+        return None
+    each = tasks.values() if isinstance(tasks, dict) else tasks
+    return statistics.mean(float(task["accuracy"]) for task in each)
+
+
+def front(row: Row, rows: Iterable[Row]) -> str:
+    """On which fronts a row stands."""
+    others = [other for other in rows if other is not row]
+    smaller = any(
+        o.bytes <= row.bytes and o.kl <= row.kl and (o.bytes, o.kl) != (row.bytes, row.kl) for o in others
+    )
+    found = "" if smaller else "B"
+    if row.speed is not None:
+        timed = [o for o in others if o.speed is not None]
+        faster = any(o.speed >= row.speed and o.kl < row.kl for o in timed if o.speed)
+        found += "" if faster else "S"
+    return found
+
+
+def equal_bytes(rows: list[Row]) -> list[list[str]]:
+    table = [
+        [
+            "",
+            "MB",
+            "perplexity",
+            "KL",
+            "top-1",
+            "novel",
+            "novel KL",
+            "zero-shot",
+            "tokens/s",
+            "tuned on",
+            "front",
+        ]
+    ]
+    for row in rows:
+        table.append(
+            [
+                f"**{row.name}**" if row.ours else row.name,
+                f"{row.bytes / 1e6:.1f}",
+                f"{row.ratio:.3f}x",
+                f"{row.kl:.4f}",
+                f"{row.top1:.1%}",
+                f"{row.novel:.3f}x",
+                f"{row.novel_kl:.4f}",
+                "" if row.tasks is None else f"{row.tasks:.1%}",
+                "" if row.speed is None else f"{row.speed:.0f}",
+                f"{row.tokens:,}" if row.tokens else "",
+                front(row, rows),
+            ]
+        )
+    return table
+
+
+def equal_quality(rows: list[Row]) -> list[list[str]]:
+    """For each bar, every engine's fastest contender that passes."""
+    engines = sorted({row.engine for row in rows}, key=lambda name: name != "ours")
+    table = [["bar", *engines]]
+    bars = [(f"perplexity within {100 * (r - 1):.0f} %", "ratio", r) for r in RATIOS]
+    bars += [(f"KL at most {kl:.2f}", "kl", kl) for kl in KLS]
+    for title, key, bar in bars:
+        cells = []
+        for engine in engines:
+            passing = [r for r in rows if r.engine == engine and getattr(r, key) <= bar and r.speed]
+            best = max(passing, key=lambda r: r.speed or 0.0, default=None)
+            cells.append(
+                "none"
+                if best is None
+                else f"{best.name}: {best.speed:.0f} tokens/s, {best.bytes / 1e6:.0f} MB"
+            )
+        table.append([title, *cells])
+    return table
+
+
+def markdown(table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
+
+
+def write(results: Path, page: Path) -> None:
+    """The page, all models of the results one after the other."""
+    found = protocol.read_json(results)
+    parts = [HEAD]
+    for name, model in found.get("models", {}).items():
+        rows = rows_of(model)
+        text = model[DENSE]["judged"]["wikitext"]["loss"]
+        perplexity = math.exp(statistics.mean(text))
+        parts.append(
+            f"## {name}\n\nDense perplexity {perplexity:.2f} on WikiText-2 ({len(text)} windows of 2,048).\n"
+        )
+        parts += [
+            markdown(equal_bytes(rows)) + "\n",
+            "### At equal quality\n",
+            markdown(equal_quality(rows)) + "\n",
+        ]
+    page.write_text("\n".join(parts))
