@@ -17,7 +17,7 @@ HEAD = """# Quality at equal bytes, and speed at equal quality
 
 Made by `python -m benchmarks.quality table` from `benchmarks/results/quality.json`. Perplexity is a multiple
 of the dense bfloat16 model's, KL is from it (nats a token), top-1 the share of tokens that both rank first;
- *novel* is a second text. Every contender is measured through the engine that serves it. MB are all
+*novel* is a second text. Every contender is measured through the engine that serves it. MB are all
 weights, the embedding and head among them (int8 in ours; llama.cpp's and OpenVINO's as they choose).
 *front*: no contender that is measured has fewer bytes and a lower KL (B), or more tokens a second and a
 lower KL (S). Tuned rows saw so many tokens of the calibration text, counted each time; the dense model that
