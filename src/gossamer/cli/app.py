@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, run
+from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, reproduce, run
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
 
@@ -32,6 +32,7 @@ app.command("info")(files.info)
 app.command("verify")(files.verify)
 app.command("export")(files.export)
 app.command("methods")(listing.methods)
+app.command("reproduce")(reproduce.reproduce)
 app.command("isa")(listing.isa)
 app.command("quickstart")(quickstart.quickstart)
 

@@ -17,6 +17,19 @@ class Experiment:
     windows: int = 32
     seqlen: int = 1024
     against: tuple[str, ...] = ("random", "magnitude")
+    allocation: str = "uniform"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `compress` that all contenders share; embedding and head as the dense model's."""
+        return {
+            "pattern": self.pattern,
+            "sparsity": self.sparsity,
+            "values": self.values,
+            "head_values": "bfloat16",
+            "windows": self.windows,
+            "seqlen": self.seqlen,
+            "allocation": self.allocation,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""`gossamer reproduce`: run what papers claim, in miniature, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gossamer.cli import options, show
+from gossamer.cli.guard import guarded, resumable
+from gossamer.cli.progress import progress
+from gossamer.errors import MethodError
+
+if TYPE_CHECKING:
+    from gossamer.report.reproduce import Texts, Verdict
+
+SMOKE = "SMOKE TEST: on the prose inside Python; set GOSSAMER_DATA, or give --calibration and --text"
+CALIBRATION, MEASURED = "text/wikitext2_raw_train_part.txt", "text/wikitext2_raw_test.txt"
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@guarded
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(metavar="METHOD...", show_default=False)] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method that has a claim.")] = False,
+    budget: Annotated[
+        str | None, typer.Option(help="Begin no claim after so long: 90s, 60m, 2h.", show_default="no limit")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Say what there is to run, and end.")] = False,
+    calibration: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to calibrate on.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to measure on.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 2,048 tokens to measure on.")] = 20,
+    work: Annotated[Path, typer.Option(help="Where figures are kept, to go on from.")] = Path(
+        "reproduce.work"
+    ),
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to merge verdicts into.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write the catalogue of methods, with the verdicts of --out.")
+    ] = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Run the claims of methods' papers in miniature, with their baselines, and say whether they hold."""
+    from gossamer.report.reproduce import claimed, run_all
+
+    claims = claimed()
+    if listed:
+        if as_json:
+            show.document({name: claim.to_dict() for name, claim in claims.items()})
+        else:
+            rows = [(name, claim.says, ", ".join(claim.experiment.against)) for name, claim in claims.items()]
+            show.columns("Claims", ("method", "the paper says", "beside"), rows, left=3)
+        return
+    chosen = list(claims) if every else list(names or ())
+    if not chosen and page is None:
+        raise MethodError("name a method, or --all (`gossamer reproduce --list` shows them)")
+    if unknown := [name for name in chosen if name not in claims]:
+        raise MethodError(f"the method {unknown[0]!r} has no claim to run (there are: {', '.join(claims)})")
+    options.use_threads(threads)
+    texts = _texts(calibration, text, windows)
+    found = []
+    with resumable(work), progress() as report:
+        for verdict in run_all(chosen, work, budget=seconds_of(budget), texts=texts, progress=report):
+            found.append(verdict)
+            if out is not None:
+                _merge(out, verdict)
+            if not as_json:
+                _show(verdict)
+    if as_json:
+        show.document([verdict.to_dict() for verdict in found])
+    if len(found) < len(chosen):
+        left = ", ".join(chosen[len(found) :])
+        print(f"the budget is used up; not run: {left}", file=sys.stderr)
+    if page is not None:
+        _write_page(page, out)
+
+
+def seconds_of(budget: str | None) -> float | None:
+    """``90s``, ``60m``, ``2h`` in seconds; raises MethodError."""
+    if budget is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
+    if not found:
+        raise MethodError(f"a budget is written 90s, 60m or 2h, not {budget!r}")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _texts(calibration: str | None, text: str | None, windows: int) -> Texts:
+    """Those given, else WikiText-2 in the folder that GOSSAMER_DATA names, else the prose inside Python."""
+    from gossamer.report.reproduce import Texts
+
+    data = os.environ.get("GOSSAMER_DATA")
+    if data and (Path(data) / MEASURED).exists():
+        calibration = calibration or str(Path(data) / CALIBRATION)
+        text = text or str(Path(data) / MEASURED)
+    return Texts(calibration, text, windows)
+
+
+def _show(verdict: Verdict) -> None:
+    from gossamer.report.catalogue_page import measured
+
+    names = [verdict.name, *(name for name in verdict.figures if name != verdict.name)]
+    rows = []
+    for name in names:
+        one = verdict.figures[name]
+        kl = "" if one["kl"] is None else f"{one['kl']:.4f}"
+        rows.append((name, f"{one['perplexity']:.3f}", kl, f"{one['seconds']:.0f}"))
+    asked = verdict.claim.experiment
+    of = f"{asked.model}, {asked.pattern}, sparsity {asked.sparsity}, {asked.values}"
+    notes = [f"the paper: {verdict.claim.says}", f"here: {measured(verdict.to_dict())}"]
+    notes += [SMOKE] if verdict.figures[verdict.name]["smoke_test"] else []
+    show.columns(f"{verdict.name} ({of})", ("", "perplexity", "KL to dense", "seconds"), rows, notes)
+
+
+def _merge(out: Path, verdict: Verdict) -> None:
+    from gossamer.matrices.atomic import atomic_file
+    from gossamer.report.reproduce import verdicts_in
+
+    claims = {**verdicts_in(out), verdict.name: verdict.to_dict()}
+    with atomic_file(out) as file:
+        file.write((json.dumps({"claims": claims}, indent=1) + "\n").encode())
+
+
+def _write_page(page: Path, results: Path | None) -> None:
+    from gossamer.matrices.atomic import atomic_file
+    from gossamer.report.catalogue_page import page as page_of
+    from gossamer.report.reproduce import verdicts_in
+
+    with atomic_file(page) as file:
+        file.write(page_of(verdicts_in(results) if results else {}).encode())

@@ -1,0 +1,66 @@
+"""The page of all methods: what each is, needs and accepts, what its paper claims, what came of it here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gossamer.recipes.catalogue import MethodFacts, methods
+
+HEAD = """# Catalogue
+
+Every method of the project, one small file each. Made by `gossamer reproduce --page`. *Measured* is the
+miniature experiment of the claim (`gossamer reproduce NAME`): the method's figure, that of what it is held
+against, and their ratio with its 95 % bootstrap interval over windows. A claim that does not hold says so;
+methods without a figure have not been run, or their claim is not data yet.
+"""
+TITLES = {
+    "prune": "Pruning",
+    "tune": "Tuning what was kept",
+    "shrink": "Fewer blocks",
+    "activations": "Activation sparsity at run time",
+    "attention": "Sparse attention at run time",
+    "cache": "Caches",
+}
+
+
+def page(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page in Markdown; ``verdicts`` by method, as `Verdict.to_dict` gives them."""
+    parts = [HEAD]
+    found = methods()
+    for family in dict.fromkeys(method.family for method in found):
+        rows = [["method", "what it is", "needs", "accepts", "paper", "claim", "measured here"]]
+        rows += [_row(method, verdicts.get(method.name)) for method in found if method.family == family]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + " --- |" * len(rows[0]))
+        parts += [f"## {TITLES.get(family, family)}\n", "\n".join(lines) + "\n"]
+    return "\n".join(parts)
+
+
+def _row(method: MethodFacts, verdict: Mapping[str, Any] | None) -> list[str]:
+    claim = method.claim.says if method.claim else ""
+    cells = [
+        f"`{method.name}`",
+        method.says,
+        ", ".join(method.needs) or "no data",
+        ", ".join(method.patterns),
+        method.cite,
+        claim,
+        "" if verdict is None else measured(verdict),
+    ]
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+
+
+def measured(verdict: Mapping[str, Any]) -> str:
+    """One verdict as a sentence."""
+    claim, figures = verdict["claim"], verdict["figures"]
+    metric, name, than = claim["metric"], verdict["name"], claim["than"]
+    values = f"{metric} {figures[name][metric]:.4g}, {than} {figures[than][metric]:.4g}"
+    if "dense" in figures:
+        values += f", dense {figures['dense'][metric]:.4g}"
+    interval = verdict["interval"]
+    around = "" if interval is None else f" [{interval[0]:.3g} to {interval[1]:.3g}]"
+    bound = f"{claim['bound'].replace('_', ' ')} {claim['factor']:g}"
+    words = "holds" if verdict["holds"] else "**does not hold**"
+    words += "" if verdict["clear"] else " (not clearly)"
+    return f"{values}: ratio {verdict['ratio']:.3g}{around}, asked {bound}: {words}"

@@ -1,0 +1,91 @@
+"""A miniature experiment of one-shot pruning: compress, measure, keep the figures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.matrices.atomic import atomic_file
+from gossamer.models.text import TextSource
+from gossamer.progress import Progress, silent
+from gossamer.prune import Experiment
+from gossamer.recipes.compress import compress
+from gossamer.recipes.load import load
+from gossamer.recipes.measure import quality
+from gossamer.version import VERSION
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What contenders are calibrated and measured on (None: the prose inside Python, a smoke test), and on
+    how many windows of ``seqlen`` tokens they are measured."""
+
+    calibration: TextSource = None
+    measured: TextSource = None
+    windows: int = 20
+    seqlen: int = 2048
+
+
+def figures(
+    name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Perplexity, its windows, KL to the dense model, and seconds of one contender.
+
+    They are kept in the folder ``work`` by all that they depend on, and read from there the next time; an
+    interrupted compression goes on. Raises a GossamerError for whatever a person can mend.
+    """
+    asked: dict[str, Any] = {"method": name, "model": experiment.model, "version": VERSION}
+    asked |= {"settings": None if name == "dense" else experiment.settings(), "texts": _named(texts)}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    file = work / f"{name}-{key}.json"
+    if file.exists():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    start = time.perf_counter()
+    dense = load(experiment.model, dtype="bfloat16", engine="transformers", progress=progress)
+    if name == "dense":
+        measured: Any = dense
+        seconds = 0.0
+    else:
+        out = work / f"{name}-{key}"
+        if not out.exists():
+            compress(experiment.model, out, calibration=texts.calibration, progress=progress, method=name,
+                     **experiment.settings())  # fmt: skip
+        seconds = time.perf_counter() - start
+        measured = load(out, engine="transformers", progress=progress)
+    found = quality(
+        measured,
+        against=dense,
+        text=texts.measured,
+        windows=texts.windows,
+        seqlen=texts.seqlen,
+        progress=progress,
+    )
+    result = {
+        "asked": asked,
+        "perplexity": found.quality.perplexity,
+        "kl": found.quality.mean_kl,
+        "nll": list(found.quality.nll),
+        "text": found.text,
+        "smoke_test": found.smoke,
+        "seconds": round(seconds, 1),
+    }
+    text = json.dumps(result, indent=1)
+    with atomic_file(file) as beside:
+        beside.write(text.encode())
+    return dict(json.loads(text))
+
+
+def _named(texts: Texts) -> dict[str, Any]:
+    """Texts by what they are called: a path's name and size, or a digest of strings."""
+
+    def name(source: TextSource) -> Any:
+        if source is None or not isinstance(source, (str, Path)):
+            return source and hashlib.sha256("\0".join(source).encode()).hexdigest()
+        path = Path(source).expanduser()
+        return [path.name, path.stat().st_size if path.is_file() else None]
+
+    return {**asdict(texts), "calibration": name(texts.calibration), "measured": name(texts.measured)}

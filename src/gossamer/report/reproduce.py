@@ -1,0 +1,115 @@
+"""`reproduce`: a method's claim run in miniature, its figures beside the paper's words and the baselines'."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.errors import CheckpointError, MethodError
+from gossamer.evaluate import paired_difference
+from gossamer.progress import Progress, silent
+from gossamer.prune import METHODS, Claim
+from gossamer.report.one_shot import Texts, figures
+
+__all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a claim. ``figures``: by contender; ``ratio`` of the method's metric to that of
+    ``claim.than``, and its 95 % bootstrap interval over windows, where the metric has one; ``holds``: the
+    ratio keeps the bound; ``clear``: so does its whole interval, or none of it."""
+
+    name: str
+    claim: Claim
+    figures: dict[str, dict[str, Any]]
+    ratio: float
+    interval: tuple[float, float] | None
+    holds: bool
+    clear: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the values of each window are left out."""
+        plain = {**asdict(self), "claim": self.claim.to_dict()}
+        plain["figures"] = {
+            name: {key: value for key, value in found.items() if key not in ("nll", "asked")}
+            for name, found in self.figures.items()
+        }
+        return plain
+
+
+def claimed() -> dict[str, Claim]:
+    """The methods that have a claim which runs, by name."""
+    return {name: claim for name in METHODS if (claim := METHODS[name].claim) is not None}
+
+
+def reproduce(
+    name: str,
+    work: str | Path,
+    *,
+    claim: Claim | None = None,
+    texts: Texts | None = None,
+    progress: Progress = silent,
+) -> Verdict:
+    """Runs the claim of the method ``name`` (or ``claim`` in its place): the method, ``claim.than`` and all
+    that its experiment names beside, on the same windows.
+
+    Figures are kept under ``work``, so that an interrupted run goes on and contenders are measured once for
+    all claims that share them. Raises MethodError for a method without a claim.
+    """
+    claim = claim or claimed().get(name)
+    if claim is None:
+        known = ", ".join(claimed())
+        raise MethodError(f"the method {name!r} has no claim to run (there are: {known})")
+    work, texts = Path(work), texts or Texts()
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    names = dict.fromkeys([name, claim.than, *claim.experiment.against, "dense"])
+    found = {one: figures(one, claim.experiment, texts, work, progress) for one in names}
+    ratio = float(found[name][claim.metric]) / float(found[claim.than][claim.metric])
+    interval = _interval(claim, found[name], found[claim.than])
+    ends = interval or (ratio, ratio)
+    kept = [_keeps(claim, end) for end in ends]
+    seconds = time.perf_counter() - start
+    return Verdict(name, claim, found, ratio, interval, _keeps(claim, ratio), kept[0] == kept[1], seconds)
+
+
+def _keeps(claim: Claim, ratio: float) -> bool:
+    return ratio <= claim.factor if claim.bound == "at_most" else ratio >= claim.factor
+
+
+def _interval(claim: Claim, ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float] | None:
+    if claim.metric != "perplexity" or len(ours["nll"]) < 2:
+        return None
+    if not all(map(math.isfinite, [*ours["nll"], *theirs["nll"]])):
+        return None
+    found = paired_difference(ours["nll"], theirs["nll"]).map(math.exp)
+    return found.low, found.high
+
+
+def run_all(
+    names: Sequence[str], work: str | Path, *, budget: float | None = None, **options: Any
+) -> Iterator[Verdict]:
+    """The claims of ``names`` in turn, none begun once ``budget`` seconds are over."""
+    start = time.monotonic()
+    for name in names:
+        if budget is not None and time.monotonic() - start > budget:
+            return
+        yield reproduce(name, work, **options)
+
+
+def verdicts_in(file: Path) -> dict[str, dict[str, Any]]:
+    """Verdicts by method that a JSON file holds, none where there is no file; raises CheckpointError where
+    it is damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["claims"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file.name} holds no verdicts: {error!r}") from error

@@ -1,0 +1,129 @@
+"""Claims run in miniature: verdicts follow the figures, figures are kept, bad input is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from gossamer.cli.app import app
+from gossamer.cli.reproduce import seconds_of
+from gossamer.errors import CheckpointError, MethodError
+from gossamer.prune import Claim, Experiment
+from gossamer.recipes.measure import quality
+from gossamer.report import Texts, claimed, reproduce, verdicts_in
+from gossamer.report.catalogue_page import page
+from gossamer.report.reproduce import run_all
+from tiny import tiny_folder
+
+PROSE = "".join(topics.values())
+TEXTS = Texts([PROSE[:20_000]], [PROSE[20_000:60_000]], windows=4, seqlen=64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_folder(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+def claim(model: str, **changes: Any) -> Claim:
+    experiment = Experiment(
+        model=model, sparsity=0.5, values="float32", windows=2, seqlen=64, against=("random",)
+    )
+    return Claim("it is no worse", experiment, "perplexity", "random", **changes)
+
+
+def test_a_verdict_is_its_figures(model: str, tmp_path: Path) -> None:
+    found = reproduce("magnitude", tmp_path / "work", claim=claim(model, factor=1.0), texts=TEXTS)
+    assert set(found.figures) == {"magnitude", "random", "dense"}
+    ours, theirs = (found.figures[name]["perplexity"] for name in ("magnitude", "random"))
+    assert found.ratio == pytest.approx(ours / theirs)
+    assert found.holds == (ours <= theirs)
+    assert found.interval is not None
+    assert found.interval[0] <= found.ratio <= found.interval[1]
+    checkpoint = next(path for path in (tmp_path / "work").glob("magnitude-*") if path.is_dir())
+    again = quality(checkpoint, text=TEXTS.measured, windows=4, seqlen=64)
+    assert ours == pytest.approx(again.quality.perplexity, rel=1e-4)
+    assert json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize(("factor", "bound", "holds"), [
+    (1e-3, "at_most", False), (1e3, "at_most", True), (1e-3, "at_least", True), (1e3, "at_least", False),
+])  # fmt: skip
+def test_bounds(
+    model: str, tmp_path_factory: pytest.TempPathFactory, factor: float, bound: str, holds: bool
+) -> None:
+    work = tmp_path_factory.getbasetemp() / "shared-work"
+    found = reproduce("magnitude", work, claim=claim(model, factor=factor, bound=bound), texts=TEXTS)
+    assert (found.holds, found.clear) == (holds, True)
+
+
+def test_figures_are_kept_and_shared(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS)
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("compressed again")
+
+    monkeypatch.setattr("gossamer.report.one_shot.compress", never)
+    second = reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS)
+    assert second.figures == first.figures
+    turned = Claim("the other way", claim(model).experiment, "perplexity", "magnitude")
+    assert reproduce("random", tmp_path, claim=turned, texts=TEXTS).ratio == pytest.approx(1 / first.ratio)
+    with pytest.raises(AssertionError, match="compressed again"):
+        reproduce("magnitude", tmp_path, claim=claim(model), texts=Texts([PROSE[:9_000]], [PROSE], 4, 64))
+
+
+def test_no_claim_is_begun_past_the_budget(tmp_path: Path) -> None:
+    assert list(run_all(["magnitude", "wanda"], tmp_path, budget=-1.0)) == []
+
+
+def test_every_claim_names_methods_that_exist() -> None:
+    from gossamer.prune import METHODS
+
+    for name, one in claimed().items():
+        assert {one.than, *one.experiment.against} - {"dense"} <= set(METHODS), name
+
+
+def test_a_method_without_a_claim_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="has no claim to run"):
+        reproduce("nothing", tmp_path)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("60m", 3600), ("1.5h", 5400)])
+def test_budgets(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_a_budget_in_no_unit_is_refused() -> None:
+    with pytest.raises(MethodError, match="90s, 60m or 2h"):
+        seconds_of("60")
+
+
+def test_the_page_says_what_does_not_hold(model: str, tmp_path: Path) -> None:
+    found = reproduce("magnitude", tmp_path, claim=claim(model, factor=1e-3), texts=TEXTS)
+    text = page({"magnitude": found.to_dict()})
+    row = next(line for line in text.splitlines() if line.startswith("| `magnitude` |"))
+    assert "**does not hold**" in row
+    assert f"{found.ratio:.3g}" in row
+    assert "| `wanda` |" in text
+
+
+def test_damaged_verdicts_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "claims.json"
+    assert verdicts_in(file) == {}
+    file.write_text('{"claims": ')
+    with pytest.raises(CheckpointError, match="holds no verdicts"):
+        verdicts_in(file)
+
+
+def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    listed = run(app, ["reproduce", "--list", "--json"])
+    assert set(json.loads(listed.stdout)) == set(claimed())
+    assert run(app, ["reproduce"]).exit_code == 2
+    assert run(app, ["reproduce", "chess"]).exit_code == 2
+    assert run(app, ["reproduce", "--page", str(tmp_path / "catalogue.md")]).exit_code == 0
+    assert "| `obs` |" in (tmp_path / "catalogue.md").read_text()
