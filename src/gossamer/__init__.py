@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.gate import gate
     from gossamer.recipes.load import load
     from gossamer.recipes.measure import plan, quality, speed
+    from gossamer.recipes.measure_tasks import measure_tasks
     from gossamer.recipes.quickstart import quickstart
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "gate",
     "isa",
     "load",
+    "measure_tasks",
     "methods",
     "pack",
     "plan",
@@ -82,6 +84,7 @@ _PLACES = {
     "gossamer.recipes.gate": ("gate",),
     "gossamer.recipes.load": ("load",),
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
+    "gossamer.recipes.measure_tasks": ("measure_tasks",),
     "gossamer.recipes.quickstart": ("quickstart",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

@@ -320,3 +320,22 @@ def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, 
     assert again.err.startswith("error: ")
     assert run("gate", checkpoint, "-o", tmp_path / "x", "--method", "none", *SMALL).code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    task = tmp_path / "own.jsonl"
+    rows = [{"query": f"Is {i} even?", "choices": ["no", "yes"], "gold": (i + 1) % 2} for i in range(6)]
+    task.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("eval", checkpoint, "--against", model, "--tasks", task, "--items", "4")
+    told = run(*arguments, "--json").document
+    assert set(told) == {"model", "against", "accuracy", "against_accuracy", "lm_eval", "tasks"}
+    own = told["tasks"]["own"]
+    assert (own["items"], own["of"], len(own["correct"])) == (4, 6, 4)
+    assert own["accuracy"] == told["accuracy"] == sum(own["correct"]) / 4
+    difference = own["flips"]["gained"] - own["flips"]["lost"]
+    assert own["flips"]["difference"]["estimate"] == pytest.approx(difference / 4)
+    done = run(*arguments)
+    for word in ("4 of 6", "right -> wrong", "Wilson", f"{100 * own['accuracy']:.1f}", "mean"):
+        assert word in done.out
+    assert run("eval", model, "--tasks", "piqa", "--text", task).err.endswith("measured one at a time\n")
