@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.measure import plan, quality, speed
     from gossamer.recipes.measure_tasks import measure_tasks
     from gossamer.recipes.quickstart import quickstart
+    from gossamer.recipes.shrink import remove_blocks
 
 __all__ = [
     "BlockDiagonal",
@@ -57,6 +58,7 @@ __all__ = [
     "plan",
     "quality",
     "quickstart",
+    "remove_blocks",
     "speed",
     "verify_checkpoint",
 ]
@@ -86,6 +88,7 @@ _PLACES = {
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
     "gossamer.recipes.measure_tasks": ("measure_tasks",),
     "gossamer.recipes.quickstart": ("quickstart",),
+    "gossamer.recipes.shrink": ("remove_blocks",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 

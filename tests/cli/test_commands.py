@@ -18,6 +18,7 @@ from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.shrink import DEPTH
 from gossamer.tune import TUNERS
 from gossamer.version import VERSION
 from tiny import tiny_tokens
@@ -268,6 +269,7 @@ def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
     families = {
         "prune": METHODS,
+        "shrink": DEPTH,
         "tune": TUNERS,
         "activations": ACTIVATIONS,
         "attention": POLICIES,
@@ -329,6 +331,9 @@ def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
     task.write_text("\n".join(map(json.dumps, rows)))
     arguments = ("eval", checkpoint, "--against", model, "--tasks", task, "--items", "4")
     told = run(*arguments, "--json").document
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
+    line = next(line for line in documented.splitlines() if line.startswith("- `eval --tasks`: "))
+    assert all(f"`{key}`" in line for key in (*told, *told["tasks"]["own"]))
     assert set(told) == {"model", "against", "accuracy", "against_accuracy", "lm_eval", "tasks"}
     own = told["tasks"]["own"]
     assert (own["items"], own["of"], len(own["correct"])) == (4, 6, 4)
@@ -339,3 +344,14 @@ def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
     for word in ("4 of 6", "right -> wrong", "Wilson", f"{100 * own['accuracy']:.1f}", "mean"):
         assert word in done.out
     assert run("eval", model, "--tasks", "piqa", "--text", task).err.endswith("measured one at a time\n")
+
+
+def test_shrink_says_what_went(model: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("shrink", model, "--blocks", "1", "--calibration", text, "--windows", "2", "--seqlen", "32")
+    told = run(*arguments, "-o", tmp_path / "one", "--json").document
+    assert (told["blocks"], len(told["removed"]), len(told["measured"]["distances"])) == (3, 1, 3)
+    assert told["weight_file_bytes"] == (tmp_path / "one/model.safetensors").stat().st_size
+    done = run(*arguments, "-o", tmp_path / "two")
+    assert f"next: gossamer eval {tmp_path / 'two'} --against {model}" in done.out
+    assert "1 of 3 removed" in done.out
+    assert "smoke test" not in done.out

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from gossamer import kernels
@@ -40,6 +39,7 @@ from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.load import check_context
+from gossamer.recipes.settings import checked
 from gossamer.sparse.allocate import NEED_SCORES, LayerInfo, allocation
 from gossamer.sparse.masks import unit_scores
 from gossamer.tune import TunedWeight, Tuner
@@ -76,11 +76,7 @@ def compress(
     Python. ``settings`` are those of :class:`CompressSettings`. Raises a GossamerError for whatever a
     person can mend; an interrupted run leaves ``OUT.work``, and the same call resumes it.
     """
-    try:
-        chosen = CompressSettings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    chosen = checked(CompressSettings, settings)
     combination, tuned_by = chosen.combination(), chosen.tuner()
     out = Path(out)
     check_free(out)
