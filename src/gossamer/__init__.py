@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.catalogue import methods
     from gossamer.recipes.compress import compress
     from gossamer.recipes.describe import describe
+    from gossamer.recipes.finetune import finetune
     from gossamer.recipes.gate import gate
     from gossamer.recipes.load import load
     from gossamer.recipes.measure import plan, quality, speed
@@ -49,6 +50,7 @@ __all__ = [
     "compress",
     "describe",
     "export_dense",
+    "finetune",
     "gate",
     "isa",
     "load",
@@ -83,6 +85,7 @@ _PLACES = {
     "gossamer.recipes.catalogue": ("methods",),
     "gossamer.recipes.compress": ("compress",),
     "gossamer.recipes.describe": ("describe",),
+    "gossamer.recipes.finetune": ("finetune",),
     "gossamer.recipes.gate": ("gate",),
     "gossamer.recipes.load": ("load",),
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
