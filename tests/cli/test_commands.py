@@ -355,3 +355,62 @@ def test_shrink_says_what_went(model: Path, text: Path, tmp_path: Path) -> None:
     assert f"next: gossamer eval {tmp_path / 'two'} --against {model}" in done.out
     assert "1 of 3 removed" in done.out
     assert "smoke test" not in done.out
+
+
+RECIPE = """
+name: mine
+compress: {pattern: 2:4, values: int8, seqlen: 48, windows: 4}
+tune: {seqlen: 32, tokens: 128, batch: 2, held_out: 2, evaluations: 1}
+"""
+
+
+def test_apply_predicts_then_runs(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    arguments = ("apply", recipe, model, "-o", out, "--text", text, "--threads", "1")
+    dry = run(*arguments, "--set", "compress.values=int4", "--dry-run")
+    assert dry.code == 0, dry.err
+    assert [line.partition(":")[0] for line in dry.out.splitlines()] == [
+        "recipe mine", "compress", "tune", "all",
+    ]  # fmt: skip
+    assert not out.exists()
+    assert not (tmp_path / "out.work").exists()
+    told = run(*arguments, "--dry-run", "--json").document
+    assert set(told) == {"recipe", "predicted"}
+    assert told["recipe"]["steps"]["compress"]["pattern"] == "2:4"
+    done = run(*arguments)
+    assert done.code == 0, done.err
+    assert "recipe mine" in done.err
+    for word in ("tune took", "(predicted", f"next: gossamer eval {out} --against {model}"):
+        assert word in done.out
+    assert "mine (" in run("info", out).out
+    refused = run(*arguments)
+    assert (refused.code, "exists already" in refused.err) == (2, True)
+
+
+def test_apply_says_what_is_wrong_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
+    assert "name a recipe and -o OUT" in run("apply").err
+    done = run("apply", "fast", model, "-o", tmp_path / "out", "--set", "compress.value=int3")
+    assert (done.code, "compress.value: there is no such setting" in done.err) == (2, True)
+    listed = run("apply", "--list")
+    for word in ("balanced", "best", "fast", "compress, tune"):
+        assert word in listed.out
+    assert [recipe["name"] for recipe in run("apply", "--list", "--json").document] == [
+        "balanced", "best", "fast",
+    ]  # fmt: skip
+
+
+def test_apply_starts_with_too_little_memory_only_where_told(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    class Small:
+        total = 1 << 20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    arguments = ("apply", "fast", model, "-o", tmp_path / "out", "--text", text, "--dry-run")
+    small = ("--set", "compress.seqlen=48", "--set", "compress.windows=4")
+    done = run(*arguments, *small)
+    assert (done.code, "this machine has 0.0 GB" in done.err) == (2, True)
+    assert run(*arguments, *small, "--anyway").code == 0

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from gossamer.cli import (
+    apply,
     bench,
     chat,
     compress,
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress.compress)
 app.command("shrink")(shrink.shrink)
+app.command("apply")(apply.apply)
 app.command("gate")(gate.gate)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

@@ -21,14 +21,14 @@ from torch import Tensor
 from gossamer import kernels
 from gossamer.calibrate import WorkFolder, fast_dtype, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, GossamerError, ModelError, OutputError, ResumeError
+from gossamer.errors import CheckpointError, GossamerError, OutputError, ResumeError
 from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.parts import read_part, write_part
-from gossamer.models.place import takes_matrix
+from gossamer.models.place import check_layers
 from gossamer.models.skeleton import WeightFiles, read_parameter, skeleton
 from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, calibration_windows, read_text
@@ -125,7 +125,7 @@ class _Job:
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
         self.parts = find_parts(self.model)
-        self._check_layers()
+        check_layers(self.parts)
         self.windows: Tensor | None = None
         self.text: Text | None = None
         if self.method.needs or self.tuner:
@@ -149,16 +149,6 @@ class _Job:
         self._write(made)
         self.work.remove()
         return Compressed(self.out, made, resumed)
-
-    def _check_layers(self) -> None:
-        """Raises ModelError now where the finished matrices could not be put in place of a layer's weight."""
-        for block in self.parts.blocks:
-            for name, module in prunable(block).items():
-                if not takes_matrix(module):
-                    raise ModelError(
-                        f"{block.name}.{name} is a {type(module).__name__} with a forward of its own: "
-                        "a structured matrix cannot stand in for its weight"
-                    )
 
     def _walk(self, work: WorkFolder, stage: str, *, targets: bool = False) -> Iterator[Visit]:
         return walk(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from gossamer import kernels
@@ -32,6 +31,7 @@ from gossamer.models.tokenizer import load_tokenizer
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.load import check_context
+from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, train
 from gossamer.version import VERSION
 
@@ -67,11 +67,7 @@ def finetune(
     it can be found). ``settings`` are those of :class:`FinetuneSettings`. Raises a GossamerError for whatever
     a person can mend; an interrupted run leaves ``OUT.work``, and the same call resumes it.
     """
-    try:
-        chosen = FinetuneSettings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    chosen = checked(FinetuneSettings, settings)
     chosen.check()
     check_free(Path(out))
     return _Job(Path(checkpoint).expanduser(), Path(out), chosen, text, teacher, progress).run()
