@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     from gossamer.models.export import export_dense
     from gossamer.models.verify import verify_checkpoint
     from gossamer.nn import StructuredEmbedding, StructuredLinear
+    from gossamer.recipes.apply import apply_recipe
     from gossamer.recipes.catalogue import methods
     from gossamer.recipes.compress import compress
     from gossamer.recipes.describe import describe
+    from gossamer.recipes.finetune import finetune
     from gossamer.recipes.gate import gate
     from gossamer.recipes.load import load
     from gossamer.recipes.measure import plan, quality, speed
+    from gossamer.recipes.measure_tasks import measure_tasks
+    from gossamer.recipes.prepare import prepare
     from gossamer.recipes.quickstart import quickstart
+    from gossamer.recipes.recipe import read_recipe
+    from gossamer.recipes.shrink import remove_blocks
 
 __all__ = [
     "BlockDiagonal",
@@ -44,17 +50,23 @@ __all__ = [
     "StructuredLinear",
     "Sum",
     "__version__",
+    "apply_recipe",
     "compress",
     "describe",
     "export_dense",
+    "finetune",
     "gate",
     "isa",
     "load",
+    "measure_tasks",
     "methods",
     "pack",
     "plan",
+    "prepare",
     "quality",
     "quickstart",
+    "read_recipe",
+    "remove_blocks",
     "speed",
     "verify_checkpoint",
 ]
@@ -76,13 +88,19 @@ _PLACES = {
     "gossamer.models.export": ("export_dense",),
     "gossamer.models.verify": ("verify_checkpoint",),
     "gossamer.nn": ("StructuredEmbedding", "StructuredLinear"),
+    "gossamer.recipes.apply": ("apply_recipe",),
     "gossamer.recipes.catalogue": ("methods",),
     "gossamer.recipes.compress": ("compress",),
     "gossamer.recipes.describe": ("describe",),
+    "gossamer.recipes.finetune": ("finetune",),
     "gossamer.recipes.gate": ("gate",),
     "gossamer.recipes.load": ("load",),
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
+    "gossamer.recipes.measure_tasks": ("measure_tasks",),
+    "gossamer.recipes.prepare": ("prepare",),
     "gossamer.recipes.quickstart": ("quickstart",),
+    "gossamer.recipes.recipe": ("read_recipe",),
+    "gossamer.recipes.shrink": ("remove_blocks",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 

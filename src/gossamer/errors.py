@@ -59,5 +59,9 @@ class OutputError(GossamerError):
     """The output folder exists, or cannot be written (disk full, no permission)."""
 
 
+class RecipeError(GossamerError):
+    """A recipe is missing, no YAML, or lacks what it needs to be applied."""
+
+
 class EvaluationError(GossamerError):
     """A model cannot be measured: its logits are not finite, or shapes and vocabularies disagree."""

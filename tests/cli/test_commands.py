@@ -18,6 +18,7 @@ from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.shrink import DEPTH
 from gossamer.tune import TUNERS
 from gossamer.version import VERSION
 from tiny import tiny_tokens
@@ -268,6 +269,7 @@ def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
     families = {
         "prune": METHODS,
+        "shrink": DEPTH,
         "tune": TUNERS,
         "activations": ACTIVATIONS,
         "attention": POLICIES,
@@ -320,3 +322,95 @@ def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, 
     assert again.err.startswith("error: ")
     assert run("gate", checkpoint, "-o", tmp_path / "x", "--method", "none", *SMALL).code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    task = tmp_path / "own.jsonl"
+    rows = [{"query": f"Is {i} even?", "choices": ["no", "yes"], "gold": (i + 1) % 2} for i in range(6)]
+    task.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("eval", checkpoint, "--against", model, "--tasks", task, "--items", "4")
+    told = run(*arguments, "--json").document
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
+    line = next(line for line in documented.splitlines() if line.startswith("- `eval --tasks`: "))
+    assert all(f"`{key}`" in line for key in (*told, *told["tasks"]["own"]))
+    assert set(told) == {"model", "against", "accuracy", "against_accuracy", "lm_eval", "tasks"}
+    own = told["tasks"]["own"]
+    assert (own["items"], own["of"], len(own["correct"])) == (4, 6, 4)
+    assert own["accuracy"] == told["accuracy"] == sum(own["correct"]) / 4
+    difference = own["flips"]["gained"] - own["flips"]["lost"]
+    assert own["flips"]["difference"]["estimate"] == pytest.approx(difference / 4)
+    done = run(*arguments)
+    for word in ("4 of 6", "right -> wrong", "Wilson", f"{100 * own['accuracy']:.1f}", "mean"):
+        assert word in done.out
+    assert run("eval", model, "--tasks", "piqa", "--text", task).err.endswith("measured one at a time\n")
+
+
+def test_shrink_says_what_went(model: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("shrink", model, "--blocks", "1", "--calibration", text, "--windows", "2", "--seqlen", "32")
+    told = run(*arguments, "-o", tmp_path / "one", "--json").document
+    assert (told["blocks"], len(told["removed"]), len(told["measured"]["distances"])) == (3, 1, 3)
+    assert told["weight_file_bytes"] == (tmp_path / "one/model.safetensors").stat().st_size
+    done = run(*arguments, "-o", tmp_path / "two")
+    assert f"next: gossamer eval {tmp_path / 'two'} --against {model}" in done.out
+    assert "1 of 3 removed" in done.out
+    assert "smoke test" not in done.out
+
+
+RECIPE = """
+name: mine
+compress: {pattern: 2:4, values: int8, seqlen: 48, windows: 4}
+tune: {seqlen: 32, tokens: 128, batch: 2, held_out: 2, evaluations: 1}
+"""
+
+
+def test_apply_predicts_then_runs(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+    arguments = ("apply", recipe, model, "-o", out, "--text", text, "--threads", "1")
+    dry = run(*arguments, "--set", "compress.values=int4", "--dry-run")
+    assert dry.code == 0, dry.err
+    assert [line.partition(":")[0] for line in dry.out.splitlines()] == [
+        "recipe mine", "compress", "tune", "all",
+    ]  # fmt: skip
+    assert not out.exists()
+    assert not (tmp_path / "out.work").exists()
+    told = run(*arguments, "--dry-run", "--json").document
+    assert set(told) == {"recipe", "predicted"}
+    assert told["recipe"]["steps"]["compress"]["pattern"] == "2:4"
+    done = run(*arguments)
+    assert done.code == 0, done.err
+    assert "recipe mine" in done.err
+    for word in ("tune took", "(predicted", f"next: gossamer eval {out} --against {model}"):
+        assert word in done.out
+    assert "mine (" in run("info", out).out
+    refused = run(*arguments)
+    assert (refused.code, "exists already" in refused.err) == (2, True)
+
+
+def test_apply_says_what_is_wrong_before_any_work(model: Path, text: Path, tmp_path: Path) -> None:
+    assert "name a recipe and -o OUT" in run("apply").err
+    done = run("apply", "fast", model, "-o", tmp_path / "out", "--set", "compress.value=int3")
+    assert (done.code, "compress.value: there is no such setting" in done.err) == (2, True)
+    listed = run("apply", "--list")
+    for word in ("balanced", "best", "fast", "compress, tune"):
+        assert word in listed.out
+    assert [recipe["name"] for recipe in run("apply", "--list", "--json").document] == [
+        "balanced", "best", "fast",
+    ]  # fmt: skip
+
+
+def test_apply_starts_with_too_little_memory_only_where_told(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    class Small:
+        total = 1 << 20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    arguments = ("apply", "fast", model, "-o", tmp_path / "out", "--text", text, "--dry-run")
+    small = ("--set", "compress.seqlen=48", "--set", "compress.windows=4")
+    done = run(*arguments, *small)
+    assert (done.code, "this machine has 0.0 GB" in done.err) == (2, True)
+    assert run(*arguments, *small, "--anyway").code == 0

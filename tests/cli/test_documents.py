@@ -34,6 +34,15 @@ def test_every_document_has_the_documented_keys(
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     commands: dict[str, tuple[object, ...]] = {
         "`compress`": ("compress", model, "-o", tmp_path / "out", "--method", "magnitude", *SMALL),
+        "`apply`": (
+            "apply", "fast", model, "-o", tmp_path / "applied", "--threads", 1, "--set", "compress.seqlen=32",
+            "--set", "compress.windows=4",
+        ),
+        "`apply --dry-run`": (
+            "apply", "fast", model, "-o", tmp_path / "never", "--dry-run", "--set", "compress.seqlen=32",
+        ),
+        "`apply --list`": ("apply", "--list"),
+        "`shrink`": ("shrink", model, "-o", tmp_path / "shorter", "--blocks", 1, *SMALL),
         "`gate`": ("gate", checkpoint, "-o", tmp_path / "gated", "--text", text, *SMALL),
         "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
         "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),

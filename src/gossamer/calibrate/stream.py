@@ -83,6 +83,7 @@ def walk(
     *,
     windows: Tensor | None = None,
     targets: bool = False,
+    unchanged: bool = False,
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
     stage: str = "blocks",
@@ -91,8 +92,10 @@ def walk(
 
     ``model`` is a skeleton on the meta device; ``windows`` are token ids ``(windows, seqlen)``, and may
     be None only where nothing is needed. With ``targets`` the dense model's hidden states are kept beside,
-    and each visit has its ``calls``. When the caller asks for the next visit, the block runs again
-    with the weights it was left with, and the work folder notes it as done: write results before that.
+    and each visit has its ``calls``; ``unchanged`` with it says that the caller leaves the weights as they
+    are, so that a block's outputs are the next one's inputs and it runs once. When the caller asks for the
+    next visit, the block runs again with the weights it was left with, and the work folder notes it as done:
+    write results before that.
     Raises CalibrationError where inputs are not finite.
     """
     parts = find_parts(model)
@@ -127,14 +130,17 @@ def walk(
         visit = _visit(index, block.name, block.module, files)
         dense = None
         if targets:
-            before = work.open_inputs(shape, dtype, "dense") if index else inputs
-            dense = Inputs(work.inputs_file(index + 1, "dense"), shape, dtype)
+            before = work.open_inputs(shape, dtype, "dense") if index and not unchanged else inputs
+            stream = "inputs" if unchanged else "dense"
+            dense = Inputs(work.inputs_file(index + 1, stream), shape, dtype)
             visit.calls = Calls(inputs, dense.written(_run(block.module, before, batch, call)), batch, call)
         if needs:
             visit.statistics = _collect(visit, needs, inputs, batch, call)
         yield visit
         following = None
-        if index + 1 < total:
+        if unchanged:
+            following, dense = dense, None
+        elif index + 1 < total:
             outputs = _run(block.module, inputs, batch, call)
             following = Inputs(work.inputs_file(index + 1), shape, dtype).written(outputs)
         release(block.module)

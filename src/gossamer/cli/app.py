@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, reproduce, run
+from gossamer.cli import (
+    apply,
+    bench,
+    chat,
+    compress,
+    evaluate,
+    files,
+    gate,
+    listing,
+    quickstart,
+    reproduce,
+    run,
+    shrink,
+)
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
 
@@ -23,6 +36,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("shrink")(shrink.shrink)
+app.command("apply")(apply.apply)
 app.command("gate")(gate.gate)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

@@ -108,6 +108,9 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
 
 def _made_rows(made: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, str(made[name])) for name in ("model", "method", "pattern") if made.get(name) is not None]
+    recipe = made.get("recipe")
+    if isinstance(recipe, dict):
+        rows.append(("recipe", f"{recipe.get('name')} ({str(recipe.get('sha256'))[:12]})"))
     calibration = made.get("calibration")
     if isinstance(calibration, dict):
         smoke = " (smoke test)" if calibration.get("smoke_test") else ""

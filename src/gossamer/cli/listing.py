@@ -22,6 +22,7 @@ def methods(as_json: AsJson = False) -> None:
         return
     for family, title, what, notes in (
         ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
+        ("shrink", "Removing whole blocks", "removes", ()),
         ("tune", "Tuning of what was kept", "patterns", ()),
         ("activations", "Activation sparsity at run time", "drops", ()),
         ("attention", "Sparse attention at run time", "looks at", ()),

@@ -27,6 +27,8 @@ class NativeSession:
     the same bits, others another estimate.
     """
 
+    rewinds = True  # `truncate` can go anywhere
+
     def __init__(
         self, decoder: Decoder, cache_dtype: torch.dtype = torch.bfloat16, looks: Looks | None = None
     ) -> None:

@@ -47,6 +47,7 @@ COMPANIONS = (
     "LICENSE.txt",
     "LICENSE.md",
     "NOTICE",
+    "gossamer_shrink.json",  # which blocks an earlier step took away
 )
 
 

@@ -59,7 +59,7 @@ def export_dense(
         if base is not None:
             copy_companions(Path(base), folder, without=("config.json",))
         _write_config(model, folder, dtype, tied)
-        _write_shards(folder, tensors, shard_bytes, progress)
+        write_shards(folder, tensors, shard_bytes, progress)
     return out
 
 
@@ -128,7 +128,9 @@ def _write_config(model: PreTrainedModel, folder: Path, dtype: str, tied: bool) 
         model.generation_config.save_pretrained(folder)
 
 
-def _write_shards(folder: Path, tensors: dict[str, LazyTensor], shard_bytes: int, progress: Progress) -> None:
+def write_shards(folder: Path, tensors: dict[str, LazyTensor], shard_bytes: int, progress: Progress) -> None:
+    """Writes ``tensors`` as transformers' weight files into ``folder``, one in memory at a time; past
+    ``shard_bytes`` they are split, with an index beside."""
     shards = list(_shards(tensors, shard_bytes))
     total = sum(nbytes(tensor) for tensor in tensors.values())
     places: dict[str, str] = {}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import ModelError
 from gossamer.matrices import Matrix
-from gossamer.models.walk import is_conv1d
+from gossamer.models.walk import ModelParts, is_conv1d, prunable
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
 
 _LINEAR_TWINS = frozenset({"FalconLinear"})  # spell out the product of nn.Linear
@@ -22,6 +22,17 @@ def takes_matrix(module: nn.Module) -> bool:
         own = type(module).forward is not nn.Embedding.forward
         return module.max_norm is None and (not own or hasattr(module, "embed_scale"))
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def check_layers(parts: ModelParts) -> None:
+    """Raises ModelError where a structured matrix could not stand in for the weight of a layer in a block."""
+    for block in parts.blocks:
+        for name, module in prunable(block).items():
+            if not takes_matrix(module):
+                raise ModelError(
+                    f"{block.name}.{name} is a {type(module).__name__} with a forward of its own: "
+                    "a structured matrix cannot stand in for its weight"
+                )
 
 
 def place_matrix(model: nn.Module, name: str, matrix: Matrix, dtype: torch.dtype) -> None:

@@ -64,6 +64,13 @@ class Session:
         """Append ``ids``; the logits after each of them, float32 ``(n, vocab)``."""
         return self._append(ids.reshape(1, -1))
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether `truncate` can go anywhere: caches of windows and of states forget what they had."""
+        from transformers.cache_utils import DynamicLayer
+
+        return all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
         if length < self.length:

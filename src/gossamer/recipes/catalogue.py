@@ -10,6 +10,7 @@ from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, METHODS, Claim
 from gossamer.registry import Registry
+from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
 from gossamer.tune import TUNERS
 
@@ -18,11 +19,11 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``tune`` (what was
-    kept of them), ``activations`` (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how
-    keys and values are kept); ``needs``: what is calibrated, none for methods without data; ``patterns``:
-    those it accepts, or what it drops, looks at or keeps; ``comparison_group``: what plain "unstructured"
-    means, or where scores compete."""
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``shrink`` (whole
+    blocks), ``tune`` (what was kept), ``activations`` (inputs, at run time), ``attention`` (keys, at run
+    time) or ``cache`` (how keys and values are kept); ``needs``: what is calibrated, none for methods
+    without data; ``patterns``: those it accepts, or what it drops, looks at or keeps; ``comparison_group``:
+    what plain "unstructured" means, or where scores compete."""
 
     name: str
     aliases: tuple[str, ...]
@@ -49,6 +50,8 @@ def methods() -> list[MethodFacts]:
         aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
         group = pruning.comparison_group
         found.append(_facts("prune", METHODS, name, needs, patterns, group, aliases, pruning.claim))
+    for name in DEPTH:
+        found.append(_facts("shrink", DEPTH, name, ("calibration text",), ("blocks",), "model"))
     for name in TUNERS:
         found.append(_facts("tune", TUNERS, name, ("calibration text",), ("any, and dense",), "block"))
     for name in ACTIVATIONS:

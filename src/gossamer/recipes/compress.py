@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from gossamer import kernels
 from gossamer.calibrate import WorkFolder, fast_dtype, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, GossamerError, ModelError, OutputError, ResumeError
+from gossamer.errors import CheckpointError, GossamerError, OutputError, ResumeError
 from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.parts import read_part, write_part
-from gossamer.models.place import takes_matrix
+from gossamer.models.place import check_layers
 from gossamer.models.skeleton import WeightFiles, read_parameter, skeleton
 from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, calibration_windows, read_text
@@ -40,6 +39,7 @@ from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.load import check_context
+from gossamer.recipes.settings import checked
 from gossamer.sparse.allocate import NEED_SCORES, LayerInfo, allocation
 from gossamer.sparse.masks import unit_scores
 from gossamer.tune import TunedWeight, Tuner
@@ -76,11 +76,7 @@ def compress(
     Python. ``settings`` are those of :class:`CompressSettings`. Raises a GossamerError for whatever a
     person can mend; an interrupted run leaves ``OUT.work``, and the same call resumes it.
     """
-    try:
-        chosen = CompressSettings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    chosen = checked(CompressSettings, settings)
     combination, tuned_by = chosen.combination(), chosen.tuner()
     out = Path(out)
     check_free(out)
@@ -129,7 +125,7 @@ class _Job:
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
         self.parts = find_parts(self.model)
-        self._check_layers()
+        check_layers(self.parts)
         self.windows: Tensor | None = None
         self.text: Text | None = None
         if self.method.needs or self.tuner:
@@ -153,16 +149,6 @@ class _Job:
         self._write(made)
         self.work.remove()
         return Compressed(self.out, made, resumed)
-
-    def _check_layers(self) -> None:
-        """Raises ModelError now where the finished matrices could not be put in place of a layer's weight."""
-        for block in self.parts.blocks:
-            for name, module in prunable(block).items():
-                if not takes_matrix(module):
-                    raise ModelError(
-                        f"{block.name}.{name} is a {type(module).__name__} with a forward of its own: "
-                        "a structured matrix cannot stand in for its weight"
-                    )
 
     def _walk(self, work: WorkFolder, stage: str, *, targets: bool = False) -> Iterator[Visit]:
         return walk(

@@ -1,6 +1,20 @@
 """Winning quality back: the weights that were kept are tuned, under masks that stay exact."""
 
+from gossamer.tune.loop import Loop, Outcome, train
 from gossamer.tune.method import TUNERS, Tuner, tuner
-from gossamer.tune.weights import TunedWeight
+from gossamer.tune.saves import Saves
+from gossamer.tune.sparse import SparseTuning
+from gossamer.tune.weights import WEIGHTS, TunedWeight
 
-__all__ = ["TUNERS", "TunedWeight", "Tuner", "tuner"]
+__all__ = [
+    "TUNERS",
+    "WEIGHTS",
+    "Loop",
+    "Outcome",
+    "Saves",
+    "SparseTuning",
+    "TunedWeight",
+    "Tuner",
+    "train",
+    "tuner",
+]

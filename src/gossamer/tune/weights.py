@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from gossamer.errors import MethodError
 from gossamer.matrices.values import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -13,8 +18,18 @@ from gossamer.matrices.values import (
     integer_type,
     quantize_codes,
 )
+from gossamer.registry import Registry
+
+WEIGHTS: Registry[TunedWeight] = Registry("way to tune weights", {"full": "gossamer.tune.weights"})
+_CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """A way to tune weights that leaves nothing to choose."""
+
+
+@WEIGHTS.register("full", cite="Bengio et al. 2013; Esser et al. 2020, Learned Step Size Quantization")
 class TunedWeight(nn.Module):
     """What a layer multiplies by while ``latent`` ``(out, in)`` is tuned, float32.
 
@@ -22,30 +37,54 @@ class TunedWeight(nn.Module):
     are integers. Then ``scales`` ``(out, groups)`` are tuned too (LSQ, Esser et al. 2020), and the forward
     pass sees ``scale * clamp(round(latent / scale))``, gradients passing straight through the rounding
     (Bengio et al. 2013). Scales are rounded to float16 as they are stored, so that tuning sees the finished
-    weight.
+    weight. ``options``: of a subclass, an instance of its ``Options``.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor | None, quantized: Quantized | None = None) -> None:
+    name: ClassVar[str] = ""
+    Options: ClassVar[type[Any]] = NoOptions
+    latent: Tensor
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor | None,
+        quantized: Quantized | None = None,
+        options: Any = None,
+    ) -> None:
         super().__init__()
+        self.options = self.Options() if options is None else options
         self.latent = nn.Parameter(weight.detach().float().clone())
-        self.mask: Tensor | None
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask, persistent=False)
         self.values: ValueType | None = None
         self.scales: nn.Parameter | None = None
         if quantized is not None:
             self.values, self.group = integer_type(quantized.bits), quantized.group
             self.scales = nn.Parameter(quantized.scales.float())
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
-    def forward(self) -> Tensor:
-        """The weight as it will be multiplied, float32 ``(out, in)``: zero wherever it was pruned."""
-        kept = self.latent if self.mask is None else self.latent * self.mask
-        if self.scales is None or self.values is None:
-            return kept
-        scales = _straight_through(self.scales, _stored(self.scales))
-        scales = scales.repeat_interleave(self.group, dim=1)[:, : kept.shape[1]]
-        codes = kept / scales
-        codes = _straight_through(codes, codes.round()).clamp(self.values.qmin, self.values.qmax)
-        return codes * scales
+    @classmethod
+    def chosen(cls, options: Mapping[str, Any]) -> Any:
+        """``options`` as an instance of ``Options``; raises MethodError for one that is not there."""
+        try:
+            return cls.Options(**options)
+        except TypeError as error:
+            raise MethodError(f"tuning by {cls.name} does not take these options: {error}") from None
+
+    def dense(self) -> Tensor:
+        """The weight before it is masked and rounded, float32 ``(out, in)``."""
+        return self.latent
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as it will be multiplied, ``(out, in)``: zero wherever it was pruned.
+
+        It is made once for all calls until something that it is made of changes.
+        """
+        given: Tensor = _Finish.apply(self.dense(), self.scales, self, dtype)  # type: ignore[no-untyped-call]
+        return given
+
+    def after_step(self, fraction: float) -> None:
+        """What a method does behind an optimizer's step; ``fraction`` of the whole budget is done."""
 
     @torch.no_grad()
     def finished(self) -> tuple[Tensor, Quantized | None]:
@@ -53,21 +92,88 @@ class TunedWeight(nn.Module):
         weight = self().detach().clone()
         if self.scales is None or self.values is None:
             return weight, None
-        scales = _stored(self.scales).half()
-        kept = self.latent if self.mask is None else self.latent * self.mask
+        scales, kept = _stored(self.scales).half(), self.dense().detach()
+        kept = kept if self.mask is None else kept * self.mask
         codes = torch.empty(weight.shape, dtype=torch.int8)
         for index, start in enumerate(range(0, weight.shape[1], self.group)):
             part = slice(start, start + self.group)
             codes[:, part] = quantize_codes(kept[:, part], scales[:, index], self.values)
         return weight, Quantized(codes, scales, self.group, self.values.bits)
 
+    def made(self, dtype: torch.dtype) -> Tensor:
+        """The finished weight, made anew only where something changed since."""
+        sources = [*self.parameters(), *self.buffers()]
+        now = (dtype, *((id(tensor), tensor._version) for tensor in sources))
+        if self._kept is None or self._kept[0] != now:
+            self._kept = now, self._finish(self.dense().detach(), dtype)
+        return self._kept[1]
+
+    def _finish(self, latent: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(latent.shape, dtype=dtype)
+        for rows in _chunks(latent):
+            kept = latent[rows] if self.mask is None else latent[rows] * self.mask[rows]
+            if self.scales is not None and self.values is not None:
+                scales = self._spread(self.scales[rows])
+                kept = kept.div(scales).round_().clamp_(self.values.qmin, self.values.qmax).mul_(scales)
+            out[rows] = kept
+        return out
+
+    def gradients(self, grad: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of `dense` and of the scales, from the gradient ``(out, in)`` of the finished weight.
+
+        With ``r = latent / scale``: of a latent weight the gradient itself where ``round(r)`` is a code,
+        else none; of a scale the sum over its group of the gradient times ``code - r`` there, else ``code``.
+        """
+        to_latent = torch.empty_like(latent)
+        to_scales = None if self.scales is None else torch.empty_like(self.scales)
+        for rows in _chunks(latent):
+            given = grad[rows].float()
+            given = given if self.mask is None else given * self.mask[rows]
+            if self.scales is not None and self.values is not None and to_scales is not None:
+                ratio = latent[rows] / self._spread(self.scales[rows])
+                ratio = ratio if self.mask is None else ratio.mul_(self.mask[rows])
+                codes = ratio.round()
+                inside = (codes >= self.values.qmin) & (codes <= self.values.qmax)
+                error = codes.clamp_(self.values.qmin, self.values.qmax).sub_(ratio.mul_(inside))
+                to_scales[rows] = self._group_sums(error.mul_(given))
+                given = given * inside
+            to_latent[rows] = given
+        return to_latent, to_scales
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        """Every weight's scale as it is stored."""
+        return _stored(scales).repeat_interleave(self.group, dim=1)[:, : self.latent.shape[1]]
+
+    def _group_sums(self, x: Tensor) -> Tensor:
+        ragged = -x.shape[1] % self.group
+        x = nn.functional.pad(x, (0, ragged)) if ragged else x
+        return x.reshape(x.shape[0], -1, self.group).sum(2)
+
+
+class _Finish(torch.autograd.Function):
+    """The finished weight of a latent one, and the gradients straight through the rounding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, scales: Tensor | None, weight: TunedWeight, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(latent, scales, weight.mask)
+        return weight.made(dtype).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        latent, _, _ = ctx.saved_tensors  # all three are seen to be unchanged
+        return *ctx.weight.gradients(grads[0], latent), None, None
+
+
+def _chunks(weight: Tensor) -> Iterator[slice]:
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        yield slice(start, start + rows)
+
 
 def _stored(scales: Tensor) -> Tensor:
     """Scales as float16 holds them, in its normal range, their sign kept."""
     size = scales.detach().abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
     return torch.copysign(size, scales.detach()).half().float()
-
-
-def _straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """``value`` to the bit, with the gradient of ``x``."""
-    return value.detach() + (x - x.detach())

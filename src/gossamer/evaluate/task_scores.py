@@ -1,0 +1,85 @@
+"""What a model got right of zero-shot tasks: accuracy, its interval, and answers that flipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+from gossamer.errors import EvaluationError
+from gossamer.evaluate.bootstrap import Interval, paired_difference
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task, item by item: ``correct`` by log-likelihood, ``correct_norm`` by log-likelihood per character
+    of the choice (None where all choices are the same text after different contexts)."""
+
+    name: str
+    correct: tuple[bool, ...]
+    correct_norm: tuple[bool, ...] | None
+
+    @property
+    def items(self) -> int:
+        return len(self.correct)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / self.items
+
+    @property
+    def accuracy_norm(self) -> float | None:
+        return None if self.correct_norm is None else sum(self.correct_norm) / self.items
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: accuracies, their 95 % Wilson intervals, and the answers as 0 and 1."""
+        found: dict[str, Any] = {"items": self.items, "accuracy": self.accuracy}
+        found["accuracy_interval"] = list(wilson(sum(self.correct), self.items))
+        found["accuracy_norm"] = self.accuracy_norm
+        found["accuracy_norm_interval"] = (
+            None if self.correct_norm is None else list(wilson(sum(self.correct_norm), self.items))
+        )
+        found["correct"] = [int(right) for right in self.correct]
+        found["correct_norm"] = (
+            None if self.correct_norm is None else [int(right) for right in self.correct_norm]
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class Flips:
+    """The same items answered by two models: ``lost`` were right before and are wrong now, ``gained`` the
+    other way; ``difference``: of accuracy, now - before, with its paired bootstrap interval over items.
+    Dutta et al. 2024, Accuracy is Not All You Need: equal accuracy may hide many flips."""
+
+    lost: int
+    gained: int
+    difference: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"lost": self.lost, "gained": self.gained, "difference": self.difference.to_dict()}
+
+
+def flips(now: Sequence[bool], before: Sequence[bool]) -> Flips:
+    """Flips between two models' answers to the same items, in order. Raises EvaluationError for other lengths
+    and for fewer than two items."""
+    difference = paired_difference([float(x) for x in now], [float(x) for x in before])
+    pairs = list(zip(now, before, strict=True))
+    lost = sum(was and not now_right for now_right, was in pairs)
+    gained = sum(now_right and not was for now_right, was in pairs)
+    return Flips(lost, gained, difference)
+
+
+def wilson(right: int, items: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion, which stays in [0, 1] and holds for few items.
+    Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference."""
+    if not 0 <= right <= items or items < 1:
+        raise EvaluationError(f"{right} of {items} is no proportion")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p, spread = right / items, z * z / items
+    middle = (p + spread / 2) / (1 + spread)
+    half = z * math.sqrt(p * (1 - p) / items + spread / items / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)

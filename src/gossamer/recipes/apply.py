@@ -1,0 +1,115 @@
+"""Applies a recipe: its stages one after the other, each resumable, the recipe kept in what comes out."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer import kernels
+from gossamer.calibrate import WorkFolder, fast_dtype
+from gossamer.matrices.atomic import atomic_file, check_free, output_error, sync_folder
+from gossamer.matrices.checksums import checksums_of
+from gossamer.models.manifest import MANIFEST, read_manifest, render_manifest
+from gossamer.progress import Progress, silent
+from gossamer.recipes.compress import compress
+from gossamer.recipes.finetune import finetune
+from gossamer.recipes.prepare import Prepared, needs_text, text_sha256
+from gossamer.recipes.shrink import remove_blocks
+from gossamer.version import VERSION
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The finished checkpoint; how it was made (as in its gossamer.json, ``recipe`` among it); seconds of
+    each stage that ran now, and whether earlier work was found."""
+
+    path: Path
+    made: dict[str, Any]
+    seconds: dict[str, float]
+    resumed: bool
+
+
+def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
+    """Runs the stages of a recipe that `prepare` has checked, and gives the last one's checkpoint its name.
+
+    Work in progress lies in ``OUT.work``; after an interruption the same call goes on where it stopped, with
+    the same result to the bit (for budgets in minutes: with as good a one). Raises ResumeError where that
+    folder holds work of another recipe, model, text or machine, and what the stages raise.
+    """
+    work = WorkFolder(prepared.out.with_name(prepared.out.name + ".work"), _fingerprint(prepared))
+    seconds, last = {}, Path(prepared.model)
+    for stage in prepared.recipe.stages:
+        folder = work.path / stage_folder(prepared, stage)
+        if not folder.exists():
+            start = time.perf_counter()
+            _run(prepared, stage, last, folder, progress)
+            seconds[stage] = time.perf_counter() - start
+        last = folder
+    made = _sign(last, prepared.record)
+    _rename(last, prepared.out)
+    work.remove()
+    return Applied(prepared.out, made, seconds, work.resumed)
+
+
+def stage_folder(prepared: Prepared, stage: str) -> str:
+    """The name of what a stage makes, by which the next one's record calls its model."""
+    if stage != "shrink":
+        return stage
+    return re.sub(r"[^\w.-]", "-", prepared.source.label) + "-shorter"
+
+
+def _run(prepared: Prepared, stage: str, before: Path, out: Path, progress: Progress) -> None:
+    """One stage, by the function that a person would call."""
+    recipe, text = prepared.recipe, prepared.text
+    source = prepared.model if before == Path(prepared.model) else before
+    settings = getattr(recipe, stage).model_dump()
+    if stage == "shrink":
+        remove_blocks(source, out, calibration=text, progress=progress, **settings)
+    elif stage == "compress":
+        compress(source, out, calibration=text, progress=progress, **settings)
+    else:
+        finetune(before, out, text=text, teacher=prepared.model, progress=progress, **settings)
+
+
+def _fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """All that the result depends on; each stage's own work says the same of itself."""
+    import transformers
+
+    return {
+        "recipe": prepared.record,
+        "model": {path.name: checksums_of(path).sha256 for path in prepared.files.paths},
+        "text": text_sha256(prepared.read) if needs_text(prepared.recipe) else None,
+        "gossamer": VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
+        "multiplied in": str(fast_dtype()),
+    }
+
+
+def _sign(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Puts ``recipe`` into a checkpoint's gossamer.json; what that then says of how it was made."""
+    manifest = read_manifest(folder)
+    made = {**manifest.made, "recipe": record}
+    data = render_manifest(manifest.model_copy(update={"made": made}))
+    with atomic_file(folder / MANIFEST, needed=len(data)) as file:
+        file.write(data)
+    return made
+
+
+def _rename(folder: Path, out: Path) -> None:
+    check_free(out)
+    try:
+        if out.exists():
+            out.rmdir()
+        os.rename(folder, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise output_error(error, out, None) from error

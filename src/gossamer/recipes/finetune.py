@@ -1,0 +1,211 @@
+"""Whole-model fine-tuning: a sparse or quantized checkpoint in, a better one of the same form out.
+
+    check -> load it and its teacher -> tune, evaluate, save, tune ... -> pack the best state -> write
+
+Work in progress lies in ``OUT.work``; the same call goes on where it stopped, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gossamer import kernels
+from gossamer.calibrate import WorkFolder, fast_dtype
+from gossamer.errors import CheckpointError, GossamerError, ModelError, TextError
+from gossamer.matrices import Matrix
+from gossamer.matrices.atomic import check_free
+from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
+from gossamer.models.checkpoint_writer import CheckpointWriter
+from gossamer.models.contents import open_checkpoint
+from gossamer.models.manifest import WEIGHTS as WEIGHTS_FILE
+from gossamer.models.skeleton import load_model
+from gossamer.models.sources import resolve
+from gossamer.models.text import TextSource, evaluation_windows, read_text
+from gossamer.models.tokenizer import load_tokenizer
+from gossamer.progress import Progress, silent
+from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.load import check_context
+from gossamer.recipes.settings import checked
+from gossamer.tune import Outcome, Saves, SparseTuning, train
+from gossamer.version import VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The finished checkpoint, how it was made (as in its gossamer.json), and how tuning went."""
+
+    path: Path
+    made: dict[str, Any]
+    outcome: Outcome
+    resumed: bool
+    smoke_test: bool
+
+
+def finetune(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    text: TextSource = None,
+    teacher: str | Path | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Finetuned:
+    """Tunes the weights that ``checkpoint`` keeps, masks and number formats exact at every step, and writes
+    the best state as the new checkpoint ``out``.
+
+    ``text``: what is tuned on, as for `compress`; a few windows of it are held out. ``teacher``: the dense
+    model for losses that need one (None: the one that the checkpoint was made from, where it is named so that
+    it can be found). ``settings`` are those of :class:`FinetuneSettings`. Raises a GossamerError for whatever
+    a person can mend; an interrupted run leaves ``OUT.work``, and the same call resumes it.
+    """
+    chosen = checked(FinetuneSettings, settings)
+    chosen.check()
+    check_free(Path(out))
+    return _Job(Path(checkpoint).expanduser(), Path(out), chosen, text, teacher, progress).run()
+
+
+class _Job:
+    def __init__(
+        self,
+        checkpoint: Path,
+        out: Path,
+        settings: FinetuneSettings,
+        text: TextSource,
+        teacher: str | Path | None,
+        progress: Progress,
+    ) -> None:
+        self.out, self.settings, self.progress = out, settings, progress
+        if not is_checkpoint(checkpoint):
+            raise CheckpointError(f"{checkpoint} is no Gossamer checkpoint: `gossamer compress` makes one")
+        if (checkpoint / "activations.json").is_file():
+            raise ModelError(f"{checkpoint.name} was gated for the weights it has: tune first, then gate")
+        self.dtype = torch.float32 if settings.bfloat16 is False else torch.bfloat16
+        self.dtype = fast_dtype() if settings.bfloat16 is None else self.dtype
+        self.contents = open_checkpoint(checkpoint)
+        self.teacher, self.teacher_label = self._teacher(teacher)
+        self.model = load_checkpoint(checkpoint, verify="none", dtype=self.dtype)
+        check_context(self.model.config, settings.seqlen, checkpoint.name)
+        self.text = read_text(text)
+        self.windows, self.held_out = self._windows(checkpoint)
+        self.work = WorkFolder(out.with_name(out.name + ".work"), self._fingerprint())
+
+    def run(self) -> Finetuned:
+        s, resumed = self.settings, self.work.resumed
+        tuning = SparseTuning(
+            self.model,
+            teacher=self.teacher,
+            losses=s.chosen_losses(),
+            method=s.method,
+            options=s.options,
+            values=s.values,
+            group=s.group,
+            norms=s.norms,
+            rate=s.rate,
+            scale_rate=s.scale_rate,
+            warmup=s.warmup,
+            weight_decay=s.weight_decay,
+            clip=s.clip,
+            gradient_checkpointing=s.gradient_checkpointing,
+        )
+        outcome = train(
+            tuning, self.windows, self.held_out, s.loop(), Saves(self.work), progress=self.progress
+        )
+        made = self._made(outcome)
+        self._write(tuning.merge(), made)
+        self.work.remove()
+        return Finetuned(self.out, made, outcome, resumed, self.text.smoke)
+
+    def _teacher(self, asked: str | Path | None) -> tuple[PreTrainedModel | None, str | None]:
+        """The model in evaluation mode and its label; None where no loss needs one."""
+        if not any(loss.needs_teacher for loss, _ in self.settings.chosen_losses()):
+            return None, None
+        source = asked or self.contents.manifest.made.get("model")
+        if source is None:
+            raise ModelError("the checkpoint does not say which model it was made from: name the teacher")
+        try:
+            path = Path(source).expanduser()
+            if is_checkpoint(path):
+                model, label, folder = load_checkpoint(path, dtype=self.dtype), path.resolve().name, path
+            else:
+                found = resolve(str(source), progress=self.progress)
+                model, label, folder = load_model(found.folder, self.dtype)[0], found.label, found.folder
+        except GossamerError as error:
+            if asked is not None:
+                raise
+            raise ModelError(
+                f"the checkpoint was made from {source!r}, which is not found from here: name the dense "
+                f"model as the teacher ({error})"
+            ) from error
+        ours, theirs = (load_tokenizer(f).get_vocab() for f in (self.contents.path, folder))
+        if ours != theirs:
+            raise ModelError(f"the teacher {label} has another vocabulary than the checkpoint")
+        return model.requires_grad_(False).eval(), label
+
+    def _windows(self, checkpoint: Path) -> tuple[Tensor, Tensor]:
+        """The windows to tune on, and those held out, of which none is both."""
+        s = self.settings
+        windows = evaluation_windows(self.text, load_tokenizer(checkpoint), s.seqlen)
+        if len(windows) < s.held_out + s.batch:
+            raise TextError(
+                f"the text {self.text.label} gives {len(windows)} windows of {s.seqlen} tokens, but "
+                f"{s.held_out} are held out and a step takes {s.batch}: give more text, or shorter windows"
+            )
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(s.seed))
+        return windows[order[s.held_out :]], windows[order[: s.held_out]]
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that the result depends on, so that resumed work is never mixed with other work."""
+        import transformers
+
+        tokens = hashlib.sha256(self.windows.numpy().tobytes() + self.held_out.numpy().tobytes())
+        return {
+            "settings": self.settings.model_dump(),
+            "checkpoint": self.contents.manifest.files[WEIGHTS_FILE].sha256,
+            "teacher": self.teacher_label,
+            "tokens": tokens.hexdigest(),
+            "gossamer": VERSION,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
+            "multiplied in": str(self.dtype),
+        }
+
+    def _made(self, outcome: Outcome) -> dict[str, Any]:
+        """How the checkpoint was made, and how it was tuned since: a list, since it may be tuned again.
+        Seconds are left out: the same input gives the same bytes."""
+        before = self.contents.manifest.made
+        told = {key: value for key, value in asdict(outcome).items() if key != "seconds"}
+        fingerprint = self.work.fingerprint
+        record = {
+            "job": "finetune",
+            "teacher": self.teacher_label,
+            "settings": self.settings.model_dump(),
+            "text": {"text": self.text.label, "smoke_test": self.text.smoke, "windows": len(self.windows)},
+            **told,
+            "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
+        }
+        return {**before, "tuned": [*(before.get("tuned") or []), record]}
+
+    def _write(self, tuned: dict[str, Matrix | Tensor], made: dict[str, Any]) -> None:
+        contents = self.contents
+        writer = CheckpointWriter(
+            self.out, contents.path, scratch=self.work.path / "checkpoint", progress=self.progress
+        )
+        stored: dict[str, Matrix | Tensor] = {n: contents.weights.tensor(n) for n in contents.plain}
+        stored |= {n: contents.matrix(n) for n in contents.manifest.matrices if n not in tuned}
+        for name, value in tuned.items():
+            stored[name] = value if isinstance(value, Matrix) else value.to(contents.weights.dtype(name))
+        for name, target in [*((n, n) for n in stored), *contents.manifest.ties.items()]:
+            value = stored[target]
+            writer.add_matrix(name, value) if isinstance(value, Matrix) else writer.add_tensor(name, value)
+        writer.finish(made)

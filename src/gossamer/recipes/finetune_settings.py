@@ -1,0 +1,96 @@
+"""What `finetune` is asked for, checked as a whole before any work starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gossamer.errors import MethodError
+from gossamer.matrices.values import value_type
+from gossamer.tune import WEIGHTS, Loop, TunedWeight
+from gossamer.tune.losses import Loss, loss
+
+DEFAULT_TOKENS = 500_000
+
+
+class FinetuneSettings(BaseModel):
+    """How a whole checkpoint is tuned.
+
+    ``method``: which weights move: ``full`` (all that are kept), ``lora`` or ``ast``, with ``options``;
+    ``losses``: weights by name (0 leaves one out), with ``loss_options`` by name; ``values``: other values
+    than the checkpoint's, such as int4 for one in bfloat16, in groups of ``group`` inputs a scale; ``norms``:
+    norms and biases of the blocks are tuned too.
+    ``tokens`` or ``minutes``: the budget (neither: 500,000 tokens; both: what ends first); what else a run
+    takes stands in :class:`gossamer.tune.Loop`.
+    ``bfloat16``: whether the models compute in it (None: where the machine does it fast).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = "full"
+    options: dict[str, Any] = Field(default_factory=dict)
+    losses: dict[str, float] = Field(default_factory=lambda: {"kl": 1.0})
+    loss_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    values: str | None = None
+    group: int | None = None
+    norms: bool = True
+    tokens: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    seqlen: int = Field(default=512, ge=2)
+    batch: int = Field(default=8, ge=1)
+    micro: int = Field(default=1, ge=1)
+    rate: float = Field(default=1e-4, gt=0)
+    scale_rate: float = Field(default=0.1, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    held_out: int = Field(default=8, ge=1)
+    evaluations: int = Field(default=10, ge=1)
+    patience: int = Field(default=3, ge=1)
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    bfloat16: bool | None = None
+
+    def check(self) -> None:
+        """Raises a GossamerError with a sentence where parts do not fit together."""
+        self.chosen_losses()
+        self.weights()
+        if self.values is not None and value_type(self.values).is_integer is False and self.group is not None:
+            raise MethodError(f"{self.values} values have no scales: leave out the group")
+        if self.batch % self.micro:
+            raise MethodError(f"a step's {self.batch} windows do not split into parts of {self.micro}")
+
+    def chosen_losses(self) -> list[tuple[Loss, float]]:
+        """Losses with their weights; raises MethodError."""
+        for name, weight in self.losses.items():
+            if not 0 <= weight < float("inf"):
+                raise MethodError(f"the weight of the loss {name} is at least 0, got {weight}")
+        if unused := set(self.loss_options) - set(self.losses):
+            raise MethodError(
+                f"there are options of losses that are not asked for: {', '.join(sorted(unused))}"
+            )
+        chosen = [(loss(name, **self.loss_options.get(name, {})), w) for name, w in self.losses.items()]
+        chosen = [(one, weight) for one, weight in chosen if weight > 0]
+        if not chosen:
+            raise MethodError("no loss is left: give at least one a weight above 0")
+        return chosen
+
+    def weights(self) -> type[TunedWeight]:
+        """The kind of tuned weight; raises MethodError for an unknown name or option."""
+        kind = WEIGHTS[self.method]
+        kind.chosen(self.options)
+        return kind
+
+    def loop(self) -> Loop:
+        """How long the loop runs, and when it looks."""
+        tokens = DEFAULT_TOKENS if self.tokens is None and self.minutes is None else self.tokens
+        return Loop(
+            tokens=tokens,
+            minutes=self.minutes,
+            batch=self.batch,
+            micro=self.micro,
+            evaluations=self.evaluations,
+            patience=self.patience,
+            seed=self.seed,
+        )

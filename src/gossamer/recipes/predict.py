@@ -1,0 +1,164 @@
+"""What a recipe will take on this machine: times from rates of one block, memory from shapes.
+
+Times are meant to hold within a factor of two (other work on the machine and writing to disk are not in
+them), memory within a half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gossamer.bench.memory import resident_bytes
+from gossamer.calibrate import Gram, fast_dtype
+from gossamer.calibrate.stream import BATCH_TOKENS
+from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.prepare import Prepared
+from gossamer.recipes.rates import Bench, parameters_of
+from gossamer.recipes.shrink import ShrinkSettings
+from gossamer.tune.blockwise import Blockwise
+
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """``seconds`` and ``bytes`` (resident memory at its peak) of one stage."""
+
+    stage: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of the stages of a recipe, in order."""
+
+    stages: tuple[StagePrediction, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def bytes(self) -> int:
+        return max(stage.bytes for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        stages = [asdict(stage) for stage in self.stages]
+        return {"seconds": self.seconds, "bytes": self.bytes, "stages": stages}
+
+
+def predict(prepared: Prepared) -> Prediction:
+    """Times one block of the model for a few seconds, and counts."""
+    recipe, sizes, blocks = prepared.recipe, _Sizes(prepared), prepared.blocks
+    found: list[StagePrediction] = []
+
+    def add(stage: str, seconds: float, needed: int) -> None:
+        found.append(StagePrediction(stage, prepared.reading + seconds, needed))
+
+    with Bench(prepared) as bench:
+        if (shrink := recipe.shrink) is not None:
+            add("shrink", _shrink_seconds(bench, shrink, sizes.all_blocks), _shrink_bytes(sizes, shrink))
+        compress = recipe.compress
+        add("compress", _compress_seconds(bench, compress, blocks), _compress_bytes(sizes, compress))
+        if (tune := recipe.tune) is not None:
+            add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), _tune_bytes(sizes, tune))
+    return Prediction(tuple(found))
+
+
+class _Sizes:
+    """Numbers of a model, and what a process takes without it."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        parts, config = find_parts(prepared.bare), prepared.bare.config.get_text_config()
+        block = parts.blocks[0].module
+        self.base = resident_bytes()
+        self.all_blocks, self.blocks = len(parts.blocks), prepared.blocks
+        self.block = parameters_of(block)
+        shapes = [tuple(weight_of(layer).shape) for layer in prunable(block).values()]
+        self.linear = sum(out * features for out, features in shapes)
+        self.gram = sum(features**2 for features in {features for _, features in shapes})
+        self.edge = int(config.vocab_size) * int(config.hidden_size)
+        self.edges = self.edge * (1 if parts.tied else 2)
+        self.vocabulary, self.hidden = int(config.vocab_size), int(config.hidden_size)
+        self.wide = sum(out for out, _ in shapes) + 6 * self.hidden  # numbers a token within a block
+        self.item = fast_dtype().itemsize
+
+    def model(self, blocks: int, item: int) -> int:
+        return (self.edges + blocks * self.block) * item
+
+
+def _shrink_seconds(bench: Bench, settings: ShrinkSettings, blocks: int) -> float:
+    windows = settings.windows or settings.chosen().windows
+    forward = bench.rates(settings.seqlen).forward * windows
+    if settings.method != "loss":
+        return blocks * forward
+    count = int(settings.blocks) if settings.blocks >= 1 else round(settings.blocks * blocks)
+    heads = bench.head() * settings.seqlen * windows
+    return sum(left * left / 2 * forward + left * heads for left in range(blocks, blocks - count, -1))
+
+
+def _shrink_bytes(sizes: _Sizes, settings: ShrinkSettings) -> int:
+    windows = settings.windows or settings.chosen().windows
+    tokens = windows * settings.seqlen if settings.method == "loss" else BATCH_TOKENS
+    streams = sizes.all_blocks if settings.method == "loss" else 2
+    held = sizes.edges + sizes.block + streams * tokens * sizes.hidden + BATCH_TOKENS * sizes.wide
+    return sizes.base + held * sizes.item
+
+
+def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> float:
+    method, tuner = settings.combination().method, settings.tuner()
+    rates = bench.rates(settings.seqlen)
+    tokens = settings.windows * settings.seqlen
+    forward = rates.forward * settings.windows
+    passes = 2 * bool(method.needs) + 2 * bool(tuner)
+    block = bench.solve() + passes * forward + tokens * bench.statistics()
+    if isinstance(tuner, Blockwise):
+        held = tuner.held_out * settings.windows
+        block += tuner.epochs * (settings.windows - held) * rates.step
+        block += (tuner.epochs + 1) * held * rates.forward
+    return blocks * block
+
+
+def _compress_bytes(sizes: _Sizes, settings: CompressSettings) -> int:
+    """The larger of two moments: a block is solved (and tuned), the embedding is packed."""
+    activations = BATCH_TOKENS * (2 * sizes.hidden + sizes.wide) * sizes.item
+    block = sizes.block * sizes.item + 16 * sizes.linear + activations
+    if Gram in settings.combination().method.needs:
+        block += 3 * 4 * sizes.gram
+    if settings.tune is not None:  # latents, gradients, two moments, the best so far, weights made
+        block += 28 * sizes.linear + 2 * settings.seqlen * sizes.wide * 4
+    before = sizes.edges * sizes.item + activations
+    packing = 4 * sizes.edge * 4
+    return sizes.base + max(block, before, packing)
+
+
+def _tune_seconds(bench: Bench, settings: FinetuneSettings, blocks: int, teacher_blocks: int) -> float:
+    """The student's steps, the teacher's forwards and four products with the head, by the token budget; and
+    held-out windows, which nothing is learned from."""
+    rates = bench.rates(settings.seqlen, settings.micro)
+    teacher = any(loss.needs_teacher for loss, _ in settings.chosen_losses())
+    head = bench.head() * settings.seqlen * settings.micro
+    part = blocks * rates.step + teacher * (teacher_blocks * rates.forward + head) + 3 * head
+    judged = (blocks + teacher * teacher_blocks) * rates.forward + (1 + teacher) * head
+    loop = settings.loop()
+    found = []
+    if loop.tokens is not None:
+        found.append(loop.tokens / settings.seqlen / settings.micro * part)
+    if loop.minutes is not None:
+        found.append(60 * loop.minutes)
+    return min(found) + (settings.evaluations + 1) * settings.held_out / settings.micro * judged
+
+
+def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings) -> int:
+    """All weights under tuning (latents, gradients, two moments, the best so far, masks, weights made), both
+    models, and what backward keeps."""
+    tokens = settings.seqlen * settings.micro
+    depth = 2 if settings.gradient_checkpointing else sizes.blocks
+    kept = tokens * (depth * sizes.wide * sizes.item * 2 + sizes.blocks * sizes.hidden * sizes.item)
+    tuned = sizes.blocks * sizes.linear * (5 * 4 + 1 + sizes.item)
+    models = sizes.model(sizes.blocks, sizes.item) + sizes.model(sizes.all_blocks, sizes.item)
+    logits = 4 * 4 * min(tokens, 256) * sizes.vocabulary
+    return sizes.base + tuned + models + kept + logits + sizes.edge * sizes.item

@@ -1,0 +1,145 @@
+"""A recipe beside a model and a text: everything that can be known to be wrong before any work starts."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gossamer.errors import MethodError, ModelError, RecipeError, TextError
+from gossamer.matrices.atomic import check_free
+from gossamer.models.manifest import is_checkpoint
+from gossamer.models.place import check_layers
+from gossamer.models.skeleton import WeightFiles, skeleton
+from gossamer.models.sources import ModelFolder, resolve
+from gossamer.models.text import Text, TextSource, read_text, tokenize
+from gossamer.models.tokenizer import load_tokenizer
+from gossamer.models.walk import find_parts
+from gossamer.progress import Progress, silent
+from gossamer.recipes.load import check_context
+from gossamer.recipes.recipe import Recipe
+from gossamer.shrink import block_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that can be applied: ``model`` and ``text`` as the stages take them, ``source`` and ``read``
+    what they are, ``bare`` the model without weights, ``blocks`` how many of its blocks stay; ``reading``:
+    the seconds that it took to cut the text into tokens."""
+
+    recipe: Recipe
+    model: str
+    text: TextSource
+    out: Path
+    source: ModelFolder
+    bare: PreTrainedModel
+    files: WeightFiles
+    read: Text
+    blocks: int
+    reading: float = 0.0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the checkpoint says of its recipe: plain JSON, without times and paths."""
+        return {
+            "name": self.recipe.name,
+            "sha256": self.recipe.sha256,
+            "model": self.source.label,
+            "text": self.read.label,
+            "steps": self.recipe.steps,
+        }
+
+
+def prepare(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    text: TextSource = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Checks ``recipe`` against ``model``, ``text`` (None: those that it names) and the new folder ``out``.
+
+    Nothing is written. Raises a GossamerError with a sentence: no model, or one that cannot be walked, taken
+    apart or shortened so far; a text that is missing, or too short for a stage; windows longer than the
+    model's context; an output that is taken.
+    """
+    recipe.check()
+    out = Path(out)
+    check_free(out)
+    named = str(model) if model is not None else recipe.model
+    if named is None:
+        raise RecipeError(f"the recipe {recipe.name} names no model: give one")
+    if is_checkpoint(Path(named).expanduser()):
+        raise ModelError(f"{named} is a checkpoint already: a recipe starts from a dense model")
+    given = text if text is not None else recipe.text
+    if given is None and recipe.tune is not None:
+        raise RecipeError(
+            f"the recipe {recipe.name} tunes the whole model, for which the prose inside Python is too "
+            "little: give a text"
+        )
+    read = read_text(given)
+    source = resolve(named, progress=progress)
+    bare = skeleton(source.folder)
+    parts = find_parts(bare)
+    check_layers(parts)
+    blocks = len(parts.blocks)
+    if recipe.shrink is not None:
+        blocks -= block_count(recipe.shrink.blocks, blocks)
+    prepared = Prepared(recipe, named, given, out, source, bare, WeightFiles(source.folder), read, blocks)
+    start = time.perf_counter()
+    _check_windows(prepared)
+    return replace(prepared, reading=time.perf_counter() - start)
+
+
+def needs_text(recipe: Recipe) -> bool:
+    """Whether a stage of ``recipe`` reads text."""
+    compress = recipe.compress
+    reads = bool(compress.combination().method.needs) or compress.tune is not None
+    return reads or recipe.shrink is not None or recipe.tune is not None
+
+
+def text_sha256(text: Text) -> str:
+    """Of the text as stages read it."""
+    return hashlib.sha256(text.joined.encode()).hexdigest()
+
+
+def _check_windows(prepared: Prepared) -> None:
+    """Every stage's windows fit the model's context, and the text has enough of them."""
+    recipe, label = prepared.recipe, prepared.source.label
+    if not needs_text(recipe):
+        return
+    needed: list[tuple[str, int, int]] = []  # stage, tokens a window, windows
+    if recipe.shrink is not None:
+        needed.append(("shrink", recipe.shrink.seqlen, 1))
+    if recipe.compress.combination().method.needs or recipe.compress.tune:
+        needed.append(("compress", recipe.compress.seqlen, 1))
+    if recipe.tune is not None:
+        needed.append(("tune", recipe.tune.seqlen, recipe.tune.held_out + recipe.tune.batch))
+    for stage, seqlen, _ in needed:
+        try:
+            check_context(prepared.bare.config, seqlen, label)
+        except ModelError as error:
+            raise ModelError(f"{stage}: {error}") from None
+    tokens = len(tokenize(prepared.read, load_tokenizer(prepared.source.folder)))
+    for stage, seqlen, windows in needed:
+        least = seqlen * windows + (stage != "tune")
+        if tokens < least:
+            raise TextError(
+                f"{stage}: the text {prepared.read.label} has {tokens:,} tokens, but {windows} windows of "
+                f"{seqlen:,} need {least:,}: give more text, or shorter windows"
+            )
+
+
+def check_memory(needed: int, total: int) -> None:
+    """Raises MethodError where a stage would need more bytes than the machine has."""
+    if needed > total:
+        raise MethodError(
+            f"about {needed / 1e9:.1f} GB of memory are needed, and this machine has {total / 1e9:.1f} GB: "
+            "tune shorter windows or fewer at once (tune.micro, tune.gradient_checkpointing)"
+        )

@@ -1,0 +1,153 @@
+"""A recipe: what to make of a model in several stages, as one YAML file that is checked as a whole.
+
+    name: mine
+    shrink:   {method: angular, blocks: 0.25}       # optional
+    compress: {pattern: 32:64, values: int4, tune: blockwise}
+    tune:     {losses: {kl: 1}, tokens: 1000000}    # optional; the dense model teaches
+
+Stages run in this order; their settings are those of the functions of the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from gossamer.errors import MethodError, RecipeError
+from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.settings import checked
+from gossamer.recipes.shrink import ShrinkSettings
+from gossamer.recipes.strict_yaml import parse_yaml
+from gossamer.tune.losses import StateLoss
+
+SHIPPED = Path(__file__).with_name("shipped")
+STAGES = ("shrink", "compress", "tune")
+
+
+class Recipe(BaseModel):
+    """``model`` and ``text`` may be left to whoever applies it: the dense model, and what is calibrated and
+    tuned on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    about: str = ""
+    model: str | None = None
+    text: str | None = None
+    shrink: ShrinkSettings | None = None
+    compress: CompressSettings
+    tune: FinetuneSettings | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that it has, in order."""
+        return tuple(stage for stage in STAGES if getattr(self, stage) is not None)
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """The settings of its stages, defaults included: all that is done, whatever it is done to."""
+        return {stage: getattr(self, stage).model_dump() for stage in self.stages}
+
+    @property
+    def sha256(self) -> str:
+        """Of `steps` as canonical JSON: recipes that do the same have the same."""
+        text = json.dumps(self.steps, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raises a GossamerError with a sentence where settings do not fit together."""
+        combination = self.compress.combination()
+        self.compress.tuner()
+        if self.shrink is not None:
+            self.shrink.chosen()
+        if self.tune is None:
+            return
+        self.tune.check()
+        states = [one.name for one, _ in self.tune.chosen_losses() if isinstance(one, StateLoss)]
+        if self.shrink is not None and states:
+            raise MethodError(
+                f"the loss {states[0]} pairs the blocks of model and teacher, and shrink takes some away: "
+                "use losses of what comes out (kl, task)"
+            )
+        if self.tune.values is not None and combination.values.is_integer:
+            raise MethodError(
+                f"compress makes {self.compress.values}, which tune.values would round a second time: "
+                "compress to bf16, or leave tune.values out"
+            )
+
+
+def read_recipe(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in the file ``source``, one that ships by its name (`shipped`), or one given as a mapping.
+
+    ``changes`` replaces settings by dotted names, such as ``{"compress.values": "int3", "tune": None}``.
+    Raises RecipeError for a file that is missing or no YAML, and a GossamerError for whatever is wrong with
+    its settings, alone or together.
+    """
+    if isinstance(source, Mapping):
+        label, table = "the recipe", deepcopy(dict(source))
+    else:
+        path = _find(str(source))
+        label = path.name
+        table = _load(path)
+    for name, value in (changes or {}).items():
+        _change(table, name, value)
+    recipe = checked(Recipe, table, f"{label}:")
+    recipe.check()
+    return recipe
+
+
+def shipped() -> dict[str, Recipe]:
+    """The recipes inside the package, by name."""
+    return {path.stem: read_recipe(path) for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def parse_changes(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs of a command line; values are YAML. Raises RecipeError."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set is written KEY=VALUE, such as compress.values=int3, got {pair!r}")
+        found[key.strip()] = parse_yaml(value, f"the value of {key.strip()}")
+    return found
+
+
+def _find(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    inside = SHIPPED / f"{source}.yaml"
+    if path.name == source and inside.is_file():
+        return inside
+    names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    raise RecipeError(f"there is no recipe {source!r}: name a YAML file, or one of {names}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path.name}: {error}") from error
+    table = parse_yaml(text, path.name)
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise RecipeError(f"{path.name} is no recipe: it needs name, compress and perhaps other stages")
+    return table
+
+
+def _change(table: dict[str, Any], name: str, value: Any) -> None:
+    *above, last = name.split(".")
+    for key in above:
+        inner = table.get(key)
+        if inner is None:
+            inner = table[key] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{name} cannot be set: {key} holds no settings")
+        table = inner
+    table[last] = value

@@ -1,0 +1,186 @@
+"""The training loop: a budget, held-out losses, the best state kept, and a killed run that goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import CalibrationError
+from gossamer.progress import Progress, silent
+from gossamer.tune.saves import Saves
+from gossamer.tune.sparse import SparseTuning
+
+
+@dataclass(frozen=True)
+class Loop:
+    """``tokens``, ``minutes``: the budget, of which one at least is given; the run ends with the first that
+    is spent. ``batch`` windows make a step, ``micro`` of them at once. ``evaluations``: how often, evenly
+    over the run, the held-out loss is measured and the state saved; after ``patience`` of them without a
+    better loss the run ends. ``seed``: of the order of the windows."""
+
+    tokens: int | None = None
+    minutes: float | None = None
+    batch: int = 8
+    micro: int = 1
+    evaluations: int = 10
+    patience: int = 3
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """``tokens``: tuned on, counted each time they were seen; ``before`` and ``after``: held-out losses by
+    name, ``total`` their weighted sum; ``after`` is that of the best state, at ``best_step``; ``held_out``:
+    the step and the total of every evaluation; ``ended``: "tokens", "minutes" or "patience"."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    best_step: int = 0
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    ended: str = ""
+
+    def stale(self) -> int:
+        """Evaluations since the best one."""
+        return sum(step > self.best_step for step, _ in self.held_out)
+
+
+def train(
+    tuning: SparseTuning,
+    windows: Tensor,
+    held_out: Tensor,
+    loop: Loop,
+    saves: Saves | None = None,
+    progress: Progress = silent,
+) -> Outcome:
+    """Tunes on ``windows`` ``(n, seqlen)`` of token ids, each once in random order, then all again, until the
+    budget is spent; ends in the state of the least loss on ``held_out``, the start among them.
+
+    With ``saves`` a run that was killed goes on at the last evaluation, to the same bits where the budget is
+    in tokens. Raises CalibrationError where a loss is not finite.
+    """
+    run = _Run(tuning, windows, held_out, loop, saves, progress)
+    return run.run()
+
+
+class _Run:
+    def __init__(
+        self,
+        tuning: SparseTuning,
+        windows: Tensor,
+        held_out: Tensor,
+        loop: Loop,
+        saves: Saves | None,
+        progress: Progress,
+    ) -> None:
+        self.tuning, self.windows, self.held_out, self.loop = tuning, windows, held_out, loop
+        self.saves, self.progress = saves, progress
+        self.now = Outcome()
+        self.best: dict[str, Tensor] = {}
+
+    def run(self) -> Outcome:
+        self._resume()
+        start = time.monotonic() - self.now.seconds
+        while not self.now.ended:
+            fraction = self._fraction()
+            self._step()
+            self.now.seconds = time.monotonic() - start
+            after, every = self._fraction(), self.loop.evaluations
+            self._report()
+            if after >= 1 or math.floor(after * every) > math.floor(fraction * every):
+                self._evaluate()
+                if after >= 1:
+                    self.now.ended = "tokens" if self._token_share() >= 1 else "minutes"
+                elif self.now.stale() >= self.loop.patience:
+                    self.now.ended = "patience"
+                self._save()
+        best = self.best or (self.saves.tensors("best") if self.saves else {})
+        self.tuning.load_values(best)
+        self.progress("tuning", 1, 1)
+        return self.now
+
+    def _resume(self) -> None:
+        numbers = None if self.saves is None else self.saves.numbers()
+        if self.saves is not None and numbers is not None:
+            self.now = Outcome(**numbers)
+            self.now.held_out = [(step, total) for step, total in numbers["held_out"]]
+            if not self.now.ended:
+                self.tuning.load_state_dict(self.saves.tensors("state"))
+            return
+        self._evaluate()
+        self._save()
+
+    def _step(self) -> None:
+        batch = self._batch()
+        tokens, inside = batch.numel(), 0
+        middle = self._fraction(tokens / 2)
+        for part in torch.split(batch, self.loop.micro):
+            value = self.tuning.loss(part)
+            if not bool(value.isfinite()):
+                raise CalibrationError(
+                    f"the loss is not finite at step {self.now.step}: NaN in a model, or a rate too high"
+                )
+            (value * (len(part) / len(batch))).backward()  # type: ignore[no-untyped-call]
+            inside += part.numel()
+            self._report(inside)
+        self.tuning.step(middle)
+        self.now.step += 1
+        self.now.tokens += tokens
+
+    def _batch(self) -> Tensor:
+        """The next windows: every pass over them has an order of its own, drawn from the seed."""
+        count, need = len(self.windows), self.loop.batch
+        chosen = []
+        first = self.now.step * need
+        for place in range(first, first + need):
+            chosen.append(_order(count, self.loop.seed, place // count)[place % count])
+        return self.windows[torch.tensor(chosen)]
+
+    def _token_share(self, more: float = 0) -> float:
+        return 0.0 if self.loop.tokens is None else (self.now.tokens + more) / self.loop.tokens
+
+    def _fraction(self, more: float = 0) -> float:
+        """How much of the budget is spent, ``more`` tokens from now."""
+        minutes = 0.0 if self.loop.minutes is None else self.now.seconds / 60 / self.loop.minutes
+        return max(self._token_share(more), minutes)
+
+    def _report(self, inside: int = 0) -> None:
+        total = self.loop.tokens or round(60 * (self.loop.minutes or 0))  # or seconds
+        self.progress("tuning", min(int(self._fraction(inside) * total), total - 1), max(total, 1))
+
+    def _evaluate(self) -> None:
+        tuning, sums = self.tuning, {"total": 0.0}
+        parts = torch.split(self.held_out, self.loop.micro)
+        with torch.no_grad():
+            for part in parts:
+                share = len(part) / len(self.held_out)
+                total = float(tuning.loss(part))
+                for name, value in {"total": total, **tuning.parts}.items():
+                    sums[name] = sums.get(name, 0.0) + share * value
+        if not self.now.held_out:
+            if not math.isfinite(sums["total"]):
+                raise CalibrationError("the loss of the untuned model is not finite: NaN in a model")
+            self.now.before = sums
+        if not self.now.held_out or sums["total"] < self.now.after["total"]:  # and not where it is NaN
+            self.now.after, self.now.best_step = sums, self.now.step
+            self.best = {name: tensor.clone() for name, tensor in tuning.values().items()}
+        self.now.held_out.append((self.now.step, sums["total"]))
+
+    def _save(self) -> None:
+        if self.saves is None:
+            return
+        best = (self.now.best_step, self.best) if self.best else None
+        self.saves.save(self.now.step, asdict(self.now), self.tuning.state_dict(), best)
+        self.best = {}  # on disk
+
+
+def _order(count: int, seed: int, turn: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order

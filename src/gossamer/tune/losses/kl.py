@@ -1,0 +1,28 @@
+"""Divergence of the next token's distribution from the teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gossamer.errors import MethodError
+from gossamer.tune.losses.loss import LOSSES, LogitLoss
+
+
+@LOSSES.register("kl", cite="Hinton et al. 2015, Distilling the Knowledge in a Neural Network")
+@dataclass(frozen=True)
+class KL(LogitLoss):
+    """T² KL(p_teacher || p), both softmax(logits / T), in nats a token."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise MethodError(f"the temperature of kl is above 0, got {self.temperature}")
+
+    def of(self, logits: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        assert teacher is not None
+        log_p = (logits / self.temperature).log_softmax(-1)
+        log_q = (teacher / self.temperature).log_softmax(-1)
+        return (log_q.exp() * (log_q - log_p)).sum(-1) * self.temperature**2

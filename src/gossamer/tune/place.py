@@ -1,0 +1,126 @@
+"""Puts weights under tuning where a model has packed ones, and packed ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gossamer.errors import GossamerError, ModelError
+from gossamer.matrices import Dense, Matrix, Packed, Sparse
+from gossamer.models.walk import find_parts
+from gossamer.nn import StructuredLinear, replace_module
+from gossamer.tune.weights import TunedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Make = Callable[[str, Matrix], TunedWeight]
+
+
+class TunedLinear(nn.Module):
+    """``y = x Wᵀ + bias`` with W under tuning, in the dtype of ``x``."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: TunedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.tuned = weight
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.tuned(x.dtype), bias)
+
+
+class Stored(nn.Module):
+    """A float32 parameter as it will be stored in ``dtype``, gradients passing straight through."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype)
+
+
+def place_weights(
+    model: PreTrainedModel, make: Make, masks: Mapping[str, Tensor | None] | None = None
+) -> dict[str, TunedWeight]:
+    """Puts what ``make`` gives in the place of every linear layer's matrix in the blocks of ``model``; by the
+    names of the layers.
+
+    ``masks``: of layers that are plain ``nn.Linear``, by name (None: all is kept). Raises ModelError where
+    there is nothing to tune, and for masks of layers that are not there.
+    """
+    masks = dict(masks or {})
+    found: dict[str, TunedWeight] = {}
+    for block in find_parts(model).blocks:
+        for inner, module in list(block.module.named_modules()):
+            name = f"{block.name}.{inner}"
+            if isinstance(module, StructuredLinear):
+                matrix: Matrix = module.matrix
+            elif name in masks and isinstance(module, nn.Linear):
+                mask, weight = masks.pop(name), module.weight.detach()
+                matrix = Dense(weight) if mask is None else Sparse(mask, weight)
+            else:
+                continue
+            try:
+                found[name] = make(name, matrix)
+            except GossamerError as error:
+                raise type(error)(f"{name}: {error}") from error
+            replace_module(model, name, TunedLinear(found[name], module.bias))
+    if masks:
+        raise ModelError(f"no block of the model has a linear layer {next(iter(masks))!r}")
+    if not found:
+        raise ModelError("the model has no packed linear layers: give a Gossamer checkpoint, or masks")
+    return found
+
+
+def remove_weights(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> None:
+    """Puts ``matrices`` in the place of the layers that `place_weights` made, by name: as StructuredLinear
+    where they are packed, else as ``nn.Linear``."""
+    for name, matrix in matrices.items():
+        bias = model.get_submodule(name).bias
+        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        if isinstance(matrix, Packed):
+            replace_module(model, name, StructuredLinear(matrix, bias))
+            continue
+        linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
+        linear.weight = nn.Parameter(matrix.to_dense().detach().to(model.dtype))
+        linear.register_parameter("bias", bias)
+        replace_module(model, name, linear)
+
+
+def place_norms(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Makes float32 parameters of the norm weights and biases in the blocks of ``model`` and of its last
+    norm, by name; forward passes see them as they are stored."""
+    parts = find_parts(model)
+    inside = tuple(f"{name}." for name in (parts.blocks_name, *parts.norms))
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters()):
+        if parameter.dim() != 1 or not name.startswith(inside):
+            continue
+        module_name, _, last = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        setattr(module, last, nn.Parameter(parameter.detach().float().clone()))
+        parametrize.register_parametrization(module, last, Stored(parameter.dtype), unsafe=True)
+        made = getattr(module.parametrizations, last).original
+        assert isinstance(made, nn.Parameter)
+        found[name] = made
+    return found
+
+
+def remove_norms(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
+    """Puts plain parameters back where `place_norms` made others; their values as stored, by name."""
+    found = {}
+    for name in names:
+        module_name, _, last = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        found[name] = getattr(module, last).detach().clone()
+        parametrize.remove_parametrizations(module, last, leave_parametrized=False)
+        setattr(module, last, nn.Parameter(found[name], requires_grad=False))
+    return found

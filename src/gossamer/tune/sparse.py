@@ -1,0 +1,253 @@
+"""Fine-tuning of a whole sparse or quantized model, as an object that any training loop can drive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import CalibrationError, MethodError
+from gossamer.matrices import Matrix
+from gossamer.tune.formats import Format
+from gossamer.tune.forward import run
+from gossamer.tune.logits import LogitHead, LogitLosses
+from gossamer.tune.losses import LogitLoss, Loss, StateLoss, loss
+from gossamer.tune.place import place_norms, place_weights, remove_norms, remove_weights
+from gossamer.tune.weights import WEIGHTS, TunedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Losses = Mapping[str, float] | Sequence[tuple[Loss, float]]
+IGNORED = -100  # transformers' label of a token that no loss counts
+
+
+class SparseTuning:
+    """``model`` under tuning: its packed linears (or ``nn.Linear`` layers whose ``masks`` are given) become
+    trainable weights that keep their masks and number formats at every step.
+
+        tuning = SparseTuning(model, teacher=dense, losses={"kl": 1, "squarehead": 1})
+        for fraction, ids in batches:  # fraction of the whole run that is done
+            tuning.loss(ids).backward()
+            tuning.step(fraction)
+        tuning.merge()
+
+    ``teacher``: a model of the same vocabulary, for losses that need one; ``losses``: weights by name, or
+    losses with their weights; ``method`` with ``options``: which weights move (`WEIGHTS`); ``values`` and
+    ``group``: other ones than the model's; ``norms``: norms and biases are tuned too. Embeddings and head
+    stay. ``rate`` of AdamW, for scales times ``scale_rate``; it rises over the share ``warmup`` of the run
+    and falls to zero by a cosine; gradients are clipped to the norm ``clip``.
+
+    The model is in evaluation mode throughout: no dropout. Raises ModelError or MethodError for what does not
+    fit together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        teacher: PreTrainedModel | None = None,
+        losses: Losses,
+        method: str = "full",
+        options: Mapping[str, Any] | None = None,
+        values: str | None = None,
+        group: int | None = None,
+        masks: Mapping[str, Tensor | None] | None = None,
+        norms: bool = True,
+        rate: float = 1e-4,
+        scale_rate: float = 0.1,
+        warmup: float = 0.05,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        named = losses.items() if isinstance(losses, Mapping) else ()
+        self.losses = (
+            [(loss(n), w) for n, w in named if w > 0] if isinstance(losses, Mapping) else list(losses)
+        )
+        self.model, self.teacher = model.eval().requires_grad_(False), teacher
+        dtype = (
+            model.get_input_embeddings().dtype
+            if hasattr(model.get_input_embeddings(), "dtype")
+            else model.dtype
+        )
+        self.head = LogitHead.of(model, dtype)
+        self.teacher_head = None if teacher is None else LogitHead.of(teacher.eval(), teacher.dtype)
+        self._check()
+        kind = WEIGHTS[method]
+        chosen = kind.chosen(options or {})
+        self._formats: dict[str, Format] = {}
+
+        def make(name: str, matrix: Matrix) -> TunedWeight:
+            self._formats[name] = Format.of(matrix, values, group)
+            return self._formats[name].begin(matrix, kind, chosen)
+
+        self.weights = place_weights(model, make, masks)
+        self.norms = place_norms(model) if norms else {}
+        self.rate, self.warmup, self.clip = rate, warmup, clip
+        self.optimizer = self._optimizer(rate, scale_rate, weight_decay)
+        self.parts: dict[str, float] = {}
+        if gradient_checkpointing:
+            self._checkpoint_gradients()
+
+    # --- training ---
+
+    def loss(self, batch: Tensor | Mapping[str, Any]) -> Tensor:
+        """The weighted sum of the losses, a mean over tokens; ``parts`` then holds each one by name.
+
+        ``batch``: token ids ``(windows, seqlen)``, or transformers' ``input_ids`` with ``attention_mask`` and
+        ``labels`` (the same tokens; -100 where no loss counts). Every position but the last counts.
+        """
+        batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        labels = batch.get("labels")
+        labels = ids if labels is None else labels
+        labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+        counts = labels[:, 1:] != IGNORED
+        want_states = any(isinstance(one, StateLoss) for one, _ in self.losses)
+        got = run(self.model, ids, mask, states=want_states)
+        given = None
+        if self.teacher is not None and any(one.needs_teacher for one, _ in self.losses):
+            with torch.no_grad():
+                given = run(self.teacher, ids, mask, states=want_states)
+
+        def counted(x: Tensor) -> Tensor:
+            return x[:, :-1][counts]
+
+        total, parts = torch.zeros(()), {}
+        ofs = [(one, weight) for one, weight in self.losses if isinstance(one, LogitLoss)]
+        if ofs:
+            hidden = counted(got.last)
+            grads = torch.is_grad_enabled() and hidden.requires_grad
+            teacher = None if given is None else counted(given.last)
+            total, means = LogitLosses.apply(  # type: ignore[no-untyped-call]
+                hidden, labels[:, 1:][counts], teacher, self.head, self.teacher_head, ofs, grads
+            )
+            parts = {one.name: float(mean) for (one, _), mean in zip(ofs, means, strict=True)}
+        for one, weight in self.losses:
+            if isinstance(one, StateLoss):
+                assert given is not None
+                value = one.of([counted(x) for x in got.states], [counted(x) for x in given.states])
+                total, parts[one.name] = total + weight * value, float(value.detach())
+        self.parts = parts
+        return total
+
+    def step(self, fraction: float = 0.0) -> None:
+        """One step of AdamW with the gradients that backward passes left, ``fraction`` of the run done."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.factor(fraction)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.after_step(fraction)
+
+    def after_step(self, fraction: float) -> None:
+        """What the method does behind an optimizer's step."""
+        for weight in self.weights.values():
+            weight.after_step(fraction)
+
+    def factor(self, fraction: float) -> float:
+        """Of the learning rate, when ``fraction`` of the run is done: a linear rise, then half a cosine."""
+        fraction = min(max(fraction, 0.0), 1.0)
+        if fraction < self.warmup:
+            return fraction / self.warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (fraction - self.warmup) / (1 - self.warmup))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # --- keeping and finishing ---
+
+    def values(self) -> dict[str, Tensor]:
+        """What is tuned, by name: enough to come back to this state but for the optimizer."""
+        found = {f"{name}.{key}": t for name, w in self.weights.items() for key, t in w.state_dict().items()}
+        return found | {name: parameter.detach() for name, parameter in self.norms.items()}
+
+    @torch.no_grad()
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Comes back to what `values` gave; raises CalibrationError where names differ."""
+        own = self.values()
+        if own.keys() != values.keys():
+            raise CalibrationError("these are the values of another tuning: names differ")
+        for name, tensor in own.items():
+            tensor.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`values` and the optimizer's moments, as tensors by name."""
+        names = self._parameter_names()
+        found = {f"values/{name}": tensor for name, tensor in self.values().items()}
+        for parameter, state in self.optimizer.state.items():
+            for key, tensor in state.items():
+                found[f"{key}/{names[id(parameter)]}"] = tensor
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Comes back to what `state_dict` gave."""
+        own = {name.removeprefix("values/"): t for name, t in state.items() if name.startswith("values/")}
+        self.load_values(own)
+        names = self._parameter_names()
+        parameters = {names[id(parameter)]: parameter for parameter in self.parameters()}
+        self.optimizer.state.clear()
+        for full, tensor in state.items():
+            key, _, name = full.partition("/")
+            if key != "values":
+                self.optimizer.state.setdefault(parameters[name], {})[key] = tensor.clone()
+
+    def merge(self) -> dict[str, Matrix | Tensor]:
+        """Puts finished weights back into the model, packed as they were, and returns them, and tuned norms,
+        by the names of the parameters."""
+        matrices = {name: self._formats[name].finish(weight) for name, weight in self.weights.items()}
+        remove_weights(self.model, matrices)
+        norms = remove_norms(self.model, self.norms)
+        return {f"{name}.weight": matrix for name, matrix in matrices.items()} | dict(norms)
+
+    # --- making ---
+
+    def _check(self) -> None:
+        if not self.losses:
+            raise MethodError("there is no loss to tune by")
+        needy = [one.name for one, _ in self.losses if one.needs_teacher]
+        if needy and self.teacher is None:
+            raise MethodError(f"the loss {needy[0]} needs a teacher: the dense model")
+        if self.teacher is None or self.teacher_head is None or not needy:
+            return
+        ours, theirs = self.head.weight.shape[0], self.teacher_head.weight.shape[0]
+        if ours != theirs:
+            raise MethodError(f"the model knows {ours} tokens, and its teacher {theirs}: another vocabulary")
+        from gossamer.models.walk import find_parts
+
+        blocks = len(find_parts(self.model).blocks), len(find_parts(self.teacher).blocks)
+        states = [one.name for one, _ in self.losses if isinstance(one, StateLoss)]
+        if states and blocks[0] != blocks[1]:
+            raise MethodError(
+                f"the loss {states[0]} pairs blocks, but the model has {blocks[0]}, its teacher {blocks[1]}"
+            )
+
+    def _optimizer(self, rate: float, scale_rate: float, decay: float) -> torch.optim.AdamW:
+        trained = [
+            p for weight in self.weights.values() for n, p in weight.named_parameters() if n != "scales"
+        ]
+        scales = [w.scales for w in self.weights.values() if w.scales is not None]
+        trained = [p for p in trained if p.requires_grad]
+        groups = [
+            {"params": trained, "lr": rate, "weight_decay": decay},
+            {"params": scales, "lr": rate * scale_rate},
+            {"params": list(self.norms.values()), "lr": rate},
+        ]
+        groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def _parameter_names(self) -> dict[int, str]:
+        named = {id(p): f"{n}.{key}" for n, w in self.weights.items() for key, p in w.named_parameters()}
+        return named | {id(parameter): name for name, parameter in self.norms.items()}
+
+    def _checkpoint_gradients(self) -> None:
+        from gossamer.models.walk import find_parts
+
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in find_parts(self.model).blocks:
+            block.module.training = True  # of the block alone: what lies in it stays without dropout

@@ -1,0 +1,132 @@
+"""A recipe end to end: the stages called by hand, byte for byte; interrupted, the same bytes again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+
+import gossamer as gs
+from gossamer.errors import ResumeError
+from gossamer.recipes import apply as room
+from gossamer.recipes.apply import apply_recipe
+from gossamer.recipes.finetune import finetune
+from gossamer.recipes.prepare import Prepared, prepare
+from gossamer.recipes.recipe import read_recipe
+from tiny import tiny_folder
+
+TEXT = [topics["lambda"] + topics["class"] + topics["try"]]
+RECIPE: dict[str, Any] = {
+    "name": "small",
+    "shrink": {"blocks": 1, "seqlen": 32, "windows": 4},
+    "compress": {
+        "pattern": "2:4", "values": "int4", "seqlen": 32, "windows": 4, "tune": "blockwise",
+        "tune_options": {"epochs": 1},
+    },
+    "tune": {"seqlen": 32, "tokens": 256, "batch": 2, "held_out": 2, "evaluations": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def prepared(folder: Path, out: Path, **changes: Any) -> Prepared:
+    return prepare(read_recipe(RECIPE, changes), out, model=folder, text=TEXT)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return apply_recipe(prepared(folder, tmp_path_factory.mktemp("outs") / "whole")).path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_recipe_is_its_stages_called_by_hand(folder: Path, whole: Path, tmp_path: Path) -> None:
+    short = gs.remove_blocks(folder, tmp_path / "tiny-shorter", calibration=TEXT, **RECIPE["shrink"]).path
+    sparse = gs.compress(short, tmp_path / "compress", calibration=TEXT, **RECIPE["compress"]).path
+    tuned = finetune(sparse, tmp_path / "tune", text=TEXT, teacher=folder, **RECIPE["tune"]).path
+    ours, theirs = contents(whole), contents(tuned)
+    table, by_hand = (json.loads(found.pop("gossamer.json")) for found in (ours, theirs))
+    assert ours == theirs
+    recipe = table["made"].pop("recipe")
+    assert table.pop("crc32") != by_hand.pop("crc32")
+    assert table == by_hand
+    assert recipe["sha256"] == read_recipe(RECIPE).sha256
+    assert recipe["steps"] == read_recipe(RECIPE).steps
+    assert (recipe["name"], recipe["model"], recipe["text"]) == ("small", "tiny", "given strings")
+    assert str(tmp_path.parent) not in json.dumps(table)
+
+
+def test_what_comes_out_is_a_checkpoint(whole: Path) -> None:
+    assert gs.verify_checkpoint(whole).ok
+    loaded = gs.load(whole)
+    assert len(loaded.model.model.layers) == 2
+    assert [path.name for path in whole.parent.iterdir()] == ["whole"]  # no work is left
+
+
+class Killed(BaseException):
+    """What no stage expects."""
+
+
+def die_in(name: str, recipe: Prepared) -> None:
+    """Applies ``recipe`` up to where ``name`` would be called."""
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, name, die)
+        with pytest.raises(Killed):
+            apply_recipe(recipe)
+
+
+@pytest.mark.parametrize("place", ["compress", "finetune", "_rename"])
+def test_killed_between_stages_it_goes_on_to_the_same_bytes(
+    place: str, folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "whole"
+    die_in(place, prepared(folder, out))
+    assert not out.exists()
+    again = apply_recipe(prepared(folder, out))
+    assert again.resumed
+    left = {"compress": ["compress", "tune"], "finetune": ["tune"]}.get(place, [])
+    assert list(again.seconds) == left  # finished stages do not run again
+    assert contents(again.path) == contents(whole)
+    assert not (tmp_path / "whole.work").exists()
+
+
+@pytest.mark.parametrize(("stage", "done"), [("pruning and tuning", 1), ("tuning", 160)])
+def test_killed_within_a_stage_it_goes_on_to_the_same_bytes(
+    stage: str, done: int, folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    def stop(at: str, now: int, total: int) -> None:
+        if at == stage and now >= done:
+            raise Killed
+
+    with pytest.raises(Killed):
+        apply_recipe(prepared(folder, tmp_path / "whole"), progress=stop)
+    assert contents(apply_recipe(prepared(folder, tmp_path / "whole")).path) == contents(whole)
+
+
+def test_work_of_another_recipe_is_refused(folder: Path, tmp_path: Path) -> None:
+    die_in("compress", prepared(folder, tmp_path / "out"))
+    with pytest.raises(ResumeError, match="differs in recipe"):
+        apply_recipe(prepared(folder, tmp_path / "out", **{"compress.values": "int3"}))
+    other = prepare(read_recipe(RECIPE), tmp_path / "out", model=folder, text=[TEXT[0] + "more"])
+    with pytest.raises(ResumeError, match="differs in text"):
+        apply_recipe(other)
+
+
+def test_compress_alone_needs_no_text(folder: Path, tmp_path: Path) -> None:
+    recipe = read_recipe({"name": "plain", "compress": {"method": "magnitude", "values": "int8"}})
+    made = apply_recipe(prepare(recipe, tmp_path / "out", model=folder))
+    by_hand = gs.compress(folder, tmp_path / "hand", method="magnitude", values="int8")
+    assert list(made.seconds) == ["compress"]
+    assert {**by_hand.made, "recipe": made.made["recipe"]} == made.made

@@ -1,0 +1,224 @@
+"""Recipes as files: what YAML means, and what is wrong with one before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+
+from gossamer.errors import GossamerError, RecipeError
+from gossamer.recipes.predict import predict
+from gossamer.recipes.prepare import Prepared, check_memory, prepare
+from gossamer.recipes.rates import Bench, BlockRates
+from gossamer.recipes.recipe import parse_changes, read_recipe, shipped
+from gossamer.recipes.strict_yaml import parse_yaml
+from tiny import tiny_folder
+
+TEXT = [topics["lambda"] + topics["class"] + topics["try"]]
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "shrink": {"blocks": 1, "seqlen": 32, "windows": 4},
+    "compress": {"pattern": "2:4", "values": "int4", "seqlen": 32, "windows": 4},
+    "tune": {"seqlen": 32, "tokens": 512, "batch": 2, "held_out": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_values_mean_what_they_look_like() -> None:
+    text = "a: 2:4\nb: 1e-4\nc: no\nd: [1, -2.5, .5, 010, '3']\ne:\nf: ~\ng: true\nh: 2026-11-28\ni: 32:64"
+    assert parse_yaml(text, "x") == {
+        "a": "2:4", "b": 1e-4, "c": "no", "d": [1, -2.5, 0.5, 10, "3"], "e": None, "f": None, "g": True,
+        "h": "2026-11-28", "i": "32:64",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\nb: {c: 2, c: 3}", r"line 2, column 11: the key c is there twice"),
+        ("a: [1", "line 1"),
+        ("a: !!python/name:os.system x", "could not determine a constructor"),
+        ("a: *b", "undefined alias"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("\x00", "special characters"),
+    ],
+)
+def test_what_is_no_yaml_is_placed(text: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=f"mine.yaml is no YAML.*{says}"):
+        parse_yaml(text, "mine.yaml")
+
+
+def test_shipped_recipes_are_whole() -> None:
+    found = shipped()
+    assert list(found) == ["balanced", "best", "fast"]
+    for name, recipe in found.items():
+        assert recipe.name == name
+        assert recipe.about.endswith(".")
+        assert recipe.compress.pattern == "32:64"
+        assert (recipe.model, recipe.text) == (None, None)
+    assert len({recipe.sha256 for recipe in found.values()}) == 3
+
+
+def test_the_hash_is_of_what_is_done() -> None:
+    recipe = read_recipe(SMALL)
+    spelled_out = {**SMALL, "about": "other words", "text": "other.txt", "model": "other"}
+    spelled_out["compress"] = {**SMALL["compress"], "method": "obs", "windows": 4}
+    assert read_recipe(spelled_out).sha256 == recipe.sha256
+    assert read_recipe(SMALL, {"compress.windows": 5}).sha256 != recipe.sha256
+    assert read_recipe(SMALL, {"tune": None}).sha256 != recipe.sha256
+    assert recipe.stages == ("shrink", "compress", "tune")
+    assert read_recipe(SMALL, {"tune": None, "shrink": None}).stages == ("compress",)
+
+
+def test_changes_reach_into_settings() -> None:
+    changes = parse_changes(["compress.values=int3", "tune.losses={kl: 1, task: 0.5}", "shrink=null"])
+    recipe = read_recipe(SMALL, changes)
+    assert recipe.compress.values == "int3"
+    assert recipe.tune is not None
+    assert recipe.tune.losses == {"kl": 1, "task": 0.5}
+    assert recipe.shrink is None
+    assert read_recipe("fast", {"tune.tokens": 1000}).tune is not None
+    assert SMALL["compress"]["values"] == "int4"  # what was given stays as it is
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"compress": None}, "compress: "),
+        ({"compress.valuez": 1}, r"compress.valuez: there is no such setting \(there are: allocation, group"),
+        ({"prune": {}}, r"prune: there is no such setting \(there are: about, compress, model"),
+        ({"compress.windows": "many"}, "compress.windows: .*integer"),
+        ({"compress.windows": 0}, "compress.windows: .*greater than or equal to 1"),
+        ({"name.first": "x"}, "name holds no settings"),
+        ({"compress.pattern": "2x4:4"}, "comparison group"),
+        ({"compress.sparsity": 0.7}, "2:4"),
+        ({"compress.method": "wander"}, "did you mean 'wanda'"),
+        ({"compress.values": "int5"}, "int5"),
+        ({"compress.tune": "blockwize"}, "did you mean 'blockwise'"),
+        ({"shrink.method": "angle"}, "method of removing blocks"),
+        ({"shrink.blocks": 0}, "share between 0 and 1"),
+        ({"tune.losses": {}}, "no loss is left"),
+        ({"tune.losses": {"kl": 0}}, "no loss is left"),
+        ({"tune.losses": {"squarehead": 1}}, "squarehead pairs the blocks"),
+        ({"tune.values": "int3"}, "round a second time"),
+        ({"tune.micro": 3}, "do not split"),
+    ],
+)
+def test_settings_that_are_wrong_alone_or_together(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(GossamerError, match=says):
+        read_recipe(SMALL, changes)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="name a YAML file, or one of balanced, best, fast"):
+        read_recipe("fats")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match=r"list\.yaml is no recipe"):
+        read_recipe(tmp_path / "list.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    with pytest.raises(RecipeError, match=r"cannot read the recipe latin.yaml"):
+        read_recipe(tmp_path / "latin.yaml")
+    with pytest.raises(RecipeError, match="KEY=VALUE"):
+        parse_changes(["compress.values"])
+    with pytest.raises(RecipeError, match=r"the value of compress.values is no YAML"):
+        parse_changes(["compress.values=[int4"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "says"),
+    [
+        ({}, {"model": None}, "names no model"),
+        ({}, {"model": "nowhere"}, "there is no model 'nowhere'"),
+        ({}, {"text": None}, "give a text"),
+        ({}, {"text": "nowhere.txt"}, "there is no text file"),
+        ({}, {"text": ["too short"]}, r"shrink: the text given strings has \d tokens, but 1 windows of 32"),
+        ({"shrink": None}, {"text": ["word " * 40]}, r"tune: the text .* but 4 windows of 32 need 128"),
+        ({"compress.seqlen": 4096}, {}, "compress: windows of 4096 tokens are longer"),
+        ({"shrink.blocks": 3}, {}, "3 of 3 blocks cannot be removed"),
+    ],
+)
+def test_what_is_missing_is_said_before_any_work(
+    changes: dict[str, Any], given: dict[str, Any], says: str, folder: Path, tmp_path: Path
+) -> None:
+    arguments = {"model": folder, "text": TEXT, **given}
+    with pytest.raises(GossamerError, match=says):
+        prepare(read_recipe(SMALL, changes), tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_and_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/gossamer.json").write_text("{}")
+    with pytest.raises(GossamerError, match="exists already"):
+        prepare(read_recipe(SMALL), tmp_path / "taken", model=folder, text=TEXT)
+    with pytest.raises(GossamerError, match="is a checkpoint already"):
+        prepare(read_recipe(SMALL), tmp_path / "out", model=tmp_path / "taken", text=TEXT)
+
+
+class Seconds:
+    """Stands in for what is measured: a forward pass takes a second, a step three, all else a thousandth."""
+
+    def __init__(self, _prepared: Prepared) -> None: ...
+    def __enter__(self) -> Seconds:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def rates(self, seqlen: int, windows: int = 1) -> BlockRates:
+        return BlockRates(seqlen, 1.0, 3.0)
+
+    def head(self) -> float:
+        return 0.001
+
+    solve = statistics = head
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds"),
+    [
+        ({}, [3 * 4, 2 * (0.001 + 8 + 0.128), 16 * (2 * 3 + 3 + 0.128) + 11 * 2 * (2 + 3 + 0.064)]),
+        ({"shrink": None, "tune": None}, [3 * (0.001 + 8 + 0.128)]),
+        ({"compress.tune": "blockwise", "compress.windows": 8, "tune": None, "shrink": None},
+         [3 * (0.001 + 4 * 8 + 0.256 + 4 * 7 * 3 + 5)]),
+        ({"shrink.method": "loss", "shrink.blocks": 2, "tune": None},
+         [(9 + 4) / 2 * 4 + 5 * 0.128, 0.001 + 8 + 0.128]),
+        ({"tune.tokens": None, "tune.minutes": 10, "shrink": None},
+         [3 * (0.001 + 8 + 0.128), 600 + 11 * 2 * (3 + 3 + 0.064)]),
+    ],
+)  # fmt: skip
+def test_predictions_count_what_stages_do(
+    changes: dict[str, Any],
+    seconds: list[float],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gossamer.recipes.predict.Bench", Seconds)
+    prepared = prepare(read_recipe(SMALL, changes), tmp_path / "out", model=folder, text=TEXT)
+    found = predict(replace(prepared, reading=0.0))
+    assert [stage.seconds for stage in found.stages] == pytest.approx(seconds)
+    assert found.seconds == pytest.approx(sum(seconds))
+    assert found.bytes == max(stage.bytes for stage in found.stages) > 50e6
+
+
+def test_one_block_is_timed(folder: Path, tmp_path: Path) -> None:
+    prepared = prepare(read_recipe(SMALL), tmp_path / "out", model=folder, text=TEXT)
+    with Bench(prepared) as bench:
+        rates = bench.rates(32)
+        assert 0 < rates.forward < rates.step < 10
+        assert 0 < bench.head() < 1
+        assert 0 < bench.solve() < 60
+        assert 0 < bench.statistics() < 1
+    assert all(p.device.type == "meta" for p in prepared.bare.parameters())
+
+
+def test_more_memory_than_there_is_is_refused() -> None:
+    check_memory(1 << 30, 1 << 30)
+    with pytest.raises(GossamerError, match=r"about 20.0 GB of memory are needed.*has 16.0 GB"):
+        check_memory(20 * 10**9, 16 * 10**9)
