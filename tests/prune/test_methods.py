@@ -31,6 +31,16 @@ def test_wanda_by_hand() -> None:
     assert pruned.weight.tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
 
 
+def test_ria_by_hand() -> None:
+    """Columns sum to 4 and 4, rows to 4, 3 and 1: shares of both, times the roots of the norms."""
+    layer = layer_with_norms([[3.0, -1, 0], [0, 3, 0], [1, 0, 0]], [4, 9, 1])
+    shares = [[3 / 4 + 3 / 4, 1 / 4 + 1 / 4, 0], [0, 3 / 4 + 1, 0], [1 / 4 + 1, 0, 0]]
+    expected = torch.tensor(shares) * torch.tensor([2.0, 3, 1])
+    torch.testing.assert_close(method("ria").scores(layer), expected)
+    plain = method("ria", power=0.0).scores(layer)
+    torch.testing.assert_close(plain[0], torch.tensor([1.5, 0.5, 0.0]))
+
+
 def test_magnitude_by_hand() -> None:
     layer = Layer("layer", torch.tensor([[1.0, -5.0], [0.5, 3.0]]))
     c = check_combination("magnitude", sparsity=0.5)
@@ -77,6 +87,7 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"pattern": "2:4", "allocation_name": "global"}, MethodError),
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5}, MethodError),
         ("wanda", {"sparsity": 0.5, "options": {"strength": 1}}, MethodError),
+        ("ria", {"sparsity": 0.5, "options": {"power": -1}}, MethodError),
     ],
 )
 def test_bad_combinations_are_refused_before_any_work(

@@ -108,6 +108,7 @@ METHODS: Registry[Method] = Registry(
         "random": "gossamer.prune.random",
         "magnitude": "gossamer.prune.magnitude",
         "wanda": "gossamer.prune.wanda",
+        "ria": "gossamer.prune.ria",
         "obs": "gossamer.prune.obs",
     },
 )
