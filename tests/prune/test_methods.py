@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.calibrate import Gram, InputNorm
+from gossamer.calibrate import Gradient, Gram, InputNorm
 from gossamer.errors import GossamerError, MatrixError, MethodError, PatternError, SparsityError
 from gossamer.matrices.values import quantize, value_type
 from gossamer.prune import METHODS, Layer, check_combination, method
@@ -39,6 +39,14 @@ def test_ria_by_hand() -> None:
     torch.testing.assert_close(method("ria").scores(layer), expected)
     plain = method("ria", power=0.0).scores(layer)
     torch.testing.assert_close(plain[0], torch.tensor([1.5, 0.5, 0.0]))
+
+
+def test_gradient_scores_by_hand() -> None:
+    weight, mean = torch.tensor([[2.0, -3.0], [0.0, 1.0]]), torch.tensor([[1.0, -0.5], [9.0, -2.0]])
+    squares = torch.tensor([[1.0, 4.0], [81.0, 5.0]])
+    layer = Layer("layer", weight, {Gradient: Gradient(mean, squares, torch.ones(2))})
+    assert method("taylor").scores(layer).tolist() == [[2, 1.5], [0, 2]]
+    assert method("fisher").scores(layer).tolist() == [[2, 18], [0, 2.5]]
 
 
 def test_magnitude_by_hand() -> None:

@@ -17,9 +17,11 @@ from gossamer.errors import CalibrationError
 
 
 class Statistic:
-    """Base: ``update`` with inputs, ``finish`` once, then read its attributes."""
+    """Base: ``update`` with inputs, ``finish`` once, then read its attributes. ``passes``: how it is
+    gathered, ``streaming`` (on the walk) or ``gradient`` (in a pass of its own, before it)."""
 
     name: ClassVar[str]
+    passes: ClassVar[str] = "streaming"
 
     def __init__(self, features: int) -> None:
         self.features = features

@@ -109,6 +109,8 @@ METHODS: Registry[Method] = Registry(
         "magnitude": "gossamer.prune.magnitude",
         "wanda": "gossamer.prune.wanda",
         "ria": "gossamer.prune.ria",
+        "taylor": "gossamer.prune.taylor",
+        "fisher": "gossamer.prune.fisher",
         "obs": "gossamer.prune.obs",
     },
 )
