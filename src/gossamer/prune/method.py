@@ -111,7 +111,9 @@ METHODS: Registry[Method] = Registry(
         "ria": "gossamer.prune.ria",
         "taylor": "gossamer.prune.taylor",
         "fisher": "gossamer.prune.fisher",
+        "dsnot": "gossamer.prune.dsnot",
         "obs": "gossamer.prune.obs",
+        "admm": "gossamer.prune.admm",
     },
 )
 ALIASES = {"sparsegpt": "obs", "gptq": "obs"}
