@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.calibrate import Gram, InputNorm
+from gossamer.calibrate import Gradient, Gram, InputNorm
 from gossamer.errors import GossamerError, MatrixError, MethodError, PatternError, SparsityError
 from gossamer.matrices.values import quantize, value_type
 from gossamer.prune import METHODS, Layer, check_combination, method
@@ -29,6 +29,24 @@ def test_wanda_by_hand() -> None:
     c = check_combination("wanda", sparsity=0.5)
     pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
     assert pruned.weight.tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
+
+
+def test_ria_by_hand() -> None:
+    """Columns sum to 4 and 4, rows to 4, 3 and 1: shares of both, times the roots of the norms."""
+    layer = layer_with_norms([[3.0, -1, 0], [0, 3, 0], [1, 0, 0]], [4, 9, 1])
+    shares = [[3 / 4 + 3 / 4, 1 / 4 + 1 / 4, 0], [0, 3 / 4 + 1, 0], [1 / 4 + 1, 0, 0]]
+    expected = torch.tensor(shares) * torch.tensor([2.0, 3, 1])
+    torch.testing.assert_close(method("ria").scores(layer), expected)
+    plain = method("ria", power=0.0).scores(layer)
+    torch.testing.assert_close(plain[0], torch.tensor([1.5, 0.5, 0.0]))
+
+
+def test_gradient_scores_by_hand() -> None:
+    weight, mean = torch.tensor([[2.0, -3.0], [0.0, 1.0]]), torch.tensor([[1.0, -0.5], [9.0, -2.0]])
+    squares = torch.tensor([[1.0, 4.0], [81.0, 5.0]])
+    layer = Layer("layer", weight, {Gradient: Gradient(mean, squares, torch.ones(2))})
+    assert method("taylor").scores(layer).tolist() == [[2, 1.5], [0, 2]]
+    assert method("fisher").scores(layer).tolist() == [[2, 18], [0, 2.5]]
 
 
 def test_magnitude_by_hand() -> None:
@@ -77,6 +95,7 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"pattern": "2:4", "allocation_name": "global"}, MethodError),
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5}, MethodError),
         ("wanda", {"sparsity": 0.5, "options": {"strength": 1}}, MethodError),
+        ("ria", {"sparsity": 0.5, "options": {"power": -1}}, MethodError),
     ],
 )
 def test_bad_combinations_are_refused_before_any_work(

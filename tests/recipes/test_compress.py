@@ -67,6 +67,8 @@ def logits(model: Any) -> torch.Tensor:
         ("magnitude", {"pattern": "16x4", "sparsity": 0.3, "values": "int4"}),
         ("magnitude", {"sparsity": 0.5, "allocation": "global", "values": "float32"}),
         ("random", {"pattern": "channel:in", "sparsity": 0.25, "values": "bfloat16"}),
+        ("taylor", {"pattern": "2:4", "values": "int4"}),
+        ("fisher", {"sparsity": 0.5, "allocation": "global", "values": "float32"}),
     ],
 )
 def test_makes_what_was_asked_for(
@@ -182,6 +184,21 @@ def test_resumes_from_every_stage_to_the_same_bytes(
         assert again.resumed
 
 
+@pytest.mark.parametrize("stop", [("gradients", 2), ("gradients", 6), ("pruning", 1)])
+def test_the_gradient_pass_resumes_too(stop: tuple[str, int], source: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SMALL, "method": "fisher", "sparsity": 0.5}
+    compress(source, tmp_path / "whole", **settings)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == stop:
+            raise StopError
+
+    with pytest.raises(StopError):
+        compress(source, tmp_path / "out", progress=interrupt, **settings)
+    assert compress(source, tmp_path / "out", **settings).resumed
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         if done == 2:
@@ -212,6 +229,7 @@ def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
         ({"pattern": "128x1", "sparsity": 0.5}, PatternError, "do not fit"),
         ({"pattern": "2:4", "allocation": "global"}, MethodError, "cannot be allocated"),
         ({"method": "sorcery"}, MethodError, "there are"),
+        ({"method": "taylor", "sparsity": 0.5, "seqlen": 1}, MethodError, "2 tokens"),
         ({"values": "int5"}, GossamerError, "int5"),
         ({"head_values": "int5"}, GossamerError, "int5"),
         ({"windows": 0}, GossamerError, "windows"),

@@ -108,7 +108,12 @@ METHODS: Registry[Method] = Registry(
         "random": "gossamer.prune.random",
         "magnitude": "gossamer.prune.magnitude",
         "wanda": "gossamer.prune.wanda",
+        "ria": "gossamer.prune.ria",
+        "taylor": "gossamer.prune.taylor",
+        "fisher": "gossamer.prune.fisher",
+        "dsnot": "gossamer.prune.dsnot",
         "obs": "gossamer.prune.obs",
+        "admm": "gossamer.prune.admm",
     },
 )
 ALIASES = {"sparsegpt": "obs", "gptq": "obs"}

@@ -1,6 +1,6 @@
 """The main job: a dense model in, a sparse packed checkpoint out, one block in memory at a time.
 
-    resolve -> check -> (score and allocate) -> walk blocks: prune, round, (tune,) pack -> write
+    resolve -> check -> (gradients) -> (score, allocate) -> walk blocks: prune, round, (tune,) pack -> write
 
 Work in progress lies in ``OUT.work``; the same call goes on where it stopped, with the same result.
 """
@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from gossamer import kernels
-from gossamer.calibrate import WorkFolder, fast_dtype, walk
+from gossamer.calibrate import Gradient, Statistic, WorkFolder, fast_dtype, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, GossamerError, OutputError, ResumeError
+from gossamer.errors import CheckpointError, GossamerError, ResumeError
 from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
@@ -33,15 +32,14 @@ from gossamer.models.skeleton import WeightFiles, read_parameter, skeleton
 from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
-from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.compress_shares import allocate
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
-from gossamer.sparse.allocate import NEED_SCORES, LayerInfo, allocation
-from gossamer.sparse.masks import unit_scores
 from gossamer.tune import TunedWeight, Tuner
 from gossamer.version import VERSION
 
@@ -127,6 +125,7 @@ class _Job:
         self.parts = find_parts(self.model)
         check_layers(self.parts)
         self.windows: Tensor | None = None
+        self.gradients: WorkFolder | None = None
         self.text: Text | None = None
         if self.method.needs or self.tuner:
             check_context(self.model.config, settings.seqlen, source.label)
@@ -140,7 +139,8 @@ class _Job:
 
     def run(self) -> Compressed:
         resumed = self.work.resumed
-        shares = self._allocate()
+        self._gather()
+        shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
         for visit in self._walk(self.work, stage, targets=self.tuner is not None):
             self._prune_block(visit, shares)
@@ -150,11 +150,20 @@ class _Job:
         self.work.remove()
         return Compressed(self.out, made, resumed)
 
-    def _walk(self, work: WorkFolder, stage: str, *, targets: bool = False) -> Iterator[Visit]:
+    def _walk(
+        self,
+        work: WorkFolder,
+        stage: str,
+        *,
+        needs: tuple[type[Statistic], ...] | None = None,
+        targets: bool = False,
+    ) -> Iterator[Visit]:
+        """The walk with statistics of ``needs``, those of the method where it is None."""
+        needs = self.method.needs if needs is None else needs
         return walk(
             self.model,
             self.files,
-            self.method.needs,
+            tuple(kind for kind in needs if kind.passes == "streaming"),
             work,
             windows=self.windows,
             targets=targets,
@@ -183,37 +192,12 @@ class _Job:
             "multiplied in": str(fast_dtype()),
         }
 
-    def _allocate(self) -> dict[str, float | None]:
-        """Each layer's sparsity; scores first, in a walk of their own, where layers compete."""
-        sparsity, name = self.combination.sparsity, self.combination.allocation
-        done = self.work.path / "allocation.json"
-        if done.exists():
-            return json.loads(done.read_text())  # type: ignore[no-any-return]
-        layers = []
-        if name in NEED_SCORES and sparsity > 0:
-            scores = WorkFolder(self.work.path / "scores", self.work.fingerprint)
-            for visit in self._walk(scores, "scoring"):
-                for layer_name in visit.layers:
-                    layer = Layer(layer_name, visit.weight(layer_name), visit.statistics.get(layer_name, {}))
-                    check_finite(layer)
-                    units = unit_scores(self.method.scores(layer), self.combination.pattern).contiguous()
-                    data = units.float().numpy().tobytes()
-                    scores.write(f"{layer_name}.scores", data)
-            for layer_name, shape in self._layer_shapes():
-                path = scores.path / f"{layer_name}.scores"
-                layers.append(LayerInfo(layer_name, shape, partial(_read_scores, path)))
-        else:
-            layers = [LayerInfo(layer_name, shape) for layer_name, shape in self._layer_shapes()]
-        shares = allocation(name)(layers, sparsity)
-        text = json.dumps(shares).encode()
-        self.work.write(done.name, text)
-        return shares
-
-    def _layer_shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for block in self.parts.blocks:
-            for inner, module in prunable(block).items():
-                out, features = weight_of(module).shape
-                yield f"{block.name}.{inner}", (out, features)
+    def _gather(self) -> None:
+        """The gradient pass, where the method needs one: of the dense model, before anything is pruned."""
+        if Gradient in self.method.needs:
+            assert self.windows is not None
+            self.gradients = WorkFolder(self.work.path / "gradients", self.work.fingerprint)
+            gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
 
     def _prune_block(self, visit: Visit, shares: dict[str, float | None]) -> None:
         """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder.
@@ -240,7 +224,12 @@ class _Job:
         self.work.write(self.work.block_file(visit.index, ".json").name, data)
 
     def _layer(self, visit: Visit, name: str) -> Layer:
-        return Layer(name, visit.weight(name), visit.statistics.get(name, {}))
+        layer = Layer(name, visit.weight(name), dict(visit.statistics.get(name, {})))
+        if self.gradients is not None:
+            out, features = layer.weight.shape
+            path = gradient_file(self.gradients, name)
+            layer.statistics[Gradient] = Gradient.read(path, (out, features))
+        return layer
 
     def _prune_layer(self, visit: Visit, name: str, share: float | None) -> Pruned:
         layer, c = self._layer(visit, name), self.combination
@@ -386,10 +375,3 @@ def _side_by_side(work: Callable[[str], R], tasks: dict[int, list[str]]) -> list
         done = [found for part in pool.map(run, tasks.values()) for found in part]
     torch.set_num_threads(threads)
     return done
-
-
-def _read_scores(path: Path) -> Tensor:
-    try:
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
-    except OSError as error:
-        raise OutputError(f"the scores {path.name} vanished from the work folder") from error
