@@ -43,6 +43,10 @@ class CacheName(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    kivi4 = "kivi4"
+    gear4 = "gear4"
+    kivi2 = "kivi2"
+    gear2 = "gear2"
 
 
 Cache = Annotated[
