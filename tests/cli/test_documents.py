@@ -34,6 +34,10 @@ def test_every_document_has_the_documented_keys(
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     commands: dict[str, tuple[object, ...]] = {
         "`compress`": ("compress", model, "-o", tmp_path / "out", "--method", "magnitude", *SMALL),
+        "`tune`": (
+            "tune", checkpoint, "-o", tmp_path / "tuned", "--teacher", model, "--text", text, "--tokens", 128,
+            "--seqlen", 32, "--batch", 2, "--held-out", 1,
+        ),
         "`gate`": ("gate", checkpoint, "-o", tmp_path / "gated", "--text", text, *SMALL),
         "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
         "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),

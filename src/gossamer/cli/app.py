@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, run
+from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, run, tune
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("tune")(tune.tune)
 app.command("gate")(gate.gate)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
