@@ -22,6 +22,7 @@ from gossamer.cli import (
     reproduce,
     run,
     shrink,
+    tune,
 )
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("compress")(compress.compress)
 app.command("shrink")(shrink.shrink)
 app.command("apply")(apply.apply)
+app.command("tune")(tune.tune)
 app.command("gate")(gate.gate)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
