@@ -106,6 +106,7 @@ METHODS: Registry[Method] = Registry(
     "pruning method",
     {
         "random": "gossamer.prune.random",
+        "random_search": "gossamer.prune.random_search",
         "magnitude": "gossamer.prune.magnitude",
         "wanda": "gossamer.prune.wanda",
         "ria": "gossamer.prune.ria",
