@@ -12,7 +12,7 @@ from gossamer.calibrate import Gram
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Layer, Pruned, check_combination, round_values
-from gossamer.prune.admm import conjugate_gradients, rising_mask
+from gossamer.prune.admm import rising_mask
 from gossamer.sparse import NM, Unstructured, check_mask, count_pruned, parse_pattern
 
 
@@ -45,19 +45,15 @@ def prune(
     return c.method.prune(layer, c.pattern, c.sparsity, c.values, c.group)
 
 
-def test_conjugate_gradients_reach_the_least_squares_optimum() -> None:
+def test_settles_on_the_least_squares_optimum_of_its_mask() -> None:
     layer = make_layer(6, 20)
-    gram = layer[Gram].matrix / layer[Gram].matrix.diagonal().mean()
-    mask = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < 0.5
-    mask[3] = False  # a row that keeps nothing
-    found = conjugate_gradients(layer.weight, layer.weight * mask, mask, gram, 60)
-    for row, kept, w in zip(found, mask, layer.weight, strict=True):
+    found = prune("admm", layer, "unstructured:row", 0.5, settling=200, damping=1e-6)
+    assert found.mask is not None
+    H = layer[Gram].matrix.double()
+    for row, kept, w in zip(found.weight, found.mask, layer.weight.double(), strict=True):
         exact = torch.zeros(20, dtype=torch.float64)
-        if kept.any():
-            H = gram.double()
-            exact[kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ w.double())
-        torch.testing.assert_close(row.double(), exact, atol=1e-3, rtol=1e-3)
-    assert (found[~mask] == 0).all()
+        exact[kept] = torch.linalg.solve(H[kept][:, kept], H[kept] @ w)
+        torch.testing.assert_close(row.double(), exact, atol=2e-3, rtol=2e-3)
 
 
 def test_comes_close_to_the_best_of_all_masks() -> None:

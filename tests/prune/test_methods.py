@@ -64,6 +64,26 @@ def test_random_is_the_same_again_and_differs_by_layer_and_seed() -> None:
     assert not torch.equal(mask("a", 0), mask("a", 1))
 
 
+def test_random_search_keeps_the_best_of_its_draws() -> None:
+    inputs = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    gram = Gram(24)
+    gram.update(inputs)
+    gram.finish()
+    layer = Layer("layer", torch.randn(8, 24, generator=torch.Generator().manual_seed(1)), {Gram: gram})
+
+    def error(draws: int) -> float:
+        c = check_combination("random_search", sparsity=0.5, options={"draws": draws})
+        pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
+        assert pruned.mask is not None
+        assert int(pruned.mask.sum()) == 96
+        assert torch.equal(pruned.weight, layer.weight * pruned.mask)
+        return float((inputs @ (layer.weight - pruned.weight).T).square().sum())
+
+    draws = [error(n) for n in (1, 2, 4, 8, 16)]
+    assert draws == sorted(draws, reverse=True)
+    assert draws[-1] < 0.95 * draws[0]
+
+
 def test_rounding_weighs_errors_by_the_inputs() -> None:
     torch.manual_seed(0)
     norms = torch.rand(64) * 3
@@ -93,9 +113,13 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"sparsity": 0.5, "group": 48}, MethodError),
         ("wanda", {"sparsity": 0.5, "allocation_name": "fair"}, MethodError),
         ("wanda", {"pattern": "2:4", "allocation_name": "global"}, MethodError),
+        ("wanda", {"pattern": "2:4", "allocation_name": "erk"}, MethodError),
+        ("wanda", {"pattern": "32:64", "allocation_name": "sensitivity"}, MethodError),
+        ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5, "allocation_name": "owl"}, MethodError),
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5}, MethodError),
         ("wanda", {"sparsity": 0.5, "options": {"strength": 1}}, MethodError),
         ("ria", {"sparsity": 0.5, "options": {"power": -1}}, MethodError),
+        ("random_search", {"sparsity": 0.5, "options": {"draws": 0}}, MethodError),
     ],
 )
 def test_bad_combinations_are_refused_before_any_work(

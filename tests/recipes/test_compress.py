@@ -69,6 +69,11 @@ def logits(model: Any) -> torch.Tensor:
         ("random", {"pattern": "channel:in", "sparsity": 0.25, "values": "bfloat16"}),
         ("taylor", {"pattern": "2:4", "values": "int4"}),
         ("fisher", {"sparsity": 0.5, "allocation": "global", "values": "float32"}),
+        ("magnitude", {"sparsity": 0.5, "allocation": "owl", "values": "float32"}),
+        ("wanda", {"sparsity": 0.5, "allocation": "sensitivity", "values": "float32"}),
+        ("random", {"pattern": "4x4", "sparsity": 0.5, "allocation": "erk"}),
+        ("admm", {"sparsity": 0.6, "values": "int4"}),
+        ("dsnot", {"pattern": "4:8", "options": {"start": "magnitude"}}),
     ],
 )
 def test_makes_what_was_asked_for(
@@ -90,7 +95,7 @@ def test_makes_what_was_asked_for(
         if matrix.layout != "dense":
             assert record["sparsity"] == pytest.approx(1 - float(matrix.mask().float().mean()))
     assert model.get_submodule("lm_head").matrix.value_type.name == settings.get("head_values", "int8")
-    if settings.get("allocation") == "global":
+    if settings.get("allocation", "uniform") != "uniform":
         asked = {r["sparsity_requested"] for r in records.values()}
         assert len(asked) > 1
         assert done.made["sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -184,9 +189,9 @@ def test_resumes_from_every_stage_to_the_same_bytes(
         assert again.resumed
 
 
-@pytest.mark.parametrize("stop", [("gradients", 2), ("gradients", 6), ("pruning", 1)])
-def test_the_gradient_pass_resumes_too(stop: tuple[str, int], source: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {**SMALL, "method": "fisher", "sparsity": 0.5}
+@pytest.mark.parametrize("stop", [("gradients", 2), ("gradients", 6), ("scoring", 2), ("pruning", 1)])
+def test_gradients_and_curves_resume_too(stop: tuple[str, int], source: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SMALL, "method": "fisher", "sparsity": 0.5, "allocation": "sensitivity"}
     compress(source, tmp_path / "whole", **settings)
 
     def interrupt(stage: str, done: int, total: int) -> None:
@@ -228,6 +233,7 @@ def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
         ({"pattern": "3:2"}, PatternError, "N:M"),
         ({"pattern": "128x1", "sparsity": 0.5}, PatternError, "do not fit"),
         ({"pattern": "2:4", "allocation": "global"}, MethodError, "cannot be allocated"),
+        ({"sparsity": 0.5, "allocation": "sensitivity", "seqlen": 1}, MethodError, "2 tokens"),
         ({"method": "sorcery"}, MethodError, "there are"),
         ({"method": "taylor", "sparsity": 0.5, "seqlen": 1}, MethodError, "2 tokens"),
         ({"values": "int5"}, GossamerError, "int5"),

@@ -37,7 +37,7 @@ def compress(
         ),
     ] = None,
     allocation: Annotated[
-        str, typer.Option(help="How layers share the sparsity: uniform, global.")
+        str, typer.Option(help="How layers share the sparsity: uniform, global, er, erk, owl, sensitivity.")
     ] = "uniform",
     values: Annotated[str, typer.Option(help=f"Kept weights as {_VALUES}.")] = "int4",
     head_values: Annotated[

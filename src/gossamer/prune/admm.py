@@ -6,8 +6,8 @@ the pattern), which a scaled dual U pulls together (Boyd et al. 2011):
     X̂ = (W H + rho (Z - U)) (H + rho I)^-1        Z = mask * (X̂ + U)        U = U + X̂ - Z
 
 with H = X Xᵀ, inputs scaled to norm 1 so that one rho fits all and the largest |X̂ + U| are those worth
-keeping. The mask is chosen anew each step while sparsity rises along a cubic, then it is fixed, and
-conjugate gradients take the kept weights of all rows to their least-squares optimum.
+keeping. The mask is chosen anew each step while sparsity rises along a cubic; then it is fixed, and some
+steps more take the kept weights close to their least-squares optimum.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ class ADMM(Method):
     """Mask and weights found together by alternating directions, under a sparsity that rises.
 
     ``rising``: steps in which the mask is chosen anew; ``settling``: steps after it with the mask fixed;
-    ``polish``: steps of conjugate gradients at the end; ``damping``: added to the scaled Gram matrix, whose
-    diagonal is 1. Integer values are rounded by the OBS sweep with the mask fixed.
+    ``damping``: added to the scaled Gram matrix, whose diagonal is 1; ``rho``: how hard both are pulled
+    together. Integer values are rounded by the OBS sweep with the mask fixed. The paper's settings.
     """
 
     rising: int = 15
     settling: int = 5
-    polish: int = 10
-    damping: float = 0.01
+    damping: float = 0.1
     rho: float = 1.0
     needs = (Gram,)
     accepts = (Unstructured, NM, Block)
@@ -53,8 +52,8 @@ class ADMM(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.rising < 1 or self.settling < 0 or self.polish < 0:
-            raise MethodError("steps are counted: rising at least 1, settling and polish at least 0")
+        if self.rising < 1 or self.settling < 0:
+            raise MethodError("steps are counted: rising at least 1, settling at least 0")
         if not (0 < self.damping < 10 and 0 < self.rho < 1000):
             raise MethodError(f"damping and rho are positive numbers, got {self.damping} and {self.rho}")
 
@@ -68,7 +67,7 @@ class ADMM(Method):
         problem = _problem(layer[Gram], self.damping, self.rho)
         target = layer.weight.masked_fill(problem.dead, 0.0) * problem.norm
         solved, mask = self._solve(target, problem, pattern, sparsity)
-        weight = conjugate_gradients(target, solved, mask, problem.gram, self.polish) / problem.norm
+        weight = solved / problem.norm
         if not values.is_integer:
             return round_values(weight, mask, values, group)
         factor = inverse_factor(layer[Gram], 0.01, "natural")
@@ -138,21 +137,3 @@ def rising_mask(scores: Tensor, pattern: Pattern, sparsity: float, share: float)
         return mask_from_scores(scores, pattern, sparsity * share)
     kept = mask_from_scores(scores, pattern, sparsity)
     return mask_from_scores(scores.masked_fill(kept, torch.inf), Unstructured("tensor"), sparsity * share)
-
-
-def conjugate_gradients(target: Tensor, start: Tensor, mask: Tensor, gram: Tensor, steps: int) -> Tensor:
-    """Takes the weights ``start`` ``(out, in)`` kept by ``mask`` towards the least tr((T - Z) H (T - Z)ᵀ),
-    each row by itself; no step makes it larger."""
-    found = start.clone()
-    residual = ((target - found) @ gram) * mask
-    direction, size = residual, residual.square().sum(dim=1, keepdim=True)
-    for _ in range(steps):
-        turned = (direction @ gram) * mask
-        curve = (direction * turned).sum(dim=1, keepdim=True)
-        length = torch.where(curve > 0, size / curve, 0.0)
-        found = found + length * direction
-        residual = residual - length * turned
-        now = residual.square().sum(dim=1, keepdim=True)
-        direction = residual + torch.where(size > 0, now / size, 0.0) * direction
-        size = now
-    return found

@@ -8,8 +8,7 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer import kernels
-from gossamer.calibrate import Gradient, Statistic, WorkFolder, fast_dtype, gather, gradient_file, walk
+from gossamer.calibrate import Gradient, WorkFolder, fast_dtype, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
 from gossamer.errors import CheckpointError, GossamerError, ResumeError
 from gossamer.evaluate import reconstruction_error
@@ -37,9 +36,10 @@ from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import allocate
+from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
+from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
 from gossamer.version import VERSION
 
@@ -120,6 +120,7 @@ class _Job:
         self.source, self.out, self.settings = source, out, settings
         self.combination, self.tuner, self.progress = combination, tuned_by, progress
         self.method = combination.method
+        self.needs = (*self.method.needs, *allocation_needs(combination))
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
         self.parts = find_parts(self.model)
@@ -127,7 +128,7 @@ class _Job:
         self.windows: Tensor | None = None
         self.gradients: WorkFolder | None = None
         self.text: Text | None = None
-        if self.method.needs or self.tuner:
+        if self.needs or self.tuner:
             check_context(self.model.config, settings.seqlen, source.label)
             self.text = read_text(calibration)
             tokenizer = load_tokenizer(source.folder)
@@ -142,7 +143,7 @@ class _Job:
         self._gather()
         shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
-        for visit in self._walk(self.work, stage, targets=self.tuner is not None):
+        for visit in self._walk(self.work, stage, self.method.needs, targets=self.tuner is not None):
             self._prune_block(visit, shares)
         self._pack_edges()
         made = self._made()
@@ -150,16 +151,7 @@ class _Job:
         self.work.remove()
         return Compressed(self.out, made, resumed)
 
-    def _walk(
-        self,
-        work: WorkFolder,
-        stage: str,
-        *,
-        needs: tuple[type[Statistic], ...] | None = None,
-        targets: bool = False,
-    ) -> Iterator[Visit]:
-        """The walk with statistics of ``needs``, those of the method where it is None."""
-        needs = self.method.needs if needs is None else needs
+    def _walk(self, work: WorkFolder, stage: str, needs: Needs, *, targets: bool = False) -> Iterator[Visit]:
         return walk(
             self.model,
             self.files,
@@ -193,22 +185,15 @@ class _Job:
         }
 
     def _gather(self) -> None:
-        """The gradient pass, where the method needs one: of the dense model, before anything is pruned."""
-        if Gradient in self.method.needs:
+        """The gradient pass over the dense model, where method or allocation needs one."""
+        if Gradient in self.needs:
             assert self.windows is not None
             self.gradients = WorkFolder(self.work.path / "gradients", self.work.fingerprint)
             gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
 
     def _prune_block(self, visit: Visit, shares: dict[str, float | None]) -> None:
-        """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder.
-
-        Layers that share statistics are one task, tasks run side by side, each on one thread: a sweep is
-        many small steps that gain nothing from more, and its result must not depend on their number.
-        """
-        tasks: dict[int, list[str]] = {}
-        for name in visit.layers:
-            tasks.setdefault(id(visit.statistics.get(name, name)), []).append(name)
-        solved = dict(_side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), tasks))
+        """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder."""
+        solved = dict(side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), visit))
         notes = self._tune(visit, solved)
 
         def finish(name: str) -> tuple[str, tuple[Packed, dict[str, Any]]]:
@@ -217,7 +202,7 @@ class _Job:
             record = self._record(visit, name, solved[name], matrix, shares[name] or 0.0)
             return name, (matrix, record | notes)
 
-        finished = dict(_side_by_side(finish, tasks))
+        finished = dict(side_by_side(finish, visit))
         matrices: dict[str, Matrix] = {f"{name}.weight": finished[name][0] for name in visit.layers}
         data = json.dumps([finished[name][1] for name in visit.layers], allow_nan=False).encode()
         write_part(self.work.block_file(visit.index), matrices)
@@ -362,16 +347,3 @@ def pack_pruned(pruned: Pruned, combination: Combination) -> Packed:
     if pruned.quantized is not None:
         return Packed.pack(pruned.quantized, mask=pruned.mask)
     return Packed.pack(pruned.weight, combination.values.name, mask=pruned.mask)
-
-
-def _side_by_side(work: Callable[[str], R], tasks: dict[int, list[str]]) -> list[R]:
-    """``work`` of every name: tasks on threads of their own, the names of one task in turn."""
-
-    def run(names: list[str]) -> list[R]:
-        return [work(name) for name in names]
-
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = [found for part in pool.map(run, tasks.values()) for found in part]
-    torch.set_num_threads(threads)
-    return done

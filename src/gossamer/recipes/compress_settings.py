@@ -10,6 +10,7 @@ from gossamer.calibrate import Gradient
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Combination, check_combination
+from gossamer.recipes.compress_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
 
@@ -53,8 +54,11 @@ class CompressSettings(BaseModel):
             group=self.group,
             options=self.options,
         )
-        if self.seqlen < 2 and Gradient in found.method.needs:
-            raise MethodError(f"{self.method} needs gradients, and they need windows of at least 2 tokens")
+        if self.seqlen < 2 and Gradient in (*found.method.needs, *allocation_needs(found)):
+            raise MethodError(
+                f"{self.method} with allocation {self.allocation} needs gradients, and they need windows "
+                "of at least 2 tokens"
+            )
         return found
 
     def tuner(self) -> Tuner | None:

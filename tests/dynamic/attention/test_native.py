@@ -163,9 +163,7 @@ def test_static_policies_give_a_token_the_same_bits_however_it_comes(name: str, 
 @pytest.mark.usefixtures("without_tiles")
 @pytest.mark.parametrize("cache", [*CACHES, "gear4"])
 @pytest.mark.parametrize("name", ESTIMATING)
-def test_estimates_depend_on_nothing_but_the_chunk_and_what_came_before(
-    name: str, cache: CacheKind
-) -> None:
+def test_estimates_depend_on_nothing_but_the_chunk_and_what_came_before(name: str, cache: CacheKind) -> None:
     model, ids = made(), tiny_tokens(1, 1200)[0]
     decoder = Decoder(model)
     want = session_of(model, ESTIMATING[name], cache, decoder).logits(ids)

@@ -37,9 +37,7 @@ def made(**changes: Any) -> Any:
     return tiny_model("llama", **changes).requires_grad_(False)
 
 
-def session_of(
-    model: Any, method: DoubleSparsity | None, cache: CacheKind = torch.float32
-) -> NativeSession:
+def session_of(model: Any, method: DoubleSparsity | None, cache: CacheKind = torch.float32) -> NativeSession:
     config = model.config
     looks = method and method.policy(model).native(config.num_hidden_layers, config.num_attention_heads)
     return NativeSession(Decoder(model), cache, looks)
