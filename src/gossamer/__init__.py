@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.load import load
     from gossamer.recipes.measure import plan, quality, speed
     from gossamer.recipes.quickstart import quickstart
+    from gossamer.recipes.sample import sample
 
 __all__ = [
     "BlockDiagonal",
@@ -55,6 +56,7 @@ __all__ = [
     "plan",
     "quality",
     "quickstart",
+    "sample",
     "speed",
     "verify_checkpoint",
 ]
@@ -82,6 +84,7 @@ _PLACES = {
     "gossamer.recipes.gate": ("gate",),
     "gossamer.recipes.load": ("load",),
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
+    "gossamer.recipes.sample": ("sample",),
     "gossamer.recipes.quickstart": ("quickstart",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

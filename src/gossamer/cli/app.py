@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, run
+from gossamer.cli import bench, chat, compress, evaluate, files, gate, listing, quickstart, run, sample
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress.compress)
 app.command("gate")(gate.gate)
+app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("run")(run.run)
