@@ -21,6 +21,7 @@ from gossamer.cli import (
     quickstart,
     reproduce,
     run,
+    sample,
     shrink,
     tune,
 )
@@ -41,6 +42,7 @@ app.command("shrink")(shrink.shrink)
 app.command("apply")(apply.apply)
 app.command("tune")(tune.tune)
 app.command("gate")(gate.gate)
+app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("run")(run.run)
