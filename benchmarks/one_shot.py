@@ -39,13 +39,68 @@ CONFIGS: dict[str, tuple[str, str | None]] = {
     "tuned_2_4": ("--pattern 2:4 --values bf16 --head-values bf16 --windows 32 --tune blockwise", None),
 }
 
+# the catalogue: every method in every pattern that it accepts, in bfloat16 with 32 windows
+PATTERNS = {
+    "50": "--sparsity 0.5",
+    "60": "--sparsity 0.6",
+    "70": "--sparsity 0.7",
+    "32_64": "--pattern 32:64",
+    "2_4": "--pattern 2:4",
+    "4_8": "--pattern 4:8",
+    "16x4_30": "--pattern 16x4 --sparsity 0.3",
+}
+METHODS = {
+    "random": "random",
+    "random_search": "random_search",
+    "magnitude": "magnitude",
+    "wanda": "wanda",
+    "ria": "ria",
+    "taylor": "taylor",
+    "fisher": "fisher",
+    "obs": "obs",
+    "admm": "admm",
+    "dsnot": "dsnot",  # from Wanda's masks
+    "dsnot_magnitude": "dsnot --option start=magnitude",
+}
+ALLOCATIONS = ("global", "erk", "owl", "sensitivity")  # uniform: the catalogue's own
+PLAIN = "--values bf16 --head-values bf16 --windows 32"
+CATALOGUE: dict[str, tuple[str, str | None]] = {
+    **{
+        f"{method}_{pattern}": (f"--method {name} {options} {PLAIN}", None)
+        for method, name in METHODS.items()
+        for pattern, options in PATTERNS.items()
+        if not (method.startswith("dsnot") and pattern == "16x4_30")
+    },
+    **{
+        f"{method}_{share}_{allocation}": (
+            f"--method {method} --sparsity 0.{share} --allocation {allocation} {PLAIN}",
+            None,
+        )
+        for method in ("wanda", "obs", "fisher")
+        for share in ("60", "70")
+        for allocation in ALLOCATIONS
+    },
+    **{
+        f"admm_{name}_int4": (f"--method admm {options} --values int4 --windows 32", None)
+        for name, options in (
+            ("50", "--sparsity 0.5"),
+            ("32_64", "--pattern 32:64"),
+            ("2_4", "--pattern 2:4"),
+        )
+    },
+}
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.one_shot", description=__doc__)
     protocol.add_model_arguments(parser)
     parser.add_argument(
-        "--configs", default="all", metavar="A,B", help="all, or some of: " + ", ".join(CONFIGS)
+        "--configs",
+        default="all",
+        metavar="A,B",
+        help="all, catalogue, or some of: " + ", ".join((*CONFIGS, *CATALOGUE)),
     )
+    parser.add_argument("--missing", action="store_true", help="only those that the results lack")
     parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
     parser.add_argument("--measure-only", action="store_true", help="measure what --keep holds already")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints in this folder")
@@ -102,13 +157,18 @@ def main() -> None:
         raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
     args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())
     protocol.set_threads(args.threads)
-    names = list(CONFIGS) if args.configs == "all" else args.configs.split(",")
-    if unknown := [name for name in names if name not in CONFIGS]:
-        raise SystemExit(f"no such configuration: {', '.join(unknown)}; there are {', '.join(CONFIGS)}")
+    known = {**CONFIGS, **CATALOGUE}
+    groups = {"all": list(CONFIGS), "catalogue": list(CATALOGUE)}
+    names = groups.get(args.configs) or args.configs.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"no such configuration: {', '.join(unknown)}; there are {', '.join(known)}")
+    if args.missing:
+        done = protocol.read_json(args.out).get("runs", {})
+        names = [name for name in names if name not in done]
     original = protocol.read_json(protocol.RESULTS / "original.json").get("runs", {})
     rows = []
     for name in names:
-        options, rival = CONFIGS[name]
+        options, rival = known[name]
         folder = args.keep or Path(tempfile.mkdtemp())
         out = folder / name
         try:

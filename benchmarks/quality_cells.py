@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -82,7 +81,8 @@ def shrunk(args: argparse.Namespace, cell: Cell) -> Path:
     out = (args.work / args.name / f"shrunk{SHRUNK[cell.name]}".replace(" ", "_")).absolute()
     if not out.exists():
         text = Path(args.data) / protocol.CALIBRATION_TEXT
-        command = ["shrink", str(args.model), *SHRUNK[cell.name].split(), "--text", str(text)]
+        command = ["shrink", str(args.model), *SHRUNK[cell.name].split()]
+        command += ["--calibration", str(text)]
         _run(args, [*command, "--out", str(out)])
     return out
 
@@ -112,12 +112,13 @@ def record_of(folder: Path) -> dict[str, Any]:
 
     size = size_of(folder)
     made = json.loads((folder / "gossamer.json").read_text(encoding="utf-8")).get("made", {})
-    tokens = sum({layer.get("tuned_tokens", 0) for layer in made.get("layers", ())})
+    tokens = max((layer.get("tuned_tokens", 0) for layer in made.get("layers", ())), default=0)
+    tokens += sum(one["tokens"] for one in made.get("tuned") or ())
     return {
         "weight_bytes": size.weight_file_bytes,
         "bits_linears": round(size.linear_bits, 3),
         "bits_all_in": round(size.all_bits, 3),
-        "tuned_tokens": made.get("tokens", tokens),
+        "tuned_tokens": tokens,
     }
 
 
@@ -127,7 +128,3 @@ def rival_bytes(args: argparse.Namespace, c: Contender) -> int:
     if c.engine == "openvino":
         return (job.file("openvino-") / "openvino_model.bin").stat().st_size
     return job.file("", ".gguf").stat().st_size
-
-
-def clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

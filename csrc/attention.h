@@ -9,9 +9,15 @@
 //   values    [kChunk / P][wide][P]                        one register meets 16 numbers of P positions
 //   scales    [kChunk] float32                             (int8) one a position
 //
+// A part of a packed cache holds compressed blocks (compression.h). Rows look at the block that they lie in
+// and at kWhole before it as they are, in bfloat16, and at earlier ones as compression left them, whenever
+// they come.
+//
 // This header is included by units of every instruction set: nothing in it may have external linkage.
 #pragma once
 #include <stdint.h>
+
+#include "compression.h"
 
 namespace gossamer {
 
@@ -20,11 +26,13 @@ constexpr int kBlock = 64;      // positions of a block
 constexpr int kQueries = 32;    // most that attend together
 constexpr int kMostHead = 256;  // numbers of a head
 
-enum CacheType : int { kCacheF32 = 0, kCacheBF16 = 1, kCacheI8 = 2 };
+constexpr int kWhole = 1;  // blocks before their own that rows of a packed cache see as they are
+
+enum CacheType : int { kCacheF32 = 0, kCacheBF16 = 1, kCacheI8 = 2, kCachePacked = 3 };
 
 static inline int wide_of(int64_t dim) { return int((dim + 15) / 16 * 16); }
 
-// Bytes of the keys, or of the values, of one head in a chunk: a multiple of 64.
+// Bytes of the keys, or of the values, of one head in a chunk that is not packed: a multiple of 64.
 static inline int64_t part_bytes(int64_t dim, int type) {
     const int64_t numbers = int64_t(kChunk) * wide_of(dim);
     return type == kCacheF32 ? 4 * numbers : type == kCacheBF16 ? 2 * numbers : numbers + 4 * kChunk;
@@ -46,6 +54,15 @@ static inline void open_state(float* state, int64_t dim) {
     state[wide_of(dim)] = kLowest;
 }
 
+// Bytes of the keys, or of the values, of one head in a block of bfloat16.
+static inline int64_t whole_bytes(int64_t dim) { return 2 * int64_t(kBlock) * wide_of(dim); }
+
+// Blocks of one head as they are, in bfloat16: block b lies in slot b % slots.
+struct WholeBlocks {
+    uint8_t *keys, *values;
+    int64_t slots;
+};
+
 // Queries of one head of keys.
 struct Attention {
     int count;                   // 1 .. kQueries
@@ -53,6 +70,8 @@ struct Attention {
     int type;                    // of the cache
     const uint8_t* const* keys;  // parts of chunk 0, 1, ...
     const uint8_t* const* values;
+    Compression how;          // of a packed cache, whose queries lie in one block
+    WholeBlocks whole;        // its blocks that are seen as they are
     const void* queries;      // [count][wide], as place_query left them
     int64_t first[kQueries];  // the positions that each one sees: [first, last]
     int64_t last[kQueries];

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "elementary.h"
+#include "expand.h"
 #include "simd.h"
 
 namespace gossamer {
@@ -108,17 +109,31 @@ struct Scratch {
 };
 
 int64_t attention_scratch(int64_t dim, int type) {
-    return 4 * kQueries * (state_size(dim) + 16) + (type == kCacheI8 ? 4 * kBlock * wide_of(dim) : 0);
+    return 4 * kQueries * (state_size(dim) + 16) +
+           (type == kCacheI8 || type == kCachePacked ? 4 * kBlock * wide_of(dim) : 0);
 }
 
 // Codes, or numbers, of one block in a part.
 const uint8_t* at_block(const Attention& a, const uint8_t* const* parts, int64_t number) {
+    if (a.type == kCachePacked) {
+        const int64_t bytes = PackedBlock(a.how, kBlock, wide_of(a.dim), parts == a.keys).bytes;
+        return parts[number * kBlock / kChunk] + number % (kChunk / kBlock) * bytes;
+    }
     const int64_t start = number * kBlock, size = a.type == kCacheF32 ? 4 : a.type == kCacheBF16 ? 2 : 1;
     return parts[start / kChunk] + start % kChunk * wide_of(a.dim) * size;
 }
 
 const float* scales_of(const Attention& a, const uint8_t* part, int64_t start) {
     return (const float*)(part + int64_t(kChunk) * wide_of(a.dim)) + start % kChunk;
+}
+
+// Keys or values of block `number` of a packed cache: as they are, or opened.
+const uint16_t* seen_packed(const Attention& a, bool keys, int64_t number, uint16_t* room) {
+    if (number >= a.last[0] / kBlock - kWhole)
+        return (const uint16_t*)((keys ? a.whole.keys : a.whole.values) +
+                                 number % a.whole.slots * whole_bytes(a.dim));
+    open_packed(a.how, keys, wide_of(a.dim), at_block(a, keys ? a.keys : a.values, number), room);
+    return room;
 }
 
 // Block `number`, as it lies or opened; `next`: the one that is looked at after it.
@@ -128,6 +143,15 @@ Block<T> open_block(const Attention& a, const Scratch& scratch, int64_t number, 
     const int64_t start = number * kBlock;
     const uint8_t* next_keys = at_block(a, a.keys, next);
     if constexpr (sizeof(T) == 2) {
+        if (a.type == kCachePacked)
+            return {seen_packed(a, true, number, scratch.keys),
+                    seen_packed(a, false, number, scratch.values),
+                    nullptr,
+                    nullptr,
+                    at_block(a, a.values, next),
+                    next_keys,
+                    start,
+                    count};
         if (a.type == kCacheI8) {
             const int wide = wide_of(a.dim);
             open_codes((const int8_t*)keys, kBlock * wide, scratch.keys);

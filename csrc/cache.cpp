@@ -1,7 +1,9 @@
 #include "cache.h"
 
-#include <algorithm>
+#include <cstring>
 #include <new>
+
+#include "compress.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -24,25 +26,135 @@ uint8_t* chunk_memory(int64_t bytes) {
     return static_cast<uint8_t*>(memory);
 }
 
+int64_t bytes_of_part(int64_t dim, CacheType type, const Compression& how, bool keys) {
+    if (type != kCachePacked) return part_bytes(dim, type);
+    return kChunk / kBlock * PackedBlock(how, kBlock, wide_of(dim), keys).bytes;
+}
+
+void copy_block(const WholeBlocks& from, const WholeBlocks& to, int64_t block, int64_t bytes) {
+    std::memcpy(to.keys + block % to.slots * bytes, from.keys + block % from.slots * bytes, size_t(bytes));
+    std::memcpy(to.values + block % to.slots * bytes, from.values + block % from.slots * bytes,
+                size_t(bytes));
+}
+
+float wide_float(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
 }  // namespace
 
-Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type)
+Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type, const Compression& how,
+             std::vector<float> start)
     : layers_(layers),
       kv_heads_(kv_heads),
       head_dim_(head_dim),
       type_(type),
-      part_bytes_(part_bytes(head_dim, type)),
-      chunk_bytes_(layers * kv_heads * 2 * part_bytes_) {}
+      how_(how),
+      start_(std::move(start)),
+      key_bytes_(bytes_of_part(head_dim, type, how, true)),
+      value_bytes_(bytes_of_part(head_dim, type, how, false)),
+      chunk_bytes_(layers * kv_heads * (key_bytes_ + value_bytes_)) {}
 
 void Cache::truncate(int64_t length) {
-    length_ = std::min(length_, std::max<int64_t>(0, length));
+    length = std::min(length_, std::max<int64_t>(0, length));
+    if (packed() && length > 0 && length < length_) {
+        const int64_t last = (length - 1) / kBlock, kept = (length_ - 1) / kBlock - kTail + 1;
+        for (int64_t block = std::max<int64_t>(0, last - kTail + 1); block < std::min(kept, last + 1);
+             block++)
+            for (int64_t i = 0; i < layers_ * kv_heads_; i++) {
+                const int64_t layer = i / kv_heads_, head = i % kv_heads_;
+                const WholeBlocks tail = tail_of(layer, head);
+                const int64_t at = block % tail.slots * whole_bytes(head_dim_);
+                open_block(how_, true, head_dim_, compressed_at(layer, head, true, block), tail.keys + at);
+                open_block(how_, false, head_dim_, compressed_at(layer, head, false, block),
+                           tail.values + at);
+            }
+    }
+    length_ = length;
+    compressed_ = std::min(compressed_, length / kBlock);
     chunks_.resize(size_t((length_ + kChunk - 1) / kChunk));
+}
+
+void Cache::fill(int64_t length) {
+    length_ = length;
+    if (packed()) compressed_ = std::max(compressed_, due(length));
+}
+
+void Cache::read_key(int64_t layer, int64_t head, int64_t position, float* to) const {
+    const int64_t wide = wide_of(head_dim_), p = position % kChunk, block = position / kBlock;
+    if (packed()) {
+        const WholeBlocks whole = whole_of(layer, head);
+        if (block >= due(length_))
+            read_whole_key(head_dim_, whole.keys + block % whole.slots * whole_bytes(head_dim_), p % kBlock,
+                           to);
+        else
+            read_packed_key(how_, head_dim_, compressed_at(layer, head, true, block), p % kBlock, to);
+        return;
+    }
+    const uint8_t* part = keys_of(layer, head)[position / kChunk];
+    const int word = type_ == kCacheF32 ? 1 : 2;
+    const float scale =
+        type_ == kCacheI8 ? reinterpret_cast<const float*>(part + int64_t(kChunk) * wide)[p] : 1;
+    for (int64_t i = 0; i < head_dim_; i++) {
+        const int64_t at = p / 16 * 16 * wide + i / word * 16 * word + p % 16 * word + i % word;
+        if (type_ == kCacheF32)
+            to[i] = reinterpret_cast<const float*>(part)[at];
+        else if (type_ == kCacheBF16)
+            to[i] = wide_float(reinterpret_cast<const uint16_t*>(part)[at]);
+        else
+            to[i] = scale * float(reinterpret_cast<const int8_t*>(part)[at]);
+    }
+}
+
+WholeBlocks Cache::tail_of(int64_t layer, int64_t head) const {
+    const int64_t bytes = kTail * whole_bytes(head_dim_);
+    uint8_t* at = tail_.get() + (layer * kv_heads_ + head) * 2 * bytes;
+    return {at, at + bytes, kTail};
+}
+
+WholeBlocks Cache::whole_of(int64_t layer, int64_t head) const {
+    if (!staged_) return tail_of(layer, head);
+    const int64_t bytes = kStaged * whole_bytes(head_dim_);
+    uint8_t* at = staged_ + head * 2 * bytes;
+    return {at, at + bytes, kStaged};
+}
+
+uint8_t* Cache::compressed_at(int64_t layer, int64_t head, bool keys, int64_t block) const {
+    const int64_t chunk = block * kBlock / kChunk, of = block % (kChunk / kBlock);
+    return (keys ? keys_of(layer, head) : values_of(layer, head))[chunk] +
+           of * (keys ? key_bytes_ : value_bytes_) / (kChunk / kBlock);
+}
+
+void Cache::take_in(int64_t layer, int64_t head) const {
+    const int64_t last = (length_ - 1) / kBlock;
+    for (int64_t block = std::max<int64_t>(0, last - kWhole); block <= last && length_ > 0; block++)
+        copy_block(tail_of(layer, head), whole_of(layer, head), block, whole_bytes(head_dim_));
+}
+
+void Cache::give_back(int64_t layer, int64_t head, int64_t length) {
+    const int64_t last = (length - 1) / kBlock;
+    for (int64_t block = std::max(length_ / kBlock, last - kTail + 1); block <= last; block++)
+        copy_block(whole_of(layer, head), tail_of(layer, head), block, whole_bytes(head_dim_));
+}
+
+void Cache::compress(int64_t layer, int64_t head, bool keys, int64_t block) const {
+    const WholeBlocks whole = whole_of(layer, head);
+    compress_block(how_, keys, head_dim_,
+                   (keys ? whole.keys : whole.values) + block % whole.slots * whole_bytes(head_dim_),
+                   start_.data(), compressed_at(layer, head, keys, block));
 }
 
 void Cache::grow(int64_t length) {
     const int64_t wanted = (length + kChunk - 1) / kChunk, had = int64_t(chunks_.size());
     if (wanted <= had) return;
     try {
+        if (packed() && !tail_) {
+            tail_.reset(chunk_memory(tail_bytes()));
+            if (!tail_) throw std::bad_alloc();
+        }
         while (int64_t(chunks_.size()) < wanted) {
             chunks_.emplace_back(chunk_memory(chunk_bytes_));
             if (!chunks_.back()) throw std::bad_alloc();
@@ -56,7 +168,8 @@ void Cache::grow(int64_t length) {
         }
         for (int64_t part = 0; part < parts; part++)
             for (int64_t c = moved ? 0 : had; c < wanted; c++)
-                parts_[size_t(part * room_ + c)] = chunks_[size_t(c)].get() + part * part_bytes_;
+                parts_[size_t(part * room_ + c)] =
+                    chunks_[size_t(c)].get() + part / 2 * (key_bytes_ + value_bytes_) + part % 2 * key_bytes_;
     } catch (...) {
         truncate(length_);
         throw;

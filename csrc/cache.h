@@ -1,5 +1,6 @@
 // Keys and values of one sequence in all layers of a model.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -9,11 +10,20 @@
 
 namespace gossamer {
 
+constexpr int64_t kMostRows = 512;  // that are appended together, at fixed positions
+
 // Chunks of kChunk positions, each with the parts of all layers and heads. It grows by chunks, and nothing
 // that lies in it ever moves.
+//
+// A packed cache has besides the last kTail blocks of each head as they are. A block is compressed from them
+// when the first row comes that sees it so: kWhole + 1 blocks later. Rows that come together are staged:
+// `take_in`, place, `compress` what is `due`, look, `give_back`, each shared out to threads with barriers
+// between.
 class Cache {
   public:
-    Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type);
+    // how, start (compress.h): of a packed cache.
+    Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type, const Compression& how = {},
+          std::vector<float> start = {});
     Cache(const Cache&) = delete;
 
     int64_t layers() const { return layers_; }
@@ -21,12 +31,18 @@ class Cache {
     int64_t head_dim() const { return head_dim_; }
     CacheType type() const { return type_; }
     int64_t length() const { return length_; }  // positions that are filled
-    int64_t bytes() const { return int64_t(chunks_.size()) * chunk_bytes_; }
+    int64_t bytes() const { return int64_t(chunks_.size()) * chunk_bytes_ + (tail_ ? tail_bytes() : 0); }
+    double token_bytes() const { return double(chunk_bytes_) / kChunk; }  // of one position, but for the tail
+    bool packed() const { return type_ == kCachePacked; }
+    const Compression& how() const { return how_; }
+    CacheType type_of_rows() const { return packed() ? kCacheBF16 : type_; }  // in which positions are placed
 
     // Makes room for `length` positions; throws std::bad_alloc, and is as before then.
     void grow(int64_t length);
-    void fill(int64_t length) { length_ = length; }  // positions up to here now hold something
-    void truncate(int64_t length);                   // forgets what comes after
+    void fill(int64_t length);  // positions up to here now hold something
+    // Forgets what comes after. What a packed cache no longer has as it was it opens again, as compression
+    // left it.
+    void truncate(int64_t length);
 
     // Of each chunk, the part that holds the keys of one head; the values follow at `values_of`.
     uint8_t* const* keys_of(int64_t layer, int64_t head) const {
@@ -36,7 +52,30 @@ class Cache {
         return parts_.data() + number(layer, head, 1);
     }
 
+    // The key of one head at a position: [dim]; as it is where it still lies so.
+    void read_key(int64_t layer, int64_t head, int64_t position, float* to) const;
+
+    // ---- of a packed cache
+
+    // Blocks of a head as they are: the tail, or while many rows are staged (all from `take_in` on) those.
+    WholeBlocks whole_of(int64_t layer, int64_t head) const;
+    // Memory for a layer of rows that come together, kMostRows at most; null: the next row comes alone.
+    int64_t stage_bytes() const { return packed() ? 2 * kv_heads_ * kStaged * whole_bytes(head_dim_) : 0; }
+    void stage(uint8_t* memory) { staged_ = memory; }
+    void take_in(int64_t layer, int64_t head) const;
+    void give_back(int64_t layer, int64_t head, int64_t length);  // now `length` positions
+    // Blocks [due_from, due(length)) are to be compressed before the row of position length - 1 looks.
+    int64_t due_from() const { return compressed_; }
+    static int64_t due(int64_t length) { return std::max<int64_t>(0, (length - 1) / kBlock - kWhole); }
+    void compress(int64_t layer, int64_t head, bool keys, int64_t block) const;
+
   private:
+    static constexpr int64_t kTail = kWhole + 2;
+    static constexpr int64_t kStaged = kMostRows / kBlock + kWhole + 1;
+
+    int64_t tail_bytes() const { return 2 * layers_ * kv_heads_ * kTail * whole_bytes(head_dim_); }
+    WholeBlocks tail_of(int64_t layer, int64_t head) const;
+    uint8_t* compressed_at(int64_t layer, int64_t head, bool keys, int64_t block) const;
     int64_t number(int64_t layer, int64_t head, int which) const {
         return ((layer * kv_heads_ + head) * 2 + which) * room_;
     }
@@ -46,8 +85,13 @@ class Cache {
 
     const int64_t layers_, kv_heads_, head_dim_;
     const CacheType type_;
-    const int64_t part_bytes_, chunk_bytes_;
+    const Compression how_;
+    const std::vector<float> start_;
+    const int64_t key_bytes_, value_bytes_, chunk_bytes_;  // of parts, and a chunk
     int64_t length_ = 0;
+    int64_t compressed_ = 0;                 // blocks that are
+    std::unique_ptr<uint8_t[], Free> tail_;  // [layer][head][keys, values][slot]
+    uint8_t* staged_ = nullptr;              // [head][keys, values][slot]
     std::vector<std::unique_ptr<uint8_t[], Free>> chunks_;
     std::vector<uint8_t*> parts_;  // [layer][head][keys, values][chunk of room_]
     int64_t room_ = 0;

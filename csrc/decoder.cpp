@@ -15,8 +15,6 @@
 namespace gossamer {
 namespace {
 
-constexpr int64_t kRows = 512;  // tokens that go through the layers together, at fixed positions
-
 std::string fits(const Packed& w, int64_t out, int64_t in, const std::string& name) {
     if (w.out == out && w.in == in) return "";
     return name + " is " + std::to_string(w.out) + " x " + std::to_string(w.in) + ", not " +
@@ -146,6 +144,7 @@ class DecoderRun {
         cache_.grow(start_ + count);
         if (policy_) policy_->begin(cache_, count, threads_);
         lay_out();
+        cache_.stage(rows_ > 1 ? reinterpret_cast<uint8_t*>(staged_) : nullptr);
         if (rows_ > 1) {
             tickets_ = std::make_unique<std::atomic<int64_t>[]>(m_.layers.size());
             for (size_t i = 0; i < m_.layers.size(); i++) tickets_[i] = 0;
@@ -155,6 +154,7 @@ class DecoderRun {
         else
             run_together(
                 threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
+        cache_.stage(nullptr);
         cache_.fill(start_ + count);
         if (gates_) gates_->count_tokens(count);
         if (policy_) policy_->end(cache_);
@@ -199,9 +199,10 @@ class DecoderRun {
                                    padded_ * m_.vocabulary * (all_ && padded_ > rows_),
                                    rows_ * m_.heads * wide_of(m_.head_dim),
                                    rows_ == 1 ? m_.heads * most_chunks * state : 0,
-                                   gates_ && padded_ > 1 ? padded_ * widest : 0};
+                                   gates_ && padded_ > 1 ? padded_ * widest : 0,
+                                   rows_ > 1 ? cache_.stage_bytes() / 4 : 0};
         float** places[] = {&x_,  &normed_, &q_,     &k_,       &v_,      &attended_, &gate_,
-                            &up_, &angles_, &spare_, &queries_, &states_, &gated_};
+                            &up_, &angles_, &spare_, &queries_, &states_, &gated_,    &staged_};
         constexpr int kPlaces = sizeof places / sizeof *places;
         const bool own = padded_ == 1;  // activations, and the row that they are made of
         const int64_t of_attention =
@@ -396,12 +397,47 @@ class DecoderRun {
                 attention_.place_query(x, dim, m_.scaling, cache_.type(), query_at(row, head));
                 continue;
             }
-            const int64_t position = start_ + row, chunk = position / kChunk;
-            attention_.place_position(x, v_ + (row * m_.kv_heads + key_head) * dim, dim, cache_.type(),
-                                      position % kChunk, row + 1 == rows_,
-                                      cache_.keys_of(number, key_head)[chunk],
-                                      cache_.values_of(number, key_head)[chunk]);
+            place_key(number, key_head, row, x, v_ + (row * m_.kv_heads + key_head) * dim);
         }
+    }
+
+    void place_key(int64_t number, int64_t head, int64_t row, const float* key, const float* value) {
+        const int64_t position = start_ + row, chunk = position / kChunk, dim = m_.head_dim;
+        const bool final = row + 1 == rows_;
+        if (!cache_.packed())
+            return attention_.place_position(key, value, dim, cache_.type(), position % kChunk, final,
+                                             cache_.keys_of(number, head)[chunk],
+                                             cache_.values_of(number, head)[chunk]);
+        if (rows_ == 1)
+            for (int64_t block = cache_.due_from(); block < cache_.due(position + 1); block++)
+                for (bool keys : {true, false}) cache_.compress(number, head, keys, block);
+        const WholeBlocks whole = cache_.whole_of(number, head);
+        const int64_t at = position / kBlock % whole.slots * whole_bytes(dim);
+        attention_.place_position(key, value, dim, kCacheBF16, position % kBlock, final, whole.keys + at,
+                                  whole.values + at);
+    }
+
+    // A packed cache, where several rows come: their blocks lie aside while they look.
+    bool stages() const { return cache_.packed() && rows_ > 1; }
+
+    void take_in(const Worker& me, int64_t number) const {
+        const Share mine = share_of(stages() ? m_.kv_heads : 0, me.id, threads_);
+        for (int64_t head = mine.begin; head < mine.end; head++) cache_.take_in(number, head);
+    }
+
+    void give_back(const Worker& me, int64_t number) const {
+        const Share mine = share_of(stages() ? m_.kv_heads : 0, me.id, threads_);
+        for (int64_t head = mine.begin; head < mine.end; head++)
+            cache_.give_back(number, head, start_ + rows_);
+    }
+
+    void compress(const Worker& me, int64_t number) {
+        const int64_t from = cache_.due_from(), count = cache_.due(start_ + rows_) - from;
+        if (!stages() || count <= 0) return;
+        const Share mine = share_of(2 * count * m_.kv_heads, me.id, threads_);
+        for (int64_t i = mine.begin; i < mine.end; i++)
+            cache_.compress(number, i / (2 * count), i % 2 == 0, from + i / 2 % count);
+        barrier_.wait();
     }
 
     // Rows of a head lie side by side.
@@ -436,6 +472,10 @@ class DecoderRun {
         a.type = cache_.type();
         a.keys = cache_.keys_of(number, kv_head);
         a.values = cache_.values_of(number, kv_head);
+        if (cache_.packed()) {
+            a.how = cache_.how();
+            a.whole = cache_.whole_of(number, kv_head);
+        }
         a.queries = query_at(row, head);
         a.many = rows_ > kFewRows;
         for (int i = 0; i < count; i++) {
@@ -603,18 +643,21 @@ class DecoderRun {
         const Layer& l = m_.layers[size_t(number)];
         const Reads at_q{number, kAtQ}, at_o{number, kAtO}, at_gate{number, kAtGate},
             at_down{number, kAtDown};
+        take_in(me, number);
         make_ready(me, {&l.q.w, &l.k.w, &l.v.w}, x_, l.norm_attention, at_q);
         multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr, at_q);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
         place(me, number);
         barrier_.wait();
+        compress(me, number);
         if (chooses(number)) choose(me, number);
         if (rows_ == 1)
             attend_by_chunks(me, number);
         else
             attend_by_tiles(me, number);
         barrier_.wait();
+        give_back(me, number);
         if (rows_ == 1) merge_chunks(me, number);
         if (timed) spent(&DecoderTimes::attention);
         make_ready(me, {&l.o.w}, me.attended, nullptr, at_o);
@@ -696,7 +739,7 @@ class DecoderRun {
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,
-        *gated_;
+        *gated_, *staged_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
     int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0;
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
@@ -707,7 +750,7 @@ class DecoderRun {
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
             bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates, Policy* policy) {
     for (int64_t done = 0; done < count;) {
-        const int64_t some = std::min(count - done, kRows - cache.length() % kRows);
+        const int64_t some = std::min(count - done, kMostRows - cache.length() % kMostRows);
         float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;
         DecoderRun(model, cache, tier, threads, gates, policy).run(tokens + done, some, all, wanted, times);
         done += some;

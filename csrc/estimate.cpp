@@ -2,6 +2,7 @@
 #include "estimate.h"
 
 #include "elementary.h"
+#include "expand.h"
 #include "simd.h"
 
 namespace gossamer {
@@ -49,6 +50,23 @@ GOSSAMER_INLINE void score(const Weighing& w, const T* keys, const float* scales
     for (int n = 0; n < kWeighed; n++) store_floats(w.scores + n * w.room + at, mul(sum[n], scale), 16);
 }
 
+// Of a packed cache.
+void score_packed(const Weighing& w) {
+    const int wide = wide_of(w.dim);
+    const int64_t bytes = PackedBlock(w.how, kBlock, wide, true).bytes;
+    alignas(64) uint16_t opened[kBlock * kMostHead];
+    for (int64_t block = 0; block * kBlock < w.first + w.count; block++) {
+        const uint16_t* keys = (const uint16_t*)(w.whole.keys + block % w.whole.slots * whole_bytes(w.dim));
+        if (block < w.compressed) {
+            open_packed(w.how, true, wide,
+                        w.keys[block * kBlock / kChunk] + block % (kChunk / kBlock) * bytes, opened);
+            keys = opened;
+        }
+        for (int64_t i = 0; i < kBlock && block * kBlock + i < w.first + w.count; i += 16)
+            score<uint16_t>(w, keys + i * wide, nullptr, block * kBlock + i);
+    }
+}
+
 template <class T>
 void score_all(const Weighing& w) {
     const int wide = wide_of(w.dim);
@@ -93,7 +111,9 @@ void soften(float* s, int64_t position) {
 }
 
 void weigh(const Weighing* w) {
-    if (w->type == kCacheF32)
+    if (w->type == kCachePacked)
+        score_packed(*w);
+    else if (w->type == kCacheF32)
         score_all<float>(*w);
     else
         score_all<uint16_t>(*w);

@@ -17,6 +17,9 @@ struct Weighing {
     int64_t dim;
     int type;                    // of the cache
     const uint8_t* const* keys;  // parts of chunk 0, 1, ...
+    Compression how;             // of a packed cache: its first blocks
+    int64_t compressed;          // so many are; others are
+    WholeBlocks whole;           // as they are
     const void* queries;         // [count][wide], as AttentionOps::place_query left them
     int64_t first;               // the position of the first one
     int64_t room;                // a multiple of kBlock, past the last one's position

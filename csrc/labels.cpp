@@ -74,7 +74,15 @@ void Labels::keep(const Cache& cache, int64_t layer, int64_t kv_head, int64_t bl
     const uint8_t* part = cache.keys_of(layer, kv_head)[start / kChunk];
     uint16_t* to = labels_[size_t(of)].data() + start * count_;
     const int64_t wide = wide_of(cache.head_dim()), at = start % kChunk;
-    if (cache.type() == kCacheF32) {
+    if (cache.packed()) {
+        float keys[kBlock * kMostHead];
+        for (int64_t p = 0; p < kBlock; p++)
+            cache.read_key(layer, kv_head, start + p, keys + p * cache.head_dim());
+        for (int64_t i = 0; i < count_; i++)
+            for (int64_t p = 0; p < kBlock; p++)
+                to[p / 16 * 16 * count_ + i / 2 * 32 + p % 16 * 2 + i % 2] =
+                    bfloat16_of(keys[p * cache.head_dim() + channels[i]]);
+    } else if (cache.type() == kCacheF32) {
         copy_channels(reinterpret_cast<const float*>(part), 1, wide, at, channels, count_, to,
                       [](float x, int64_t) { return bfloat16_of(x); });
     } else if (cache.type() == kCacheBF16) {

@@ -72,13 +72,27 @@ NB_MODULE(_native, m) {
     nb::class_<gossamer::Cache>(m, "Cache")
         .def(
             "__init__",
-            [](gossamer::Cache* self, int64_t layers, int64_t kv_heads, int64_t head_dim, int type) {
-                if (type < 0 || type > gossamer::kCacheI8) throw nb::value_error("no such type of cache");
-                new (self) gossamer::Cache(layers, kv_heads, head_dim, gossamer::CacheType(type));
+            [](gossamer::Cache* self, int64_t layers, int64_t kv_heads, int64_t head_dim, int type,
+               std::array<int, 6> how, std::vector<float> start) {
+                const auto [bits, rank, key_most, key_least, value_most, value_least] = how;
+                const gossamer::Compression compression{
+                    bits, rank, {key_most, key_least}, {value_most, value_least}};
+                const bool packed = type == gossamer::kCachePacked;
+                if (type < 0 || type > gossamer::kCachePacked || (packed && !compression.fits(head_dim)) ||
+                    int64_t(start.size()) != (packed ? rank * head_dim : 0))
+                    throw nb::value_error("no such type of cache");
+                new (self) gossamer::Cache(layers, kv_heads, head_dim, gossamer::CacheType(type), compression,
+                                           std::move(start));
             },
-            "Of layers, heads of keys, and numbers of a head; type 0: float32, 1: bfloat16, 2: int8.")
+            nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("type"),
+            nb::arg("how") = std::array<int, 6>{}, nb::arg("start") = std::vector<float>(),
+            "Of layers, heads of keys, and numbers of a head; type 0: float32, 1: bfloat16, 2: int8, 3: "
+            "packed, "
+            "with bits, rank, and outliers of keys (most, least) and of values, and where power iteration "
+            "starts, [rank][head_dim].")
         .def_prop_ro("length", &gossamer::Cache::length)
         .def_prop_ro("nbytes", &gossamer::Cache::bytes)
+        .def_prop_ro("token_bytes", &gossamer::Cache::token_bytes, "Of a position, but for a tail.")
         .def("truncate", &gossamer::Cache::truncate, "Forgets all but the first positions.");
     nb::class_<gossamer::Gates>(m, "Gates")
         .def(nb::init<int64_t>(), "Of layers, none of them gated yet.")

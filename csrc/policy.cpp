@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 namespace gossamer {
 namespace {
@@ -12,36 +11,6 @@ namespace {
 constexpr int64_t kParts = kLast / kWeighed;
 
 int64_t blocks_of(int64_t positions) { return (positions + kBlock - 1) / kBlock; }
-
-float wide_float(uint16_t half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// The key of one head at a position of the cache, as float32.
-void read_key(const Cache& cache, const uint8_t* const* parts, int64_t position, float* to) {
-    const int64_t wide = wide_of(cache.head_dim()), p = position % kChunk;
-    const uint8_t* part = parts[position / kChunk];
-    const int word = cache.type() == kCacheF32 ? 1 : 2;
-    const float scale =
-        cache.type() == kCacheI8 ? reinterpret_cast<const float*>(part + int64_t(kChunk) * wide)[p] : 1;
-    for (int64_t i = 0; i < cache.head_dim(); i++) {
-        const int64_t at = p / 16 * 16 * wide + i / word * 16 * word + p % 16 * word + i % word;
-        switch (cache.type()) {
-            case kCacheF32:
-                to[i] = reinterpret_cast<const float*>(part)[at];
-                break;
-            case kCacheBF16:
-                to[i] = wide_float(reinterpret_cast<const uint16_t*>(part)[at]);
-                break;
-            case kCacheI8:
-                to[i] = scale * float(reinterpret_cast<const int8_t*>(part)[at]);
-                break;
-        }
-    }
-}
 
 struct Some {
     int64_t begin, end;
@@ -138,7 +107,7 @@ void Policy::prepare(const PolicyRows& r, int worker) {
             float* mean = means_of(r, head) + block * dim;
             std::fill(mean, mean + dim, 0.0f);
             for (int64_t p = block * kBlock; p < (block + 1) * kBlock; p++) {
-                read_key(r.cache, r.cache.keys_of(r.layer, head), p, key);
+                r.cache.read_key(r.layer, head, p, key);
                 for (int64_t j = 0; j < dim; j++) mean[j] += key[j];
             }
             for (int64_t j = 0; j < dim; j++) mean[j] *= 1.0f / kBlock;
@@ -162,7 +131,13 @@ void Policy::weigh(const PolicyRows& r, int64_t head, int64_t part, float* score
     w.count = int(std::min<int64_t>(kWeighed, r.rows - first));
     w.dim = r.cache.head_dim();
     w.type = r.cache.type();
-    w.keys = r.cache.keys_of(r.layer, head / (heads_ / r.cache.kv_heads()));
+    const int64_t kv_head = head / (heads_ / r.cache.kv_heads());
+    w.keys = r.cache.keys_of(r.layer, kv_head);
+    if (r.cache.packed()) {
+        w.how = r.cache.how();
+        w.compressed = r.cache.due(r.start);
+        w.whole = r.cache.whole_of(r.layer, kv_head);
+    }
     w.queries = static_cast<const uint8_t*>(r.queries) + (head * r.rows + first) * r.query_stride;
     w.first = r.start + first;
     w.room = room_ * kBlock;
@@ -292,7 +267,7 @@ void Policy::rated(const HeadPolicy& p, int64_t head, int64_t own, int worker) {
 
 void Policy::tree(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_t n, int worker) {
     const int64_t own = r.start / kBlock + n, dim = r.cache.head_dim(), last = r.start + r.rows - 1;
-    const uint8_t* const* keys = r.cache.keys_of(r.layer, head / (heads_ / r.cache.kv_heads()));
+    const int64_t kv_head = head / (heads_ / r.cache.kv_heads());
     float *mean = numbers_of(worker), *key = mean + kMostHead;
     mean_query(r, head, n, mean);
     Range* ranges = reinterpret_cast<Range*>(ranges_.data()) + worker * 2 * (room_ + 1);
@@ -311,7 +286,8 @@ void Policy::tree(const PolicyRows& r, const HeadPolicy& p, int64_t head, int64_
             ranges[i].high = middle;
         }
         for (int64_t i = 0; i < halves; i++) {
-            read_key(r.cache, keys, std::min((ranges[i].low + ranges[i].high) * kBlock / 2, last), key);
+            r.cache.read_key(r.layer, kv_head, std::min((ranges[i].low + ranges[i].high) * kBlock / 2, last),
+                             key);
             r.ops.dots(mean, key, 1, dim, &ranges[i].score);
             if (!(ranges[i].score == ranges[i].score)) ranges[i].score = -INFINITY;
         }

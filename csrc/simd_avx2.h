@@ -328,6 +328,23 @@ GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
             _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
 }
 
+GOSSAMER_INLINE void store_mixed(uint16_t* p, Floats x, Floats y) {
+    const __m256i low = _mm256_or_si256(rounded_bfloat16(x.a), _mm256_slli_epi32(rounded_bfloat16(y.a), 16));
+    const __m256i high = _mm256_or_si256(rounded_bfloat16(x.b), _mm256_slli_epi32(rounded_bfloat16(y.b), 16));
+    _mm256_storeu_si256((__m256i*)p, low);
+    _mm256_storeu_si256((__m256i*)p + 1, high);
+}
+GOSSAMER_INLINE Ints load_bytes(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+GOSSAMER_INLINE Ints field(Ints x, int shift, int count) {
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    const __m256i mask = _mm256_set1_epi32((1 << count) - 1);
+    return {_mm256_and_si256(_mm256_srl_epi32(x.a, by), mask),
+            _mm256_and_si256(_mm256_srl_epi32(x.b, by), mask)};
+}
+
 GOSSAMER_INLINE float largest(const Floats (&x)[4]) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i top = _mm256_setzero_si256();

@@ -164,6 +164,20 @@ GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
 
+GOSSAMER_INLINE void store_mixed(uint16_t* p, Floats a, Floats b) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    store(p, _mm512_permutexvar_epi16(load(kOrder), (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+}
+GOSSAMER_INLINE Ints load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+GOSSAMER_INLINE Ints field(Ints a, int shift, int count) {
+    return _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(shift)),
+                            _mm512_set1_epi32((1 << count) - 1));
+}
+
 GOSSAMER_INLINE float largest(const Floats (&x)[4]) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i top = _mm512_setzero_si512();

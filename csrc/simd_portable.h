@@ -305,6 +305,25 @@ GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
     return r;
 }
 
+// 16 pairs of a and b as bfloat16; subnormal ones may become zeros.
+GOSSAMER_INLINE void store_mixed(uint16_t* p, const Floats& a, const Floats& b) {
+    for (int i = 0; i < 16; i++) {
+        p[2 * i] = bfloat16_of_float(a.v[i]);
+        p[2 * i + 1] = bfloat16_of_float(b.v[i]);
+    }
+}
+// 16 bytes, and bits [shift, shift + count) of each number.
+GOSSAMER_INLINE Ints load_bytes(const uint8_t* p) {
+    Ints r;
+    for (int i = 0; i < 16; i++) r.v[i] = p[i];
+    return r;
+}
+GOSSAMER_INLINE Ints field(const Ints& a, int shift, int count) {
+    Ints r;
+    for (int i = 0; i < 16; i++) r.v[i] = a.v[i] >> shift & ((1 << count) - 1);
+    return r;
+}
+
 // Largest magnitude of 64 values; NaN if any is NaN (as bits, NaN is the largest).
 GOSSAMER_INLINE float largest(const Floats (&x)[4]) {
     uint32_t top = 0;

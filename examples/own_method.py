@@ -15,21 +15,19 @@ from gossamer.calibrate import InputNorm
 from gossamer.prune import METHODS, Claim, Experiment, Layer, ScoreMethod
 
 
-@METHODS.register("relative", cite="this example")
+@METHODS.register("middle", cite="this example")
 @dataclass
-class Relative(ScoreMethod):
-    """|W_ij| relative to its row and column sums, times the square root of the input's norm."""
+class Middle(ScoreMethod):
+    """|W_ij| * sqrt(||x_j||): in the middle between magnitude and Wanda."""
 
     needs = (InputNorm,)
     claim = Claim("no worse than magnitude", Experiment(against=("magnitude",)), "perplexity", "magnitude")
 
     def scores(self, layer: Layer) -> Tensor:
-        size = layer.weight.abs()
-        relative = size / size.sum(dim=0, keepdim=True) + size / size.sum(dim=1, keepdim=True)
-        return relative * layer[InputNorm].norm.sqrt()
+        return layer.weight.abs() * layer[InputNorm].norm.sqrt()
 
 
 if __name__ == "__main__":
     source, out = sys.argv[1:]
-    made = gs.compress(source, out, method="relative", pattern="4:8", values="int4", windows=8).made
+    made = gs.compress(source, out, method="middle", pattern="4:8", values="int4", windows=8).made
     print(f"{made['method']}: {made['sparsity']:.0%} of the prunable weights pruned, {out} written")

@@ -6,6 +6,7 @@ import runpy
 import sys
 
 PARTS = {
+    "natural": "how sparse activations are by themselves, what a model bears, calibration and robustness",
     "quality": "perplexity and KL while activations are dropped",
     "prepared": "WINA's preparation: the model rotated for it",
     "speed": "tokens a second in the native decoder while activations are dropped",

@@ -1,10 +1,11 @@
 """Caches of keys and values on a long text: bytes a token, perplexity and KL, and tokens a second.
 
-Windows of a novel (8,064 tokens, from its 20,001st on): the last 1,024 go through the cache in pieces of 64
-after the others were read densely, each token choosing for itself where a method chooses; perplexity of
-those, and KL to transformers with its own cache in bfloat16, are of the same pass. Then steps follow,
-contenders in turn, round by round. Label channels come from another novel. Model and caches in bfloat16
-unless said.
+Windows of a novel (8,064 tokens, from its 20,001st on): the last ones (``--last``) go through the cache after
+the others were read. In transformers those were read densely once for all, and pieces of 64 follow, each
+token choosing for itself where a method chooses. The native decoder reads them through its cache too; where
+it chooses, tokens follow one by one. Perplexity of the last tokens, and KL to transformers with its own cache
+in bfloat16, are of the same pass. Then steps follow, contenders in turn, round by round. Label channels come
+from another novel. Model and caches in bfloat16 unless said.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from gossamer.dynamic.cache import CacheMethod, reading
 from gossamer.dynamic.cache.double_sparsity import DoubleSparsity, label_channels
 from gossamer.dynamic.cache.gear import Gear
 from gossamer.dynamic.cache.low_rank_keys import LowRankKeys
-from gossamer.engine import Decoder, NativeSession
+from gossamer.engine import Decoder, Looks, NativeSession
+from gossamer.engine.caches import PACKED
 from gossamer.models.attention import decoding
 
 PIECE = 64  # tokens of the measured text that go in together
-DENSE = "transformers, bfloat16"
+TURN = 0.5  # seconds after which a slow contender's turn ends
+DENSE, PLAIN = "transformers, bfloat16", "native, bfloat16"
 
 
 def methods(labels: Tensor) -> dict[str, CacheMethod]:
@@ -91,8 +94,8 @@ class InTransformers:
 class Native:
     """A session of the native decoder, whose every row goes through the cache as it is."""
 
-    def __init__(self, session: NativeSession, prompt: Tensor) -> None:
-        self.session = session
+    def __init__(self, session: NativeSession, prompt: Tensor, chooses: bool) -> None:
+        self.session, self.chooses = session, chooses
         session.prompt(prompt)
 
     @property
@@ -100,6 +103,8 @@ class Native:
         return self.session.nbytes
 
     def logits(self, ids: Tensor) -> Tensor:
+        if not self.chooses:  # a token sees the same in any company
+            return self.session.logits(ids)
         return torch.stack([self.session.step(int(token)).clone() for token in ids])
 
     def steps(self, ids: Tensor) -> list[float]:
@@ -107,32 +112,40 @@ class Native:
 
 
 def timed(step: Callable[[Tensor], object], ids: Tensor) -> list[float]:
-    found = []
+    """Seconds of one token after the other, until a turn has taken `TURN` seconds."""
+    found: list[float] = []
     for token in ids:
+        if sum(found) > TURN:
+            break
         start = time.perf_counter()
         step(token)
         found.append(time.perf_counter() - start)
     return found
 
 
-def natives(decoder: Decoder, labels: Tensor) -> dict[str, Callable[[], NativeSession]]:
-    """Sessions of the native decoder by name; Double Sparsity there reads blocks of 64 tokens."""
-    found: dict[str, Callable[[], NativeSession]] = {
-        "native, bfloat16": partial(NativeSession, decoder),
-        "native, int8": partial(NativeSession, decoder, torch.int8),
+def natives(decoder: Decoder, labels: Tensor) -> dict[str, Callable[[Tensor], Native]]:
+    """Contenders of the native decoder by name; Double Sparsity there reads blocks of 64 tokens."""
+
+    def made(prompt: Tensor, cache: str, looks: Looks | None = None) -> Native:
+        return Native(NativeSession(decoder, cache, looks), prompt, looks is not None)
+
+    names = ("bfloat16", "int8", *PACKED)
+    found: dict[str, Callable[[Tensor], Native]] = {
+        f"native, {cache}": partial(made, cache=cache) for cache in names
     }
-    for dtype, count, tokens in (
-        (torch.bfloat16, 16, 2048),
-        (torch.bfloat16, 16, 1024),
-        (torch.bfloat16, 16, 512),
-        (torch.bfloat16, 8, 1024),
-        (torch.int8, 16, 2048),
-        (torch.int8, 16, 1024),
+    for cache, count, tokens in (
+        ("bfloat16", 16, 2048),
+        ("bfloat16", 16, 1024),
+        ("bfloat16", 16, 512),
+        ("bfloat16", 8, 1024),
+        ("int8", 16, 2048),
+        ("int8", 16, 1024),
+        ("gear4", 16, 1024),
     ):
         policy = DoubleSparsity(labels[..., :count], tokens).policy(decoder.model)
         looks = policy.native(len(decoder.windows), decoder.heads)
-        name = f"native, {str(dtype).removeprefix('torch.')}, Double Sparsity {count}, {tokens} tokens"
-        found[name] = partial(NativeSession, decoder, dtype, looks)
+        name = f"native, {cache}, Double Sparsity {count}, {tokens} tokens"
+        found[name] = partial(made, cache=cache, looks=looks)
     return found
 
 
@@ -167,14 +180,16 @@ def one_window(
     found: dict[str, dict[str, Any]] = {}
     dense: list[Tensor] | None = None
     for name, what in known.items():
+        start = time.perf_counter()
         if callable(what):
-            contender: Any = Native(what(), prefix)
+            contender: Any = what(prefix)
         else:
             contender = InTransformers(model, what, prompt)
         result = quality(contender, text, args.last, dense)
         dense = result.pop("logits", dense)
         result["bytes"] = contender.nbytes / args.tokens
         found[name] = result
+        result["read_seconds"] = time.perf_counter() - start
         print(json.dumps({f"{name}, window {number}": result}), flush=True)
         if number == 0:
             contenders[name] = contender
@@ -189,14 +204,12 @@ def one_window(
 
 def table(found: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
-    plain = {
-        kind: median_seconds(runs) for kind, runs in found.items() if kind in (DENSE, "native, bfloat16")
-    }
+    plain = {kind: median_seconds(runs) for kind, runs in found.items() if kind in (DENSE, PLAIN)}
     for name, runs in found.items():
         perplexity = math.exp(statistics.mean(run["loss"] for run in runs))
         kl = "" if "kl" not in runs[0] else f"{statistics.mean(run['kl'] for run in runs):.4f}"
         seconds = median_seconds(runs)
-        beside = plain.get("native, bfloat16" if name.startswith("native") else DENSE)
+        beside = plain.get(PLAIN if name.startswith("native") else DENSE)
         rows.append(
             [
                 name,
@@ -223,7 +236,7 @@ def main() -> None:
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)
     parser.add_argument("--tokens", type=int, default=8064)
-    parser.add_argument("--last", type=int, default=1024, help="tokens that perplexity is of")
+    parser.add_argument("--last", type=int, default=256, help="tokens that perplexity is of")
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="of a contender in a round")
@@ -244,9 +257,7 @@ def main() -> None:
         labels = label_channels(model, other.reshape(-1, 1024), 16)
         known: dict[str, Any] = {DENSE: None, **methods(labels), **natives(decoder, labels)}
         known = {
-            name: what
-            for name, what in known.items()
-            if name in (DENSE, "native, bfloat16") or re.search(args.only, name)
+            name: what for name, what in known.items() if name in (DENSE, PLAIN) or re.search(args.only, name)
         }
         for number in range(args.windows):
             begin = number * args.tokens

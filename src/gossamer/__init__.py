@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.prepare import prepare
     from gossamer.recipes.quickstart import quickstart
     from gossamer.recipes.recipe import read_recipe
+    from gossamer.recipes.sample import sample
     from gossamer.recipes.shrink import remove_blocks
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "quickstart",
     "read_recipe",
     "remove_blocks",
+    "sample",
     "speed",
     "verify_checkpoint",
 ]
@@ -98,6 +100,7 @@ _PLACES = {
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
     "gossamer.recipes.measure_tasks": ("measure_tasks",),
     "gossamer.recipes.prepare": ("prepare",),
+    "gossamer.recipes.sample": ("sample",),
     "gossamer.recipes.quickstart": ("quickstart",),
     "gossamer.recipes.recipe": ("read_recipe",),
     "gossamer.recipes.shrink": ("remove_blocks",),

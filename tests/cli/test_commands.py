@@ -414,3 +414,17 @@ def test_apply_starts_with_too_little_memory_only_where_told(
     done = run(*arguments, *small)
     assert (done.code, "this machine has 0.0 GB" in done.err) == (2, True)
     assert run(*arguments, *small, "--anyway").code == 0
+
+
+def test_sample_writes_a_text_and_says_what_it_took(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "own.jsonl"
+    few = ("--tokens", "20", "--prompt-tokens", "4", "--max-new-tokens", "6", "--threads", "1")
+    told = run("sample", model, "-o", out, "--text", text, *few, "--json").document
+    assert told["path"] == str(out)
+    assert told["records"] == len(out.read_text().splitlines())
+    assert told["tokens"] >= 20
+    assert told["seconds"] > 0
+    done = run("sample", model, "-o", tmp_path / "more.jsonl", *few)
+    assert done.code == 0, done.err
+    for word in ("documents", "tokens drawn", "tokens a second", "smoke test"):
+        assert word in done.out

@@ -43,6 +43,10 @@ def test_every_document_has_the_documented_keys(
         ),
         "`apply --list`": ("apply", "--list"),
         "`shrink`": ("shrink", model, "-o", tmp_path / "shorter", "--blocks", 1, *SMALL),
+        "`tune`": (
+            "tune", checkpoint, "-o", tmp_path / "tuned", "--teacher", model, "--text", text, "--tokens", 128,
+            "--seqlen", 32, "--batch", 2, "--held-out", 1,
+        ),
         "`gate`": ("gate", checkpoint, "-o", tmp_path / "gated", "--text", text, *SMALL),
         "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
         "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),

@@ -14,7 +14,7 @@ from torch import nn
 
 from gossamer import kernels
 from gossamer.engine import Decoder, NativeSession, why_not
-from gossamer.engine.decoder import CACHES
+from gossamer.engine.caches import CACHES, CacheKind
 from gossamer.errors import ModelError
 from gossamer.matrices import Packed
 from gossamer.models.session import Session
@@ -144,8 +144,8 @@ def test_packed_weights_give_what_pytorch_gives_with_them(values: str, layout: s
     close(NativeSession(Decoder(model), torch.float32).logits(ids), want, 2e-2)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(cache: torch.dtype) -> None:
+@pytest.mark.parametrize("cache", [*CACHES, "gear4"])
+def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(cache: CacheKind) -> None:
     decoder, ids = Decoder(packed(tiny_model("llama"), "int4", "32:64")), tiny_tokens(1, 60)[0]
     session = partial(NativeSession, decoder, cache)
     # tiles give tokens that come with more than 15 others bits of their own
@@ -179,8 +179,8 @@ def test_chunks_of_a_prompt_give_the_bits_of_the_whole() -> None:
     assert torch.equal(pieces, whole.logits(ids))
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_row_after_several_chunks_has_the_bits_of_a_prompt(cache: torch.dtype) -> None:
+@pytest.mark.parametrize("cache", [*CACHES, "gear4"])
+def test_a_row_after_several_chunks_has_the_bits_of_a_prompt(cache: CacheKind) -> None:
     ids = tiny_tokens(1, 500)[0]
     for case in ("mistral", "seven queries a key"):  # windows that begin within blocks, and none
         decoder = Decoder(made(case))
@@ -193,8 +193,8 @@ def test_a_row_after_several_chunks_has_the_bits_of_a_prompt(cache: torch.dtype)
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_what_lies_behind_the_last_position_is_never_seen(cache: torch.dtype) -> None:
+@pytest.mark.parametrize("cache", [*CACHES, "gear4"])
+def test_what_lies_behind_the_last_position_is_never_seen(cache: CacheKind) -> None:
     """Positions that were forgotten hold NaN, in the block that later tokens end in."""
     ids, poisoned = tiny_tokens(1, 64)[0], tiny_model("qwen2")
     for layer in poisoned.model.layers:
@@ -223,8 +223,8 @@ def test_smaller_caches_are_near_one_in_float32(dim: int, cache: torch.dtype, by
     assert small.nbytes == numbers * bytes_a_number + 4 * scales
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_what_was_forgotten_leaves_nothing_behind(cache: torch.dtype) -> None:
+@pytest.mark.parametrize("cache", [*CACHES, "gear4"])
+def test_what_was_forgotten_leaves_nothing_behind(cache: CacheKind) -> None:
     decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 90)[0]
     session, other = NativeSession(decoder, cache), NativeSession(decoder, cache)
     for length in (1, 31, 64):

@@ -85,12 +85,26 @@ class RandomDecoder {
     std::vector<Buffer> numbers_;
 };
 
+// Of a packed cache: what is compressed, and where power iteration begins.
+Compression how_of(CacheType type) {
+    Compression how;
+    if (type == kCachePacked) how = {2, 3, {1, 1}, {1, 0}};
+    return how;
+}
+
+std::vector<float> start_of(CacheType type) {
+    std::vector<float> start(size_t(how_of(type).rank * kHead));
+    for (size_t i = 0; i < start.size(); i++) start[i] = float(i * 7 % 11) - 5;
+    return start;
+}
+
 // One sequence: logits of what is appended, all rows or the last.
 class Sequence {
   public:
     Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, const Gates* gates,
              Random& random)
-        : cache(int64_t(model.layers.size()), model.kv_heads, model.head_dim, type),
+        : cache(int64_t(model.layers.size()), model.kv_heads, model.head_dim, type, how_of(type),
+                start_of(type)),
           model_(model),
           tier_(tier),
           threads_(threads),
@@ -129,10 +143,12 @@ void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Ro
         check_same(some.append(tokens, count, all), 0, alone, at - kPrompt, count, kVocabulary,
                    "a token among few, and alone");
     }
-    // within a chunk: what lay behind in it must not be seen again
+    // within a chunk: what lay behind in it must not be seen again; of a packed cache no further than it goes
+    // back
     const int64_t bytes = some.cache.bytes();
-    some.cache.truncate(495 + random.below(10));
-    CHECK(some.cache.bytes() < bytes, "a cache that was truncated keeps %lld bytes",
+    const bool packed = some.cache.packed();
+    some.cache.truncate((packed ? kTokens - kBlock : 495) + random.below(10));
+    CHECK(packed || some.cache.bytes() < bytes, "a cache that was truncated keeps %lld bytes",
           (long long)some.cache.bytes());
     while (some.cache.length() < kTokens) {
         // by tiles: no piece, nor the part of one on either side of the border at 512, of few rows
@@ -150,7 +166,8 @@ void check_going_on(Sequence& some, const std::vector<int64_t>& tokens, const Ro
 
 void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
                    CacheType type, int threads, const Gates* gates, Random& random) {
-    const char* cache = type == kCacheF32 ? "float32" : type == kCacheBF16 ? "bfloat16" : "int8";
+    const char* names[] = {"float32", "bfloat16", "int8", "packed"};
+    const char* cache = names[type];
     const char* gated = gates ? ", gated" : "";
     describe("%s, decoder%s, cache of %s", tier.name, gated, cache);
     Sequence whole(model, tier, type, 1, gates, random);
@@ -224,7 +241,7 @@ void test_decoder() {
     std::vector<int64_t> tokens;
     for (int64_t i = 0; i < kTokens; i++) tokens.push_back(random.below(kVocabulary));
     for (const Tier* tier : tiers_under_test())
-        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8, kCachePacked})
             check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, nullptr, random);
     // by threshold, by count, with importance and without; some sites of the second layer have none
     const std::vector<float> importance(kInner, 0.5f);
@@ -236,7 +253,7 @@ void test_decoder() {
     for (const Tier* tier : tiers_under_test())
         check_decoder(decoder.model, tokens, *tier, kCacheF32, 3, &gates, random);
     for (const Tier* tier : tiers_under_test())
-        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8})
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8, kCachePacked})
             check_policies(decoder.model, tokens, *tier, type, type == kCacheF32 ? 3 : 2, random);
     CHECK(gates.tokens() > 0 && gates.dropped(0, kAtQ) == 20 * gates.tokens(),
           "%lld activations were dropped of %lld tokens", (long long)gates.dropped(0, kAtQ),

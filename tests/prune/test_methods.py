@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.calibrate import Gram, InputNorm
+from gossamer.calibrate import Gradient, Gram, InputNorm
 from gossamer.errors import GossamerError, MatrixError, MethodError, PatternError, SparsityError
 from gossamer.matrices.values import quantize, value_type
 from gossamer.prune import METHODS, Layer, check_combination, method
@@ -31,6 +31,24 @@ def test_wanda_by_hand() -> None:
     assert pruned.weight.tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]
 
 
+def test_ria_by_hand() -> None:
+    """Columns sum to 4 and 4, rows to 4, 3 and 1: shares of both, times the roots of the norms."""
+    layer = layer_with_norms([[3.0, -1, 0], [0, 3, 0], [1, 0, 0]], [4, 9, 1])
+    shares = [[3 / 4 + 3 / 4, 1 / 4 + 1 / 4, 0], [0, 3 / 4 + 1, 0], [1 / 4 + 1, 0, 0]]
+    expected = torch.tensor(shares) * torch.tensor([2.0, 3, 1])
+    torch.testing.assert_close(method("ria").scores(layer), expected)
+    plain = method("ria", power=0.0).scores(layer)
+    torch.testing.assert_close(plain[0], torch.tensor([1.5, 0.5, 0.0]))
+
+
+def test_gradient_scores_by_hand() -> None:
+    weight, mean = torch.tensor([[2.0, -3.0], [0.0, 1.0]]), torch.tensor([[1.0, -0.5], [9.0, -2.0]])
+    squares = torch.tensor([[1.0, 4.0], [81.0, 5.0]])
+    layer = Layer("layer", weight, {Gradient: Gradient(mean, squares, torch.ones(2))})
+    assert method("taylor").scores(layer).tolist() == [[2, 1.5], [0, 2]]
+    assert method("fisher").scores(layer).tolist() == [[2, 18], [0, 2.5]]
+
+
 def test_magnitude_by_hand() -> None:
     layer = Layer("layer", torch.tensor([[1.0, -5.0], [0.5, 3.0]]))
     c = check_combination("magnitude", sparsity=0.5)
@@ -44,6 +62,26 @@ def test_random_is_the_same_again_and_differs_by_layer_and_seed() -> None:
     assert torch.equal(mask("a", 0), mask("a", 0))
     assert not torch.equal(mask("a", 0), mask("b", 0))
     assert not torch.equal(mask("a", 0), mask("a", 1))
+
+
+def test_random_search_keeps_the_best_of_its_draws() -> None:
+    inputs = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    gram = Gram(24)
+    gram.update(inputs)
+    gram.finish()
+    layer = Layer("layer", torch.randn(8, 24, generator=torch.Generator().manual_seed(1)), {Gram: gram})
+
+    def error(draws: int) -> float:
+        c = check_combination("random_search", sparsity=0.5, options={"draws": draws})
+        pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
+        assert pruned.mask is not None
+        assert int(pruned.mask.sum()) == 96
+        assert torch.equal(pruned.weight, layer.weight * pruned.mask)
+        return float((inputs @ (layer.weight - pruned.weight).T).square().sum())
+
+    draws = [error(n) for n in (1, 2, 4, 8, 16)]
+    assert draws == sorted(draws, reverse=True)
+    assert draws[-1] < 0.95 * draws[0]
 
 
 def test_rounding_weighs_errors_by_the_inputs() -> None:
@@ -75,8 +113,13 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"sparsity": 0.5, "group": 48}, MethodError),
         ("wanda", {"sparsity": 0.5, "allocation_name": "fair"}, MethodError),
         ("wanda", {"pattern": "2:4", "allocation_name": "global"}, MethodError),
+        ("wanda", {"pattern": "2:4", "allocation_name": "erk"}, MethodError),
+        ("wanda", {"pattern": "32:64", "allocation_name": "sensitivity"}, MethodError),
+        ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5, "allocation_name": "owl"}, MethodError),
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5}, MethodError),
         ("wanda", {"sparsity": 0.5, "options": {"strength": 1}}, MethodError),
+        ("ria", {"sparsity": 0.5, "options": {"power": -1}}, MethodError),
+        ("random_search", {"sparsity": 0.5, "options": {"draws": 0}}, MethodError),
     ],
 )
 def test_bad_combinations_are_refused_before_any_work(

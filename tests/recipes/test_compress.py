@@ -67,6 +67,13 @@ def logits(model: Any) -> torch.Tensor:
         ("magnitude", {"pattern": "16x4", "sparsity": 0.3, "values": "int4"}),
         ("magnitude", {"sparsity": 0.5, "allocation": "global", "values": "float32"}),
         ("random", {"pattern": "channel:in", "sparsity": 0.25, "values": "bfloat16"}),
+        ("taylor", {"pattern": "2:4", "values": "int4"}),
+        ("fisher", {"sparsity": 0.5, "allocation": "global", "values": "float32"}),
+        ("magnitude", {"sparsity": 0.5, "allocation": "owl", "values": "float32"}),
+        ("wanda", {"sparsity": 0.5, "allocation": "sensitivity", "values": "float32"}),
+        ("random", {"pattern": "4x4", "sparsity": 0.5, "allocation": "erk"}),
+        ("admm", {"sparsity": 0.6, "values": "int4"}),
+        ("dsnot", {"pattern": "4:8", "options": {"start": "magnitude"}}),
     ],
 )
 def test_makes_what_was_asked_for(
@@ -88,7 +95,7 @@ def test_makes_what_was_asked_for(
         if matrix.layout != "dense":
             assert record["sparsity"] == pytest.approx(1 - float(matrix.mask().float().mean()))
     assert model.get_submodule("lm_head").matrix.value_type.name == settings.get("head_values", "int8")
-    if settings.get("allocation") == "global":
+    if settings.get("allocation", "uniform") != "uniform":
         asked = {r["sparsity_requested"] for r in records.values()}
         assert len(asked) > 1
         assert done.made["sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -182,6 +189,21 @@ def test_resumes_from_every_stage_to_the_same_bytes(
         assert again.resumed
 
 
+@pytest.mark.parametrize("stop", [("gradients", 2), ("gradients", 6), ("scoring", 2), ("pruning", 1)])
+def test_gradients_and_curves_resume_too(stop: tuple[str, int], source: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SMALL, "method": "fisher", "sparsity": 0.5, "allocation": "sensitivity"}
+    compress(source, tmp_path / "whole", **settings)
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == stop:
+            raise StopError
+
+    with pytest.raises(StopError):
+        compress(source, tmp_path / "out", progress=interrupt, **settings)
+    assert compress(source, tmp_path / "out", **settings).resumed
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         if done == 2:
@@ -211,7 +233,9 @@ def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
         ({"pattern": "3:2"}, PatternError, "N:M"),
         ({"pattern": "128x1", "sparsity": 0.5}, PatternError, "do not fit"),
         ({"pattern": "2:4", "allocation": "global"}, MethodError, "cannot be allocated"),
+        ({"sparsity": 0.5, "allocation": "sensitivity", "seqlen": 1}, MethodError, "2 tokens"),
         ({"method": "sorcery"}, MethodError, "there are"),
+        ({"method": "taylor", "sparsity": 0.5, "seqlen": 1}, MethodError, "2 tokens"),
         ({"values": "int5"}, GossamerError, "int5"),
         ({"head_values": "int5"}, GossamerError, "int5"),
         ({"windows": 0}, GossamerError, "windows"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,17 @@ from hypothesis import strategies as st
 
 from gossamer.errors import MethodError, ScoreError
 from gossamer.sparse import count_pruned
-from gossamer.sparse.allocate import LayerInfo, allocation, global_, uniform
+from gossamer.sparse.allocate import (
+    LayerInfo,
+    allocation,
+    er,
+    erk,
+    global_,
+    outlier_share,
+    owl,
+    sensitivity,
+    uniform,
+)
 
 
 def layers_of(*scores: torch.Tensor) -> list[LayerInfo]:
@@ -60,3 +72,101 @@ def test_what_cannot_compete() -> None:
         global_(layers_of(torch.tensor([[1.0, float("nan"), 1.0]])), 0.5)
     with pytest.raises(MethodError, match="uniform"):
         allocation("fair")
+
+
+def kept(layers: list[LayerInfo], split: dict[str, float | None]) -> float:
+    """The share of all weights that a split keeps."""
+    total = sum(layer.size for layer in layers)
+    return sum(layer.size * (1 - (split[layer.name] or 0.0)) for layer in layers) / total
+
+
+def test_erdos_renyi_by_hand() -> None:
+    """Ratios 200/10,000 and 110/1,000: densities 0.02 e and 0.11 e of 11,000 weights, 2,200 of them kept."""
+    layers = [LayerInfo("big", (100, 100)), LayerInfo("small", (10, 100))]
+    epsilon = 2200 / (0.02 * 10_000 + 0.11 * 1000)
+    split = er(layers, 0.8)
+    assert split["big"] == pytest.approx(1 - 0.02 * epsilon)
+    assert split["small"] == pytest.approx(1 - 0.11 * epsilon)
+    assert erk(layers, 0.8) == split  # no kernels
+    full = er(layers, 0.5)  # the small layer's density would be 1.95
+    assert full["small"] == 0.0
+    assert full["big"] == pytest.approx(0.55)
+
+
+def test_kernels_count_in_erk_only() -> None:
+    layers = [LayerInfo("wide", (64, 64, 7, 7)), LayerInfo("thin", (64, 64, 1, 1))]
+    plain, kernels = er(layers, 0.9), erk(layers, 0.9)
+    assert plain["wide"] == pytest.approx(plain["thin"])
+    assert kernels["thin"] == 0.0  # type: ignore[comparison-overlap]
+    assert kernels["wide"] > 0.9  # type: ignore[operator]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=6),
+    st.floats(0, 0.99),
+    st.integers(0, 99),
+)
+def test_all_allocations_keep_the_budget(shapes: list[tuple[int, int]], sparsity: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def info(index: int, shape: tuple[int, int]) -> LayerInfo:
+        rise, outliers = torch.rand(2, generator=generator).tolist()
+        grid = [sparsity * 0.5, sparsity, (1 + sparsity) / 2]
+        curve = tuple((s, rise * s**2 + 0.1 * float(torch.rand(1, generator=generator))) for s in grid)
+        return LayerInfo(f"layer{index}", shape, outliers=outliers, curve=curve)
+
+    layers = [info(i, shape) for i, shape in enumerate(shapes)]
+    for allocate in (er, erk, owl, sensitivity):
+        split = allocate(layers, sparsity)
+        assert kept(layers, split) == pytest.approx(1 - sparsity, abs=1e-6)
+        assert all(s is not None and -1e-9 <= s < 1 for s in split.values())
+
+
+def test_owl_by_hand() -> None:
+    """Shares 0, 1 and 4 per mille: densities 0, 0.04 and 0.16 above the least, their mean 0.3."""
+    layers = [LayerInfo(f"layer{i}", (10, 10), outliers=r / 1000) for i, r in enumerate([0, 1, 4])]
+    split = owl(layers, 0.7)
+    mean = 0.2 / 3
+    assert [split[f"layer{i}"] for i in range(3)] == pytest.approx([0.7 + mean, 0.66 + mean, 0.54 + mean])
+    assert owl(layers[:1] * 2, 0.7) == {"layer0": 0.7}  # no difference, no spread
+    assert min(owl(layers, 0.02).values()) == pytest.approx(0)  # type: ignore[type-var]
+    with pytest.raises(MethodError, match="outliers"):
+        owl([LayerInfo("a", (2, 2))], 0.5)
+
+
+def test_outliers_are_counted_over_a_whole_block() -> None:
+    parts = [torch.tensor([[1.0, 1.0], [1.0, 21.0]]), torch.tensor([[0.0, 0.0]])]  # mean 4: one over 20
+    assert outlier_share(lambda: parts) == pytest.approx(1 / 6)
+
+
+def test_sensitivity_is_the_best_split() -> None:
+    """Against every split on a grid: two convex layers and one whose curve must be made convex."""
+    curves = [
+        tuple((s / 10, (s / 10) ** 2) for s in range(1, 10)),
+        tuple((s / 10, 8 * (s / 10) ** 3) for s in range(1, 10)),
+        ((0.3, 0.5), (0.6, 0.55), (0.9, 2.0)),
+    ]
+    layers = [LayerInfo(f"layer{i}", (10, 10), curve=curve) for i, curve in enumerate(curves)]
+    split = sensitivity(layers, 0.5)
+    assert kept(layers, split) == pytest.approx(0.5)
+
+    def cost(shares: list[float]) -> float:
+        total = 0.0
+        for share, curve in zip(shares, curves, strict=True):
+            hull = [(0.0, 0.0), *(curve if len(curve) > 3 else curve[1:])]
+            for (x0, y0), (x1, y1) in pairwise(hull):
+                if x0 <= share <= x1 + 1e-9:
+                    total += y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+                    break
+        return total
+
+    steps = [s / 10 for s in range(10)]
+    best = min(cost([a, b, 1.5 - a - b]) for a in steps for b in steps if 0 <= 1.5 - a - b <= 0.9)
+    assert cost([split[f"layer{i}"] or 0.0 for i in range(3)]) == pytest.approx(best, abs=1e-6)
+
+
+def test_sensitivity_needs_curves_that_reach() -> None:
+    with pytest.raises(MethodError, match="curves"):
+        sensitivity([LayerInfo("a", (2, 2))], 0.5)
+    with pytest.raises(MethodError, match="end below"):
+        sensitivity([LayerInfo("a", (20, 20), curve=((0.4, 1.0),))], 0.5)

@@ -14,6 +14,7 @@ from torch import Tensor
 from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_threads
 from gossamer.bench.speed import prompt_for
 from gossamer.engine import Decoder
+from gossamer.engine.caches import CacheKind
 from gossamer.progress import Progress, silent
 
 _WARM_STEPS = 8  # tokens written in the round that is not timed
@@ -98,10 +99,10 @@ def profile(
     repeats: int = 3,
     threads: int | None = None,
     seed: int = 0,
-    cache_dtype: torch.dtype = torch.bfloat16,
+    cache: CacheKind = torch.bfloat16,
     progress: Progress = silent,
 ) -> Profile:
-    """Time the parts of ``decoder``: ``repeats`` times a fresh cache in ``cache_dtype``, a prompt of
+    """Time the parts of ``decoder``: ``repeats`` times a fresh ``cache`` (`engine.caches`), a prompt of
     ``prompt`` random tokens by ``seed``, and ``decode`` greedy tokens; before that a round that is not timed.
 
     ``threads``: of the decoder; None leaves them. Bytes of weights are all that they have; of the layout
@@ -113,7 +114,7 @@ def profile(
     with use_threads(threads):
         machine, others = machine_facts(), OtherWork()
         for turn in range(repeats + 1):
-            first, steps = _run(decoder, cache_dtype, ids, decode if turn else min(decode, _WARM_STEPS))
+            first, steps = _run(decoder, cache, ids, decode if turn else min(decode, _WARM_STEPS))
             if turn:
                 read.append({name: seconds / prompt for name, seconds in first.items()})
                 written += steps
@@ -124,7 +125,7 @@ def profile(
     seen = _positions(decoder, range(prompt + 1, prompt + decode + 1)) / decode
     token_bytes = {
         **nbytes,
-        "attention": seen * 2 * decoder.kv_heads * decoder.head_dim * cache_dtype.itemsize,
+        "attention": seen * decoder.new_cache(cache).token_bytes / len(decoder.windows),
     }
     products = {
         name: 2.0 * sum(one.shape[0] * one.shape[1] for one in weights)
@@ -152,10 +153,10 @@ def profile(
 
 
 def _run(
-    decoder: Decoder, cache_dtype: torch.dtype, ids: Tensor, decode: int
+    decoder: Decoder, kind: CacheKind, ids: Tensor, decode: int
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Seconds of the parts of the prompt, and of each of ``decode`` greedy tokens after it."""
-    cache = decoder.new_cache(cache_dtype)
+    cache = decoder.new_cache(kind)
 
     def timed(ids: Tensor) -> tuple[int, dict[str, float]]:
         start = time.perf_counter()

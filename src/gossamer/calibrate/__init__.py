@@ -1,17 +1,22 @@
 """Streaming statistics: the model is walked block by block, and each layer's inputs are summed up."""
 
-from gossamer.calibrate.statistics import Gram, InputNorm, Statistic, matmul_precision
+from gossamer.calibrate.gradients import Gradient, gather, gradient_file
+from gossamer.calibrate.statistics import Gram, InputMoments, InputNorm, Statistic, matmul_precision
 from gossamer.calibrate.stream import Visit, fast_dtype, walk
 from gossamer.calibrate.work import Inputs, WorkFolder
 
 __all__ = [
+    "Gradient",
     "Gram",
+    "InputMoments",
     "InputNorm",
     "Inputs",
     "Statistic",
     "Visit",
     "WorkFolder",
     "fast_dtype",
+    "gather",
+    "gradient_file",
     "matmul_precision",
     "walk",
 ]

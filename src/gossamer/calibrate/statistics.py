@@ -17,9 +17,11 @@ from gossamer.errors import CalibrationError
 
 
 class Statistic:
-    """Base: ``update`` with inputs, ``finish`` once, then read its attributes."""
+    """Base: ``update`` with inputs, ``finish`` once, then read its attributes. ``passes``: how it is
+    gathered, ``streaming`` (on the walk) or ``gradient`` (in a pass of its own, before it)."""
 
     name: ClassVar[str]
+    passes: ClassVar[str] = "streaming"
 
     def __init__(self, features: int) -> None:
         self.features = features
@@ -52,6 +54,31 @@ class InputNorm(Statistic):
         super().finish()
         self.norm = self._squares.sqrt().float()
         if not torch.isfinite(self.norm).all():
+            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+
+
+class InputMoments(Statistic):
+    """``mean`` and ``variance`` of each input feature over all calibration tokens, float32."""
+
+    name = "input_moments"
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self._sums = torch.zeros(features, dtype=torch.float64)
+        self._squares = torch.zeros(features, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        x = x.double()
+        self._sums += x.sum(dim=0)
+        self._squares += x.square().sum(dim=0)
+        self.tokens += x.shape[0]
+
+    def finish(self) -> None:
+        super().finish()
+        mean = self._sums / self.tokens
+        self.mean = mean.float()
+        self.variance = (self._squares / self.tokens - mean.square()).clamp_min(0).float()
+        if not torch.isfinite(self._squares).all():
             raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
 
 

@@ -112,7 +112,7 @@ def walk(
         raise CalibrationError("this method needs calibration text, and there is none")
     dtype = dtype or fast_dtype()
     batch = batch_size(len(windows), windows.shape[1])
-    with _before_blocks(model, parts, files, dtype):
+    with outside_blocks(model, parts, files, dtype):
         kwargs = capture_block_inputs(model, windows[:batch], batch=batch, parts=parts)
         shape = (*windows.shape, kwargs.hidden.shape[-1])
         if work.next_block == 0:
@@ -156,12 +156,20 @@ def batch_size(windows: int, seqlen: int) -> int:
 
 
 @contextmanager
-def _before_blocks(
-    model: PreTrainedModel, parts: ModelParts, files: WeightFiles, dtype: torch.dtype
+def outside_blocks(
+    model: PreTrainedModel,
+    parts: ModelParts,
+    files: WeightFiles,
+    dtype: torch.dtype,
+    *,
+    head: bool = False,
 ) -> Iterator[None]:
-    """Embeddings, norms and projections outside the blocks are in memory within, and only there."""
-    outside = [model.get_submodule(n) for n in (*parts.embeddings, *parts.norms, *parts.others)]
-    names = (*parts.embeddings, *parts.norms, *parts.others)
+    """Embeddings, norms and projections outside the blocks (and the head) are in memory within, and only
+    there."""
+    names = [*parts.embeddings, *parts.norms, *parts.others]
+    if head and parts.head is not None:
+        names.append(parts.head)
+    outside = [model.get_submodule(name) for name in names]
     for name, module in zip(names, outside, strict=True):
         materialize(module, name, files, dtype, check_finite=True)
     try:

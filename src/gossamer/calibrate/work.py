@@ -122,7 +122,15 @@ class WorkFolder:
 
     def open_inputs(self, shape: tuple[int, ...], dtype: torch.dtype, stream: str = "inputs") -> Inputs:
         """The next block's inputs; raises ResumeError where they are missing or damaged."""
-        inputs = Inputs(self.inputs_file(self.next_block, stream), shape, dtype)
+        return self.checked(self.inputs_file(self.next_block, stream), stream, shape, dtype)
+
+    def streams(self) -> list[str]:
+        """The streams that the last finished block left."""
+        return list(self._crcs)
+
+    def checked(self, path: Path, stream: str, shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+        """The stream that lies at ``path``; raises ResumeError where it is missing or damaged."""
+        inputs = Inputs(path, shape, dtype)
         crc = self._crcs.get(stream)
         if crc is not None and inputs.checksum() != crc:
             raise ResumeError(f"{inputs.path.name} in {self.path.name} is damaged; delete {self.path.name}")

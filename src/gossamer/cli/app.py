@@ -21,7 +21,9 @@ from gossamer.cli import (
     quickstart,
     reproduce,
     run,
+    sample,
     shrink,
+    tune,
 )
 from gossamer.cli.guard import INTERRUPTED, TERMINATED, stoppable
 from gossamer.version import VERSION
@@ -38,7 +40,9 @@ app = typer.Typer(
 app.command("compress")(compress.compress)
 app.command("shrink")(shrink.shrink)
 app.command("apply")(apply.apply)
+app.command("tune")(tune.tune)
 app.command("gate")(gate.gate)
+app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("run")(run.run)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +12,6 @@ from gossamer.cli import options, show
 from gossamer.cli.files import checkpoint_rows
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
-from gossamer.errors import MethodError
 
 _VALUES = "float32, bf16, int8, int4 or int3"
 
@@ -22,7 +19,7 @@ _VALUES = "float32, bf16, int8, int4 or int3"
 @guarded
 def compress(
     model: options.DenseModel,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to make; must not exist.")],
+    out: options.Out,
     method: Annotated[str, typer.Option(help="Pruning method; `gossamer methods` lists them.")] = "obs",
     sparsity: Annotated[
         float | None,
@@ -40,28 +37,18 @@ def compress(
         ),
     ] = None,
     allocation: Annotated[
-        str, typer.Option(help="How layers share the sparsity: uniform, global.")
+        str, typer.Option(help="How layers share the sparsity: uniform, global, er, erk, owl, sensitivity.")
     ] = "uniform",
     values: Annotated[str, typer.Option(help=f"Kept weights as {_VALUES}.")] = "int4",
     head_values: Annotated[
         str, typer.Option(help=f"Embeddings and head (never pruned) as {_VALUES}.")
     ] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share a scale: 64 or 32.")] = 64,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text file, folder or jsonl to calibrate on.",
-            show_default="prose inside Python, a smoke test",
-        ),
-    ] = None,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens a calibration window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the places that windows are cut from.")] = 0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the method, such as damping=0.05; repeatable."),
-    ] = None,
+    calibration: options.Calibration = None,
+    seqlen: options.Seqlen = 1024,
+    windows: options.Windows = 128,
+    seed: options.WindowSeed = 0,
+    option: options.MethodOption = None,
     tune: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +70,7 @@ def compress(
 
     Ctrl-C keeps finished blocks in OUT.work; the same command goes on from there, with the same result.
     """
-    chosen, tune_options = parse_options(option or ()), parse_options(tune_option or ())
+    chosen, tune_options = options.parse_options(option or ()), options.parse_options(tune_option or ())
     options.use_threads(threads)
     start = time.perf_counter()
     with resumable(out.with_name(out.name + ".work")), progress() as report:
@@ -142,26 +129,3 @@ def compress(
 
 
 SMOKE = "calibrated on the prose inside Python (a smoke test): give --calibration TEXT for real use"
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs as a method's options: numbers and true/false where they look like it, else text.
-    Raises MethodError."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise MethodError(f"--option is written KEY=VALUE, got {pair!r}")
-        found[key.strip().replace("-", "_")] = _typed(value.strip())
-    return found
-
-
-def _typed(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text

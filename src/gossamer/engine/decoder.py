@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import kernels
+from gossamer.engine.caches import CacheKind, new_cache
 from gossamer.engine.gates import ActivationGate, NativeGates
 from gossamer.engine.policy import Looks, new_policy
 from gossamer.errors import ModelError
@@ -20,7 +21,6 @@ from gossamer.nn import StructuredEmbedding, StructuredLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
-CACHES = (torch.float32, torch.bfloat16, torch.int8)  # in the order of csrc/attention.h
 # a layer's weights, by the part of a token that multiplies them
 _LINEARS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_products")
 _LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
@@ -96,12 +96,10 @@ class Decoder:
         """The share of activations that its gates have dropped so far, by site, of those that have run."""
         return {} if self._gates is None else self._gates.achieved()
 
-    def new_cache(self, dtype: torch.dtype = torch.bfloat16) -> Any:
-        """An empty cache of keys and values in one of the `CACHES` (int8: a scale a position and head)."""
-        if dtype not in CACHES:
-            raise ModelError(f"the cache of the native decoder is float32, bfloat16 or int8, not {dtype}")
+    def new_cache(self, kind: CacheKind = torch.bfloat16) -> Any:
+        """An empty cache of keys and values: see `new_cache`."""
         body: Any = self.model.model
-        return native().Cache(len(body.layers), self.kv_heads, self.head_dim, CACHES.index(dtype))
+        return new_cache(kind, len(body.layers), self.kv_heads, self.head_dim)
 
     def new_policy(self, looks: Looks) -> Any:
         """What the attention of one sequence looks at, for `append`. Raises ModelError."""

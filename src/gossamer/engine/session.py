@@ -8,6 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from gossamer.engine.caches import CacheKind
 from gossamer.engine.decoder import Decoder
 from gossamer.engine.policy import Looks
 
@@ -15,7 +16,7 @@ ROWS = 512  # tokens of a prompt between two looks at what the user wants
 
 
 class NativeSession:
-    """Tokens so far, and their keys and values in ``cache_dtype``.
+    """Tokens so far, and their keys and values in ``cache``: a dtype, a name, or a `PackedCache`.
 
     ``prompt`` appends many tokens and ``step`` one; both give the float32 logits ``(vocab,)`` of the token
     that comes next. ``logits`` gives those of every position. Calls from several threads take turns.
@@ -30,11 +31,11 @@ class NativeSession:
     rewinds = True  # `truncate` can go anywhere
 
     def __init__(
-        self, decoder: Decoder, cache_dtype: torch.dtype = torch.bfloat16, looks: Looks | None = None
+        self, decoder: Decoder, cache: CacheKind = torch.bfloat16, looks: Looks | None = None
     ) -> None:
         self.decoder = decoder
-        self.cache_dtype = cache_dtype
-        self._cache = decoder.new_cache(cache_dtype)
+        self.cache = cache
+        self._cache = decoder.new_cache(cache)
         self._policy = None if looks is None else decoder.new_policy(looks)
         self._turn = threading.Lock()
 
@@ -68,7 +69,8 @@ class NativeSession:
         return torch.cat(self._append(ids.reshape(-1), every=True))
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` positions."""
+        """Forget all but the first ``length`` positions. A packed cache goes back up to 64 positions, and to
+        0, as if the others had never come; from further back it goes on with what compression left."""
         with self._turn:
             self._cache.truncate(length)
 

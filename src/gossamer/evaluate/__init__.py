@@ -7,16 +7,20 @@ from gossamer.evaluate.bootstrap import (
     perplexity_interval,
     perplexity_ratio_interval,
 )
+from gossamer.evaluate.confidence import Confidence, confidence, corrupted
 from gossamer.evaluate.layer_error import layer_errors, reconstruction_error
 from gossamer.evaluate.quality import Quality, compare, evaluate
 from gossamer.evaluate.size import Size, memory_bytes, size_of, size_of_folder, size_of_model
 
 __all__ = [
+    "Confidence",
     "Interval",
     "Quality",
     "Size",
     "bootstrap_mean",
     "compare",
+    "confidence",
+    "corrupted",
     "evaluate",
     "layer_errors",
     "memory_bytes",

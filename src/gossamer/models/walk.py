@@ -198,11 +198,13 @@ def run_block(block: Block | nn.Module, hidden: Tensor, kwargs: dict[str, Any]) 
     return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
 
-def finish(model: PreTrainedModel, hidden: Tensor, *, parts: ModelParts | None = None) -> Tensor:
+def finish(
+    model: PreTrainedModel, hidden: Tensor, *, parts: ModelParts | None = None, gradients: bool = False
+) -> Tensor:
     """The logits (batch, seqlen, vocabulary) of hidden states that the last block gave: the model's own last
     norm, projections, head and scaling. Blocks may be on the meta device, and so may embeddings that
     are not tied to the head. All of it works position by position, so pieces of a sequence may be
-    finished apart where the logits of a whole one are too large."""
+    finished apart where the logits of a whole one are too large. With ``gradients`` autograd sees it."""
     parts = parts or find_parts(model)
 
     def visit(index: int, given: Tensor, _: dict[str, Any]) -> Tensor:
@@ -213,7 +215,7 @@ def finish(model: PreTrainedModel, hidden: Tensor, *, parts: ModelParts | None =
         return given
 
     ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-    with torch.no_grad(), _blind_embeddings(model, parts, hidden):
+    with torch.set_grad_enabled(gradients), _blind_embeddings(model, parts, hidden):
         logits: Tensor = _run_stubbed(model, parts, ids, visit, hidden.shape)
     return logits
 

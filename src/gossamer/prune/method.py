@@ -14,7 +14,7 @@ from gossamer.matrices.values import Quantized, ValueType, quantize, value_type
 from gossamer.prune.claim import Claim
 from gossamer.registry import Registry
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
-from gossamer.sparse.allocate import NEED_SCORES, allocation
+from gossamer.sparse.allocate import allocation
 from gossamer.sparse.masks import resolve_sparsity
 
 S = TypeVar("S", bound=Statistic)
@@ -106,9 +106,15 @@ METHODS: Registry[Method] = Registry(
     "pruning method",
     {
         "random": "gossamer.prune.random",
+        "random_search": "gossamer.prune.random_search",
         "magnitude": "gossamer.prune.magnitude",
         "wanda": "gossamer.prune.wanda",
+        "ria": "gossamer.prune.ria",
+        "taylor": "gossamer.prune.taylor",
+        "fisher": "gossamer.prune.fisher",
+        "dsnot": "gossamer.prune.dsnot",
         "obs": "gossamer.prune.obs",
+        "admm": "gossamer.prune.admm",
     },
 )
 ALIASES = {"sparsegpt": "obs", "gptq": "obs"}
@@ -163,9 +169,9 @@ def check_combination(
         accepted = ", ".join(kind.__name__ for kind in chosen.accepts)
         raise MethodError(f"the method {chosen.name} does not accept the pattern {pattern} (only {accepted})")
     allocation(allocation_name)
-    if allocation_name in NEED_SCORES and isinstance(pattern, NM):
+    if allocation_name != "uniform" and isinstance(pattern, NM):
         raise MethodError(f"{pattern} fixes every layer's sparsity: it cannot be allocated {allocation_name}")
-    if allocation_name == "uniform" and getattr(pattern, "group", "") == "model":
+    if allocation_name != "global" and getattr(pattern, "group", "") == "model":
         raise MethodError("the comparison group 'model' lets layers compete: it needs allocation 'global'")
     chosen_values = value_type(values)
     if group not in (32, 64):

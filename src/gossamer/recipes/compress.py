@@ -1,6 +1,6 @@
 """The main job: a dense model in, a sparse packed checkpoint out, one block in memory at a time.
 
-    resolve -> check -> (score and allocate) -> walk blocks: prune, round, (tune,) pack -> write
+    resolve -> check -> (gradients) -> (score, allocate) -> walk blocks: prune, round, (tune,) pack -> write
 
 Work in progress lies in ``OUT.work``; the same call goes on where it stopped, with the same result.
 """
@@ -8,10 +8,8 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gossamer import kernels
-from gossamer.calibrate import WorkFolder, fast_dtype, walk
+from gossamer.calibrate import Gradient, WorkFolder, fast_dtype, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, GossamerError, OutputError, ResumeError
+from gossamer.errors import CheckpointError, GossamerError, ResumeError
 from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
@@ -33,15 +31,15 @@ from gossamer.models.skeleton import WeightFiles, read_parameter, skeleton
 from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
-from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
-from gossamer.sparse.allocate import NEED_SCORES, LayerInfo, allocation
-from gossamer.sparse.masks import unit_scores
+from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
 from gossamer.version import VERSION
 
@@ -122,13 +120,15 @@ class _Job:
         self.source, self.out, self.settings = source, out, settings
         self.combination, self.tuner, self.progress = combination, tuned_by, progress
         self.method = combination.method
+        self.needs = (*self.method.needs, *allocation_needs(combination))
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
         self.parts = find_parts(self.model)
         check_layers(self.parts)
         self.windows: Tensor | None = None
+        self.gradients: WorkFolder | None = None
         self.text: Text | None = None
-        if self.method.needs or self.tuner:
+        if self.needs or self.tuner:
             check_context(self.model.config, settings.seqlen, source.label)
             self.text = read_text(calibration)
             tokenizer = load_tokenizer(source.folder)
@@ -140,9 +140,10 @@ class _Job:
 
     def run(self) -> Compressed:
         resumed = self.work.resumed
-        shares = self._allocate()
+        self._gather()
+        shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
-        for visit in self._walk(self.work, stage, targets=self.tuner is not None):
+        for visit in self._walk(self.work, stage, self.method.needs, targets=self.tuner is not None):
             self._prune_block(visit, shares)
         self._pack_edges()
         made = self._made()
@@ -150,11 +151,11 @@ class _Job:
         self.work.remove()
         return Compressed(self.out, made, resumed)
 
-    def _walk(self, work: WorkFolder, stage: str, *, targets: bool = False) -> Iterator[Visit]:
+    def _walk(self, work: WorkFolder, stage: str, needs: Needs, *, targets: bool = False) -> Iterator[Visit]:
         return walk(
             self.model,
             self.files,
-            self.method.needs,
+            tuple(kind for kind in needs if kind.passes == "streaming"),
             work,
             windows=self.windows,
             targets=targets,
@@ -183,48 +184,16 @@ class _Job:
             "multiplied in": str(fast_dtype()),
         }
 
-    def _allocate(self) -> dict[str, float | None]:
-        """Each layer's sparsity; scores first, in a walk of their own, where layers compete."""
-        sparsity, name = self.combination.sparsity, self.combination.allocation
-        done = self.work.path / "allocation.json"
-        if done.exists():
-            return json.loads(done.read_text())  # type: ignore[no-any-return]
-        layers = []
-        if name in NEED_SCORES and sparsity > 0:
-            scores = WorkFolder(self.work.path / "scores", self.work.fingerprint)
-            for visit in self._walk(scores, "scoring"):
-                for layer_name in visit.layers:
-                    layer = Layer(layer_name, visit.weight(layer_name), visit.statistics.get(layer_name, {}))
-                    check_finite(layer)
-                    units = unit_scores(self.method.scores(layer), self.combination.pattern).contiguous()
-                    data = units.float().numpy().tobytes()
-                    scores.write(f"{layer_name}.scores", data)
-            for layer_name, shape in self._layer_shapes():
-                path = scores.path / f"{layer_name}.scores"
-                layers.append(LayerInfo(layer_name, shape, partial(_read_scores, path)))
-        else:
-            layers = [LayerInfo(layer_name, shape) for layer_name, shape in self._layer_shapes()]
-        shares = allocation(name)(layers, sparsity)
-        text = json.dumps(shares).encode()
-        self.work.write(done.name, text)
-        return shares
-
-    def _layer_shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for block in self.parts.blocks:
-            for inner, module in prunable(block).items():
-                out, features = weight_of(module).shape
-                yield f"{block.name}.{inner}", (out, features)
+    def _gather(self) -> None:
+        """The gradient pass over the dense model, where method or allocation needs one."""
+        if Gradient in self.needs:
+            assert self.windows is not None
+            self.gradients = WorkFolder(self.work.path / "gradients", self.work.fingerprint)
+            gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
 
     def _prune_block(self, visit: Visit, shares: dict[str, float | None]) -> None:
-        """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder.
-
-        Layers that share statistics are one task, tasks run side by side, each on one thread: a sweep is
-        many small steps that gain nothing from more, and its result must not depend on their number.
-        """
-        tasks: dict[int, list[str]] = {}
-        for name in visit.layers:
-            tasks.setdefault(id(visit.statistics.get(name, name)), []).append(name)
-        solved = dict(_side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), tasks))
+        """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder."""
+        solved = dict(side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), visit))
         notes = self._tune(visit, solved)
 
         def finish(name: str) -> tuple[str, tuple[Packed, dict[str, Any]]]:
@@ -233,14 +202,19 @@ class _Job:
             record = self._record(visit, name, solved[name], matrix, shares[name] or 0.0)
             return name, (matrix, record | notes)
 
-        finished = dict(_side_by_side(finish, tasks))
+        finished = dict(side_by_side(finish, visit))
         matrices: dict[str, Matrix] = {f"{name}.weight": finished[name][0] for name in visit.layers}
         data = json.dumps([finished[name][1] for name in visit.layers], allow_nan=False).encode()
         write_part(self.work.block_file(visit.index), matrices)
         self.work.write(self.work.block_file(visit.index, ".json").name, data)
 
     def _layer(self, visit: Visit, name: str) -> Layer:
-        return Layer(name, visit.weight(name), visit.statistics.get(name, {}))
+        layer = Layer(name, visit.weight(name), dict(visit.statistics.get(name, {})))
+        if self.gradients is not None:
+            out, features = layer.weight.shape
+            path = gradient_file(self.gradients, name)
+            layer.statistics[Gradient] = Gradient.read(path, (out, features))
+        return layer
 
     def _prune_layer(self, visit: Visit, name: str, share: float | None) -> Pruned:
         layer, c = self._layer(visit, name), self.combination
@@ -373,23 +347,3 @@ def pack_pruned(pruned: Pruned, combination: Combination) -> Packed:
     if pruned.quantized is not None:
         return Packed.pack(pruned.quantized, mask=pruned.mask)
     return Packed.pack(pruned.weight, combination.values.name, mask=pruned.mask)
-
-
-def _side_by_side(work: Callable[[str], R], tasks: dict[int, list[str]]) -> list[R]:
-    """``work`` of every name: tasks on threads of their own, the names of one task in turn."""
-
-    def run(names: list[str]) -> list[R]:
-        return [work(name) for name in names]
-
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = [found for part in pool.map(run, tasks.values()) for found in part]
-    torch.set_num_threads(threads)
-    return done
-
-
-def _read_scores(path: Path) -> Tensor:
-    try:
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
-    except OSError as error:
-        raise OutputError(f"the scores {path.name} vanished from the work folder") from error

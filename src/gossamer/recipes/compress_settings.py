@@ -6,9 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gossamer.calibrate import Gradient
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Combination, check_combination
+from gossamer.recipes.compress_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
 
@@ -43,7 +45,7 @@ class CompressSettings(BaseModel):
         pattern = self.pattern
         if pattern is None and self.sparsity is None:
             pattern = "32:64"
-        return check_combination(
+        found = check_combination(
             self.method,
             pattern=pattern,
             sparsity=self.sparsity,
@@ -52,6 +54,12 @@ class CompressSettings(BaseModel):
             group=self.group,
             options=self.options,
         )
+        if self.seqlen < 2 and Gradient in (*found.method.needs, *allocation_needs(found)):
+            raise MethodError(
+                f"{self.method} with allocation {self.allocation} needs gradients, and they need windows "
+                "of at least 2 tokens"
+            )
+        return found
 
     def tuner(self) -> Tuner | None:
         """The tuning method; raises MethodError for an unknown name or option."""

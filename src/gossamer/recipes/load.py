@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from gossamer.engine import Decoder, NativeSession, why_not
+from gossamer.engine.caches import CacheName
 from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.generate import generate, room, stop_tokens
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 _GREEDY = Sampling()
 
 Engine = Literal["auto", "native", "transformers"]
-Cache = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     huge_pages: bool = False,
     engine: Engine = "auto",
-    cache: Cache = "bfloat16",
+    cache: CacheName = "bfloat16",
     attention: str | Path | Policy | None = None,
     progress: Progress = silent,
 ) -> LoadedModel:
@@ -173,10 +173,11 @@ def load(
     they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
     families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
-    and values in; ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or
-    itself) that chooses which keys are looked at (None: all). Where gates were saved with the model
-    (``activations.json``) it runs gated, in either engine, and ``engine`` says so. Raises ModelError,
-    CheckpointError or MethodError.
+    and values in (``kivi4``, ``gear4``, ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`);
+    ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or itself) that
+    chooses which keys are looked at (None: all). Where gates were saved with the model (``activations.json``)
+    it runs gated, in either engine, and ``engine`` says so. Raises ModelError, CheckpointError or
+    MethodError.
     """
     policy = None if attention is None else _policy(attention)
     path = Path(source).expanduser()
@@ -213,18 +214,18 @@ def _in_transformers(loaded: LoadedModel, reason: str, policy: Policy | None) ->
     return _says(loaded, f"transformers: {reason}")
 
 
-def _with_engine(loaded: LoadedModel, engine: Engine, cache: Cache, policy: Policy | None) -> LoadedModel:
+def _with_engine(loaded: LoadedModel, engine: Engine, cache: CacheName, policy: Policy | None) -> LoadedModel:
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
-    if cache not in get_args(Cache):
-        raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(Cache))}")
+    if cache not in get_args(CacheName):
+        raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(CacheName))}")
     if engine == "transformers":
         return _in_transformers(loaded, "asked for", policy)
     reason = why_not(loaded.model)
     if reason is None:
         decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
         looks = None if policy is None else policy.native(len(decoder.windows), decoder.heads)
-        new_session = partial(NativeSession, decoder, getattr(torch, cache), looks)
+        new_session = partial(NativeSession, decoder, cache, looks)
         return _says(replace(loaded, new_session=new_session), "the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")

@@ -14,6 +14,7 @@ from gossamer.bench import Plan, Profile, SpeedComparison, compare_speed
 from gossamer.bench import plan as _plan
 from gossamer.bench import profile as _profile
 from gossamer.engine import NativeSession
+from gossamer.engine.caches import CacheName
 from gossamer.errors import EvaluationError
 from gossamer.evaluate import Quality, compare
 from gossamer.models.manifest import is_checkpoint
@@ -22,7 +23,7 @@ from gossamer.models.skeleton import skeleton
 from gossamer.models.sources import resolve
 from gossamer.models.text import Text, evaluation_windows, read_text
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import Cache, Engine, LoadedModel, check_context, load
+from gossamer.recipes.load import Engine, LoadedModel, check_context, load
 
 WINDOWS = 20  # of 2,048 tokens: enough to see a difference of a percent or two, in a minute for a small model
 
@@ -90,7 +91,7 @@ def speed(
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
     engine: Engine = "auto",
-    cache: Cache = "bfloat16",
+    cache: CacheName = "bfloat16",
     attention: str | Path | None = None,
     progress: Progress = silent,
 ) -> SpeedComparison:
@@ -129,7 +130,7 @@ def profile(
     threads: int | None = None,
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
-    cache: Cache = "bfloat16",
+    cache: CacheName = "bfloat16",
     progress: Progress = silent,
 ) -> Profile:
     """Where a token's time goes in the native decoder, of the prompt and after it; see
@@ -150,7 +151,7 @@ def profile(
         decode=decode,
         repeats=repeats,
         threads=threads,
-        cache_dtype=session.cache_dtype,
+        cache=session.cache,
         progress=progress,
     )
 

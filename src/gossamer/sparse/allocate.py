@@ -1,14 +1,18 @@
 """Allocations: one budget of sparsity split over layers. All functions have one signature.
 
-``(layers, sparsity) -> {name: sparsity}``, where None leaves a layer dense.
+``(layers, sparsity) -> {name: sparsity}``, where None leaves a layer dense. Layers of one value type cost
+bytes in proportion to what they keep, so that a budget of sparsity is one of bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gossamer.errors import MethodError, ScoreError
@@ -21,14 +25,23 @@ Allocation = Callable[["Sequence[LayerInfo]", float], "dict[str, float | None]"]
 class LayerInfo:
     """What an allocation may know of a layer.
 
-    ``scores`` gives the layer's scores, one for each unit that the pattern keeps or prunes whole
-    (weights, blocks or channels), as a flat float32 tensor; it is called as often as needed, so that
-    scores may lie on disk.
+    ``shape``: (out, in), or (out, in, height, width) of a kernel. ``scores`` gives the layer's scores, one
+    for each unit that the pattern keeps or prunes whole (weights, blocks or channels), as a flat float32
+    tensor; it is called as often as needed, so that scores may lie on disk. ``outliers``: the share of
+    outliers in the layer's ``block``. ``curve``: (sparsity, error) as measured, errors comparable between
+    layers.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     scores: Callable[[], Tensor] | None = None
+    block: str = ""
+    outliers: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def uniform(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
@@ -85,8 +98,113 @@ def _kth_digit(
     return found, k - int(below[found] - counts[found])
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": global_}
-NEED_SCORES = frozenset({"global"})
+def er(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+    """Erdos-Renyi: densities in proportion to (out + in) / (out * in), whatever the kernel (Mocanu et al.
+    2018, Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity)."""
+    return _in_proportion(layers, sparsity, [sum(la.shape[:2]) / math.prod(la.shape[:2]) for la in layers])
+
+
+def erk(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+    """Erdos-Renyi with kernels: densities in proportion to (out + in + height + width) over their product; of
+    linear layers the same as `er` (Evci et al. 2020, Rigging the Lottery)."""
+    return _in_proportion(layers, sparsity, [sum(la.shape) / la.size for la in layers])
+
+
+def _in_proportion(
+    layers: Sequence[LayerInfo], sparsity: float, ratios: Sequence[float]
+) -> dict[str, float | None]:
+    """Densities ``epsilon * ratio``; layers that would exceed 1 are dense, and the others bear the rest."""
+    check_sparsity(sparsity)
+    full: set[int] = set()
+    while True:
+        # kept weights: (1 - sparsity) of all = those of dense layers + epsilon * sum of ratio * size
+        kept = (1 - sparsity) * sum(la.size for la in layers) - sum(layers[i].size for i in full)
+        thin = [i for i in range(len(layers)) if i not in full]
+        epsilon = kept / sum(ratios[i] * layers[i].size for i in thin) if thin else 0.0
+        over = {i for i in thin if epsilon * ratios[i] > 1}
+        if not over:
+            break
+        full |= over
+    return {la.name: 0.0 if i in full else 1 - epsilon * ratios[i] for i, la in enumerate(layers)}
+
+
+OUTLIER, SPREAD = 5.0, 0.08  # OWL's M and lambda, its authors' choice for LLaMA
+
+
+def outlier_share(scores: Callable[[], Iterable[Tensor]]) -> float:
+    """The share of a block's scores that are over OUTLIER times their mean; ``scores`` gives those of one
+    layer after the other, and is called twice."""
+    total = count = over = 0.0
+    for part in scores():
+        total, count = total + float(part.sum(dtype=torch.float64)), count + part.numel()
+    for part in scores():
+        over += int((part > OUTLIER * total / count).sum())
+    return over / count
+
+
+def owl(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+    """Blocks with more outliers among |W_ij| ||x_j|| keep more: densities rise with their share, at most
+    2 * SPREAD from least to most (Yin et al. 2024, Outlier Weighed Layerwise Sparsity)."""
+    check_sparsity(sparsity)
+    found = [layer.outliers for layer in layers if layer.outliers is not None]
+    if len(found) < len(layers):
+        raise MethodError("the allocation owl needs the share of outliers in every block")
+    shares, sizes = np.array(found), np.array([layer.size for layer in layers], dtype=float)
+    span = float(shares.max() - shares.min())
+    if span == 0:
+        return uniform(layers, sparsity)
+    more = (shares - shares.min()) / span * 2 * SPREAD
+    more -= (more * sizes).sum() / sizes.sum()
+    # near sparsity 0 or 1 there is less room than SPREAD
+    more *= min(1.0, sparsity / more.max(), 0.99 * (1 - sparsity) / -more.min())
+    return {la.name: float(sparsity - m) for la, m in zip(layers, more, strict=True)}
+
+
+def sensitivity(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+    """The split with the least sum of errors, by the ``curve`` of each layer: its lower convex hull is walked
+    down segment by segment, the least error a weight first, over all layers (Lagrange's condition: all layers
+    end at one slope)."""
+    check_sparsity(sparsity)
+    segments = []
+    for index, layer in enumerate(layers):
+        if not layer.curve:
+            raise MethodError(f"the allocation sensitivity needs error curves, and {layer.name} has none")
+        hull = _lower_hull([(0.0, 0.0), *layer.curve])
+        for (s, error), (s_next, error_next) in pairwise(hull):
+            slope = (error_next - error) / ((s_next - s) * layer.size)
+            segments.append((slope, index, s_next - s))
+    left = sparsity * sum(layer.size for layer in layers)
+    pruned = [0.0] * len(layers)
+    for _, index, width in sorted(segments):
+        step = min(width, left / layers[index].size)
+        pruned[index] += step
+        left -= step * layers[index].size
+    if left > 0.5:
+        raise MethodError(f"the error curves end below the sparsity {sparsity:g} that was asked for")
+    return {layer.name: share for layer, share in zip(layers, pruned, strict=True)}
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the convex function below ``points``, by rising sparsity."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        while len(hull) > 1:
+            (x0, y0), (x1, y1) = hull[-2:]
+            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": uniform,
+    "global": global_,
+    "er": er,
+    "erk": erk,
+    "owl": owl,
+    "sensitivity": sensitivity,
+}
 
 
 def allocation(name: str) -> Allocation:

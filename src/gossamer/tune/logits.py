@@ -58,6 +58,8 @@ class LogitHead:
         ids = torch.arange(4)[None] % self.weight.shape[0]
         want = model(input_ids=ids, use_cache=False).logits.float()
         got = self.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        if not bool(want.isfinite().all()):
+            raise ModelError(f"the logits of {type(model).__name__} are not finite: NaN in its weights")
         if want.shape != got.shape or not (got - want).norm() <= 0.05 * want.norm():
             raise ModelError(
                 f"{type(model).__name__} does not make its logits by its head alone: it cannot be tuned yet"

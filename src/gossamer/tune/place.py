@@ -90,7 +90,8 @@ def remove_weights(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> No
             replace_module(model, name, StructuredLinear(matrix, bias))
             continue
         linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
-        linear.weight = nn.Parameter(matrix.to_dense().detach().to(model.dtype))
+        weight = matrix.to_dense().detach().to(model.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", bias)
         replace_module(model, name, linear)
 

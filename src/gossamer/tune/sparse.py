@@ -95,12 +95,17 @@ class SparseTuning:
 
     # --- training ---
 
-    def loss(self, batch: Tensor | Mapping[str, Any]) -> Tensor:
+    def loss(self, batch: Tensor | Mapping[str, Any], *, defer: bool = True) -> Tensor:
         """The weighted sum of the losses, a mean over tokens; ``parts`` then holds each one by name.
+
+        Backward passes leave the gradients of finished weights for `step`, which takes them further once;
+        ``defer`` False: gradients are whole after each pass, for an optimizer of one's own.
 
         ``batch``: token ids ``(windows, seqlen)``, or transformers' ``input_ids`` with ``attention_mask`` and
         ``labels`` (the same tokens; -100 where no loss counts). Every position but the last counts.
         """
+        for tuned in self.weights.values():
+            tuned.defers = defer
         batch = {"input_ids": batch} if isinstance(batch, Tensor) else batch
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         labels = batch.get("labels")
@@ -139,6 +144,8 @@ class SparseTuning:
         """One step of AdamW with the gradients that backward passes left, ``fraction`` of the run done."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(fraction)
+        for weight in self.weights.values():
+            weight.settle()
         torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

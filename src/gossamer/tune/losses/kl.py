@@ -23,6 +23,7 @@ class KL(LogitLoss):
 
     def of(self, logits: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         assert teacher is not None
-        log_p = (logits / self.temperature).log_softmax(-1)
-        log_q = (teacher / self.temperature).log_softmax(-1)
+        if self.temperature != 1.0:
+            logits, teacher = logits / self.temperature, teacher / self.temperature
+        log_p, log_q = logits.log_softmax(-1), teacher.log_softmax(-1)
         return (log_q.exp() * (log_q - log_p)).sum(-1) * self.temperature**2

@@ -1,0 +1,62 @@
+// How whole blocks of a cache are kept in few bits (Liu et al. 2024, KIVI; Kang et al. 2024, GEAR): codes, in
+// low rank what these miss, and outliers as they are.
+//
+// Of one head's keys in a block each channel is a vector, of its values each position; `wide` numbers are a
+// position's (attention.h). One after the other:
+//
+//   codes     pairs in the order of a block of bfloat16. 4 bits: byte i holds pair i, its first number low;
+//             2 bits: byte i of each 16 holds pair i of 32 in its low half, and pair 16 + i in its high one
+//   scales    [vectors] float16      number = code * scale + low
+//   lows      [vectors] float16
+//   left      [rank][kBlock] bfloat16, by positions      + left rightᵀ
+//   right     [rank][wide] bfloat16, by numbers of a head
+//   outliers  [count][vectors] bfloat16, then their places in the vector [count][vectors] bytes: instead
+//
+// This header is included by units of every instruction set: nothing in it may have external linkage.
+#pragma once
+#include <stdint.h>
+
+namespace gossamer {
+
+constexpr int kMostRank = 4;
+constexpr int kMostOutliers = 16;  // of a vector
+
+// Of a vector, `most` of the largest and `least` of the least numbers are outliers.
+struct Outliers {
+    int most, least;
+    int count() const { return most + least; }
+};
+
+struct Compression {
+    int bits = 0;  // of a code: 2 or 4; 0: nothing is compressed
+    int rank = 0;
+    Outliers keys{0, 0}, values{0, 0};
+
+    // Whether heads of `dim` numbers can be compressed so.
+    bool fits(int64_t dim) const {
+        const bool few = keys.most >= 0 && keys.least >= 0 && values.most >= 0 && values.least >= 0 &&
+                         keys.count() <= kMostOutliers && values.count() <= kMostOutliers &&
+                         values.count() <= dim;
+        return (bits == 2 || bits == 4) && rank >= 0 && rank <= kMostRank && rank <= dim && few;
+    }
+    const Outliers& outliers(bool of_keys) const { return of_keys ? keys : values; }
+};
+
+// Where the parts of a compressed block begin.
+struct PackedBlock {
+    int vectors, count;  // and outliers of each
+    int64_t scales, lows, left, right, outliers, places, bytes;
+
+    PackedBlock(const Compression& how, int block, int wide, bool keys)
+        : vectors(keys ? wide : block), count(how.outliers(keys).count()) {
+        scales = int64_t(block) * wide * how.bits / 8;
+        lows = scales + 2 * vectors;
+        left = lows + 2 * vectors;
+        right = left + 2 * how.rank * block;
+        outliers = right + 2 * how.rank * wide;
+        places = outliers + 2 * count * vectors;
+        bytes = (places + count * vectors + 63) / 64 * 64;
+    }
+};
+
+}  // namespace gossamer

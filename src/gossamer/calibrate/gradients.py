@@ -1,0 +1,251 @@
+"""Gradients of the language model's loss, one block in memory at a time: forward once, then back.
+
+On the way forward the hidden states between blocks are kept on disk; on the way back each block runs again on
+what it read, window by window, and hands the gradient of its inputs on to the block before. In memory: one
+block, the activations of one window in it, and its sums (as many float32 as it has weights, twice). On disk:
+blocks x windows x seqlen x hidden numbers of the walk's dtype, freed block by block on the way back, and the
+sums, 8 bytes a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.calibrate.statistics import Statistic
+from gossamer.calibrate.stream import fast_dtype, outside_blocks
+from gossamer.calibrate.work import Inputs, WorkFolder
+from gossamer.errors import CalibrationError, OutputError
+from gossamer.models.skeleton import WeightFiles, materialize, release
+from gossamer.models.walk import (
+    Block,
+    ModelParts,
+    capture_block_inputs,
+    find_parts,
+    finish,
+    is_conv1d,
+    prunable,
+    run_block,
+    weight_of,
+)
+from gossamer.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POSITIONS = 256  # positions whose logits and their gradients are in memory at once
+
+
+class Gradient(Statistic):
+    """Of the mean loss over the next tokens of a window: ``mean``, the weight's gradient averaged over
+    windows, and ``squares``, the average of its square, float32 ``(out, in)``; ``outputs``, the squared
+    gradient of each output, summed over tokens and averaged over windows, float32 ``(out,)``."""
+
+    name = "gradient"
+    passes = "gradient"
+
+    def __init__(self, mean: Tensor, squares: Tensor, outputs: Tensor) -> None:
+        super().__init__(mean.shape[1])
+        self.mean, self.squares, self.outputs = mean, squares, outputs
+
+    def to_bytes(self) -> bytes:
+        return b"".join(part.numpy().tobytes() for part in (self.mean, self.squares, self.outputs))
+
+    @classmethod
+    def read(cls, path: Path, shape: tuple[int, int]) -> Gradient:
+        """What `gather` left for a layer of ``shape`` (out, in) at ``gradient_file``; raises OutputError."""
+        out, features = shape
+        try:
+            data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+        except OSError as error:
+            raise OutputError(f"the gradients {path.name} vanished from the work folder") from error
+        mean, squares, outputs = torch.split(data, [out * features, out * features, out])
+        return cls(mean.reshape(shape), squares.reshape(shape), outputs)
+
+
+def gradient_file(work: WorkFolder, name: str) -> Path:
+    """Where the gradients of the layer ``name`` lie."""
+    return work.path / f"{name}.gradient"
+
+
+def gather(
+    model: PreTrainedModel,
+    files: WeightFiles,
+    work: WorkFolder,
+    windows: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Leaves a `Gradient` of every prunable layer of the skeleton ``model`` at `gradient_file`.
+
+    ``windows``: token ids ``(windows, seqlen)``, seqlen >= 2. ``work`` is a folder of its own; a call that
+    was interrupted goes on with the block where it stopped, and one that was finished returns at once.
+    Raises CalibrationError where gradients are not finite, or a layer was reached by no window.
+    """
+    if windows.shape[1] < 2:
+        raise CalibrationError("gradients need windows of at least 2 tokens: one of them must be foretold")
+    _Pass(model, files, work, windows, dtype or fast_dtype(), progress).run()
+
+
+class _Pass:
+    """Steps 0 to n - 1: the n blocks forward; n: the loss; n + 1 to 2 n: the blocks backward."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: WeightFiles,
+        work: WorkFolder,
+        windows: Tensor,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.model, self.files, self.work, self.windows = model, files, work, windows
+        self.dtype, self.progress = dtype, progress
+        self.parts: ModelParts = find_parts(model)
+        self.streams: dict[str, Inputs] = {}
+
+    def run(self) -> None:
+        count = len(self.parts.blocks)
+        if self.work.next_block > 2 * count:
+            return
+        with outside_blocks(self.model, self.parts, self.files, self.dtype):
+            first = capture_block_inputs(self.model, self.windows[:1], parts=self.parts)
+            self.kwargs, self.shape = first.kwargs, (*self.windows.shape, first.hidden.shape[-1])
+            if self.work.next_block == 0:
+                states = (
+                    capture_block_inputs(self.model, ids[None], parts=self.parts).hidden
+                    for ids in self.windows
+                )
+                self._done(-1, "hidden0", states)
+        for step in range(self.work.next_block, 2 * count + 1):
+            self.progress("gradients", step, 2 * count + 1)
+            if step < count:
+                with self._in_memory(self.parts.blocks[step]) as module:
+                    self._done(step, f"hidden{step + 1}", self._forward(module, step))
+            elif step == count:
+                with outside_blocks(self.model, self.parts, self.files, self.dtype, head=True):
+                    self._done(step, f"gradient{count}", self._of_loss(), drop=[f"hidden{count}"])
+            else:
+                index = 2 * count - step
+                with self._in_memory(self.parts.blocks[index]) as module:
+                    gone = [f"hidden{index}", f"gradient{index + 1}"]
+                    self._done(step, f"gradient{index}", self._backward(module, index), drop=gone)
+        self.progress("gradients", 2 * count + 1, 2 * count + 1)
+
+    def _open(self, stream: str) -> Inputs:
+        """What lies in a stream; its checksum is compared once, by the run that finds it there."""
+        if stream not in self.streams:
+            path = self.work.path / f"{stream}.states"
+            self.streams[stream] = self.work.checked(path, stream, self.shape, self.dtype)
+        return self.streams[stream]
+
+    def _done(self, step: int, stream: str, parts: Iterator[Tensor], drop: list[str] | None = None) -> None:
+        """Writes a stream; then the step is done, and the streams ``drop`` are of no more use."""
+        known = {name: self._open(name) for name in self.work.streams()}
+        known[stream] = Inputs(self.work.path / f"{stream}.states", self.shape, self.dtype).written(parts)
+        gone = [known.pop(name) for name in drop or ()]
+        self.streams = known
+        self.work.block_done(step, **known)
+        for inputs in gone:
+            inputs.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _in_memory(self, block: Block) -> Iterator[nn.Module]:
+        materialize(block.module, block.name, self.files, self.dtype, check_finite=True)
+        try:
+            yield block.module
+        finally:
+            release(block.module)
+
+    @torch.no_grad()
+    def _forward(self, module: nn.Module, index: int) -> Iterator[Tensor]:
+        inputs = self._open(f"hidden{index}")
+        for at in range(self.shape[0]):
+            yield run_block(module, inputs.read(at, at + 1), self.kwargs[index])
+
+    def _of_loss(self) -> Iterator[Tensor]:
+        """The gradient of each window's mean loss over its next tokens, by what the last block gave."""
+        states = self._open(f"hidden{len(self.parts.blocks)}")
+        last = self.shape[1] - 1
+        for at, ids in enumerate(self.windows):
+            hidden = states.read(at, at + 1)
+            found = torch.zeros_like(hidden)
+            for start in range(0, last, POSITIONS):
+                stop = min(start + POSITIONS, last)
+                piece = hidden[:, start:stop].clone().requires_grad_()
+                with torch.enable_grad():
+                    logits = finish(self.model, piece, parts=self.parts, gradients=True)
+                    loss = nn.functional.cross_entropy(
+                        logits[0].float(), ids[start + 1 : stop + 1], reduction="sum"
+                    )
+                found[:, start:stop] = torch.autograd.grad(loss / last, piece)[0]
+            if not torch.isfinite(found).all():
+                raise CalibrationError(f"the gradient of the loss is not finite in calibration window {at}")
+            yield found
+
+    def _backward(self, module: nn.Module, index: int) -> Iterator[Tensor]:
+        """Gradients of the block's inputs window by window, and at the end those of its layers in files."""
+        inputs, above = self._open(f"hidden{index}"), self._open(f"gradient{index + 1}")
+        layers = prunable(module)
+        sums = {name: _Sums(layer) for name, layer in layers.items()}
+        handles = [layer.register_forward_hook(sums[name].see) for name, layer in layers.items()]
+        try:
+            for at in range(self.shape[0]):
+                with torch.enable_grad():
+                    hidden = inputs.read(at, at + 1).requires_grad_()
+                    out = run_block(module, hidden, self.kwargs[index])
+                used = [s for s in sums.values() if s.output is not None]
+                wanted = [hidden, *(s.weight for s in used), *(s.output for s in used)]
+                found = torch.autograd.grad(out, wanted, above.read(at, at + 1), allow_unused=True)  # type: ignore[arg-type]
+                for s, weight, output in zip(used, found[1:], found[1 + len(used) :], strict=False):
+                    s.add(weight, output)
+                yield found[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, s in sums.items():
+            full = f"{self.parts.blocks[index].name}.{name}"
+            statistic = s.finish(full, self.shape[0])
+            self.work.write(gradient_file(self.work, full).name, statistic.to_bytes())
+
+
+class _Sums:
+    """Sums over windows for one layer; ``output``: what it gave in the window at hand."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        assert isinstance(layer.weight, Tensor)
+        self.weight, self.turned = layer.weight, is_conv1d(layer)
+        shape = weight_of(layer).shape
+        self.mean, self.squares = torch.zeros(shape), torch.zeros(shape)
+        self.outputs = torch.zeros(shape[0])
+        self.output: Tensor | None = None
+        self.windows = 0
+
+    def see(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.output = output
+
+    def add(self, weight: Tensor | None, output: Tensor | None) -> None:
+        self.output = None
+        if weight is None or output is None:
+            return
+        weight = weight.T if self.turned else weight
+        self.mean += weight.float()
+        self.squares += weight.float().square()
+        self.outputs += output.float().reshape(-1, len(self.outputs)).square().sum(dim=0)
+        self.windows += 1
+
+    def finish(self, name: str, windows: int) -> Gradient:
+        if self.windows == 0:
+            raise CalibrationError(
+                f"{name}: no calibration input reached this layer (an expert never chosen?)"
+            )
+        found = Gradient(self.mean / windows, self.squares / windows, self.outputs / windows)
+        if not torch.isfinite(found.squares).all():
+            raise CalibrationError(f"{name}: its gradients are not finite: NaN or infinite weights after it?")
+        return found

@@ -1,0 +1,71 @@
+"""Whether a model is as sure as it is right, on clean and on corrupted text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import EvaluationError
+from gossamer.evaluate.logits import LogitReader, eval_mode
+
+CHUNK = 256  # positions whose logits are held at once
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Of next tokens: ``perplexity``; ``accuracy``, the share where the likeliest one is right;
+    ``calibration_error``: how far a bin's accuracy lies from its mean confidence, averaged over tokens."""
+
+    perplexity: float
+    accuracy: float
+    calibration_error: float
+
+
+def confidence(
+    model: nn.Module, windows: Tensor, *, inputs: Tensor | None = None, bins: int = 15
+) -> Confidence:
+    """Measures ``model`` on ``windows``, token ids ``(n, seqlen)``; with ``inputs`` of that shape it reads
+    those, and the true tokens are still asked for (robustness: see `corrupted`).
+
+    The error is the expected calibration error over ``bins`` equal bins of the likeliest token's probability:
+    Guo et al. 2017, On Calibration of Modern Neural Networks. Raises EvaluationError for other shapes, bins
+    below 1, NaN or infinite logits.
+    """
+    inputs = windows if inputs is None else inputs
+    if windows.ndim != 2 or windows.shape[1] < 2 or inputs.shape != windows.shape or bins < 1:
+        raise EvaluationError(
+            f"confidence takes windows (n, seqlen >= 2), inputs of the same shape and at least one bin, got "
+            f"{tuple(windows.shape)}, {tuple(inputs.shape)} and {bins}"
+        )
+    reader, loss = LogitReader(model), 0.0
+    sums = torch.zeros(3, bins, dtype=torch.float64)  # tokens, right ones, probabilities
+    with eval_mode(model):
+        for ids, read in zip(windows, inputs, strict=True):
+            rows = reader(read[None])
+            for first in range(0, len(ids) - 1, CHUNK):
+                last = min(first + CHUNK, len(ids) - 1)
+                logp = rows(first, last)[0].log_softmax(-1)
+                targets = ids[first + 1 : last + 1]
+                loss -= float(logp.gather(1, targets[:, None]).double().sum())
+                best, found = logp.max(-1)
+                sure = best.exp().double()
+                place = (sure * bins).long().clamp(max=bins - 1)
+                each = torch.stack([torch.ones_like(sure), (found == targets).double(), sure])
+                sums.index_add_(1, place, each)
+    tokens = float(sums[0].sum())
+    apart = float((sums[1] - sums[2]).abs().sum()) / tokens
+    return Confidence(math.exp(loss / tokens), float(sums[1].sum()) / tokens, apart)
+
+
+def corrupted(windows: Tensor, share: float, vocabulary: int, seed: int = 0) -> Tensor:
+    """``windows`` with a random ``share`` of the tokens replaced by random ones below ``vocabulary``; raises
+    EvaluationError unless 0 <= share <= 1."""
+    if not 0 <= share <= 1:
+        raise EvaluationError(f"the share of corrupted tokens lies in [0, 1], got {share!r}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(windows.shape, generator=generator) < share
+    others = torch.randint(vocabulary, windows.shape, generator=generator)
+    return torch.where(chosen, others, windows)

@@ -1,0 +1,249 @@
+"""Text that a model writes itself, for others to be tuned on: sampled record by record into a jsonl file.
+
+Work in progress lies in ``OUT.work``; the same call goes on where it stopped, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gossamer import kernels
+from gossamer.calibrate import WorkFolder
+from gossamer.engine import Decoder, NativeSession, why_not
+from gossamer.errors import GossamerError, TextError
+from gossamer.matrices.atomic import atomic_file, check_free, output_error
+from gossamer.matrices.checksums import checksums_of
+from gossamer.models.contents import open_checkpoint
+from gossamer.models.manifest import is_checkpoint
+from gossamer.models.sampling import Sampling
+from gossamer.models.skeleton import WeightFiles
+from gossamer.models.sources import resolve
+from gossamer.models.text import TextSource, read_text, tokenize
+from gossamer.progress import Progress, silent
+from gossamer.recipes.load import LoadedModel, load
+from gossamer.tune.self_data import Continuations, Prompts, Rewrites
+from gossamer.tune.self_data import sample as sample_one
+from gossamer.version import VERSION
+
+_LOG = "samples.jsonl"
+
+
+class SampleSettings(BaseModel):
+    """How much is sampled, and how: until ``tokens`` are drawn in all, at most ``max_new_tokens`` for each
+    prompt of ``prompt_tokens`` (cut from a text); the rest is `Sampling`. The default draws from the model's
+    own distribution, nothing left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokens: int = Field(default=100_000, ge=1)
+    prompt_tokens: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=224, ge=1)
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = Field(default=0, ge=0)
+
+    def sampling(self) -> Sampling:
+        """Raises SamplingError for a value out of its range."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """The finished file ``path``: ``records`` documents for which ``tokens`` were drawn in ``seconds`` (all
+    runs together, loading apart); ``own``: of a rewritten instruction set, the records whose answer is the
+    model's (else None). ``made`` is what lies beside it as JSON."""
+
+    path: Path
+    records: int
+    tokens: int
+    seconds: float
+    own: int | None
+    made: dict[str, Any]
+    resumed: bool
+    smoke_test: bool
+
+
+def sample(
+    model: str | Path,
+    out: str | Path,
+    *,
+    text: TextSource = None,
+    rewrite: str | Path | None = None,
+    dtype: torch.dtype | str = "auto",
+    progress: Progress = silent,
+    **settings: Any,
+) -> SampledText:
+    """Lets ``model`` (anything that `load` takes) write a text into the new jsonl file ``out``, a line a
+    document, and how it was made into ``out`` with ``.made.json`` behind.
+
+    It continues prompts cut from ``text`` (as `compress` takes it), or says in its own words the answers of
+    ``rewrite``, a jsonl file of objects with a ``prompt`` and a ``response``. The native decoder runs it
+    where it can. ``settings`` are those of :class:`SampleSettings`. The same call gives the same bytes on the
+    same machine. Raises a GossamerError for whatever a person can mend; an interrupted run leaves
+    ``OUT.work``, and the same call resumes it.
+    """
+    try:
+        chosen = SampleSettings(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    sampling, out = chosen.sampling(), Path(out)
+    if text is not None and rewrite is not None:
+        raise TextError("prompts are cut from a text, or come from an instruction set: give one of them")
+    check_free(out)
+    pairs = None if rewrite is None else read_pairs(rewrite)
+    source = None if pairs is not None else read_text(text)
+    loaded = _with_native(load(model, dtype=dtype, progress=progress))
+    prompts: Prompts
+    if pairs is not None:
+        prompts, label = Rewrites(pairs, loaded.tokenizer), Path(str(rewrite)).name
+        told = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    else:
+        assert source is not None
+        ids, label = tokenize(source, loaded.tokenizer), source.label
+        prompts = Continuations(ids, loaded.tokenizer, chosen.prompt_tokens, chosen.seed)
+        told = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    fingerprint = _fingerprint(model, loaded, chosen, told)
+    work = WorkFolder(out.with_name(out.name + ".work"), fingerprint)
+    log = _Log(work.path / _LOG)
+    total, number, own = chosen.tokens, len(log.records), isinstance(prompts, Rewrites)
+    while log.tokens < total:
+        progress("sampling", log.tokens, total)
+        start = time.perf_counter()
+        done = sample_one(
+            prompts, number, loaded.model, loaded.session, loaded.tokenizer, sampling, chosen.max_new_tokens
+        )
+        log.append({**done.record, "tokens": done.tokens, "seconds": time.perf_counter() - start})
+        number += 1
+    progress("sampling", total, total)
+    made = {
+        "job": "sample",
+        "model": loaded.label,
+        "engine": loaded.engine,
+        "text": label,
+        "smoke_test": source is not None and source.smoke,
+        "records": number,
+        "tokens": log.tokens,
+        "seconds": round(log.seconds, 3),
+        "settings": chosen.model_dump(),
+        "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
+    }
+    _write(out, log.records, made)
+    work.remove()
+    kept = sum(bool(record["own"]) for record in log.records) if own else None
+    return SampledText(
+        out, number, log.tokens, log.seconds, kept, made, work.resumed, bool(made["smoke_test"])
+    )
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """The pairs of ``prompt`` and ``response`` of a jsonl file; raises TextError naming the line."""
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"cannot read the instruction set {path.name}: {error}") from error
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            prompt, response = record["prompt"], record["response"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise TextError(f"line {number} of {path.name} has no prompt and response: {error!r}") from error
+        if not isinstance(prompt, str) or not isinstance(response, str) or not prompt.strip():
+            raise TextError(
+                f"line {number} of {path.name}: prompt and response are text, the prompt not empty"
+            )
+        pairs.append((prompt, response))
+    if not pairs:
+        raise TextError(f"the instruction set {path.name} is empty")
+    return pairs
+
+
+class _Log:
+    """Records as they come, a line each, only ever appended to; a line that a kill cut off is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        self.tokens, self.seconds, whole = 0, 0.0, 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            self._count(json.loads(line))
+        if path.exists():
+            os.truncate(path, whole)
+
+    def append(self, record: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            raise output_error(error, self.path, None) from error
+        self._count(record)
+
+    def _count(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self.tokens += record["tokens"]
+        self.seconds += record["seconds"]
+
+
+def _write(out: Path, records: list[dict[str, Any]], made: dict[str, Any]) -> None:
+    def lines() -> Iterator[bytes]:
+        for record in records:
+            told = {key: value for key, value in record.items() if key != "seconds"}
+            yield json.dumps(told, ensure_ascii=False).encode() + b"\n"
+
+    with atomic_file(out.with_name(out.name + ".made.json")) as file:
+        file.write(json.dumps(made, indent=2).encode() + b"\n")
+    with atomic_file(out) as file:
+        file.writelines(lines())
+
+
+def _with_native(loaded: LoadedModel) -> LoadedModel:
+    """The model in the native decoder also where it is no checkpoint: a second copy in memory is worth many
+    thousand tokens."""
+    if loaded.new_session is not None or loaded.gates is not None or why_not(loaded.model) is not None:
+        return loaded
+    start = partial(NativeSession, Decoder(loaded.model))
+    return replace(loaded, new_session=start, engine="the native decoder")
+
+
+def _fingerprint(
+    model: str | Path, loaded: LoadedModel, settings: SampleSettings, prompts: str
+) -> dict[str, Any]:
+    """All that the result depends on, so that resumed work is never mixed with other work."""
+    import transformers
+
+    path = Path(model).expanduser()
+    if is_checkpoint(path):
+        files = {name: entry.sha256 for name, entry in open_checkpoint(path).manifest.files.items()}
+    else:
+        files = {p.name: checksums_of(p).sha256 for p in WeightFiles(resolve(str(model)).folder).paths}
+    return {
+        "settings": settings.model_dump(),
+        "model": [loaded.label, files],
+        "prompts": prompts,
+        "engine": loaded.engine,
+        "gossamer": VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
+    }

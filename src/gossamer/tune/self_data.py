@@ -1,0 +1,163 @@
+"""Self-data distillation: the dense model itself writes the text that its pruned copy is tuned on.
+
+Other people's text draws a pruned model away from what the dense one knew; text from the dense model's own
+distribution draws it back. Either the model continues prompts cut from a text, or it says answers of an
+instruction set in its own words, and its answer is taken where it comes to the same end as the given one.
+
+Thangarasa et al. 2024, Self-Data Distillation for Recovering Quality in Pruned Large Language Models, which
+rewrites as Yang et al. 2024, Self-Distillation Bridges Distribution Gap in Language Model Fine-Tuning.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from gossamer.errors import TextError
+from gossamer.models.generate import generate, stop_tokens
+from gossamer.models.sampling import Sampling
+from gossamer.models.session import PrefixSession, SessionFactory
+from gossamer.models.tokenizer import StreamDecoder, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REWRITE = (
+    "Here is an instruction and a reference answer. Answer the instruction in your own words, to the same "
+    "result as the reference answer. Give only the answer.\n\nInstruction:\n{prompt}\n\nReference answer:\n"
+    "{response}"
+)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+class Prompts(Protocol):
+    """Where prompts come from: by their number, the same ones each time."""
+
+    def prompt(self, index: int) -> list[int]:
+        """The token ids that the model reads for record ``index`` = 0, 1, .."""
+
+    def record(self, index: int, answer: str) -> dict[str, Any]:
+        """What is kept of its ``answer``: ``text``, the document to tune on, and what is worth knowing."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Prompts of ``length`` tokens from random places of a text, int64 ``ids``, which the model continues.
+
+    Places are drawn for each record anew, from ``seed`` and its number. Raises TextError for a text shorter
+    than a prompt.
+    """
+
+    ids: Tensor
+    tokenizer: PreTrainedTokenizerBase
+    length: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.length <= len(self.ids):
+            raise TextError(
+                f"prompts of {self.length} tokens cannot be cut from a text of {len(self.ids)}: give more "
+                "text, or shorter prompts of at least one token"
+            )
+
+    def prompt(self, index: int) -> list[int]:
+        start = random.Random(_seed(self.seed, index)).randint(0, len(self.ids) - self.length)
+        ids: list[int] = self.ids[start : start + self.length].tolist()
+        return ids
+
+    def record(self, index: int, answer: str) -> dict[str, Any]:
+        decoder = StreamDecoder(self.tokenizer)
+        prompt = "".join(map(decoder.push, self.prompt(index))) + decoder.finish()
+        return {"text": prompt + answer}
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """Answers of an instruction set, ``pairs`` of prompt and response, in the model's own words.
+
+    A document is the instruction and an answer, in the model's chat form where it has one. The model's answer
+    is taken where its last number is that of the response, and where the response has none (the papers'
+    conditional selection); else, or where it says nothing, the response stays. Records past the last pair
+    begin anew with the first.
+    """
+
+    pairs: Sequence[tuple[str, str]]
+    tokenizer: PreTrainedTokenizerBase
+
+    def prompt(self, index: int) -> list[int]:
+        prompt, response = self._pair(index)
+        return encode_prompt(self.tokenizer, REWRITE.format(prompt=prompt, response=response))
+
+    def record(self, index: int, answer: str) -> dict[str, Any]:
+        prompt, response = self._pair(index)
+        own = bool(answer.strip()) and same_result(answer, response)
+        chosen = answer.strip() if own else response
+        return {"text": self._document(prompt, chosen), "own": own}
+
+    def _pair(self, index: int) -> tuple[str, str]:
+        return self.pairs[index % len(self.pairs)]
+
+    def _document(self, prompt: str, answer: str) -> str:
+        if not self.tokenizer.chat_template:
+            return f"{prompt}\n{answer}"
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        assert isinstance(text, str)
+        return text
+
+
+def same_result(answer: str, response: str) -> bool:
+    """Whether both end in the same number, or ``response`` holds none."""
+    wanted = _last_number(response)
+    return wanted is None or wanted == _last_number(answer)
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A finished ``record``, and what it took: ``tokens`` that were drawn."""
+
+    record: dict[str, Any]
+    tokens: int
+
+
+def sample(
+    prompts: Prompts,
+    index: int,
+    model: nn.Module,
+    start: SessionFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> Sampled:
+    """Record ``index``: its prompt answered by ``model`` in a new session, up to a token that ends the answer
+    or ``max_new_tokens``. The same arguments give the same record, whatever was sampled before. Raises
+    TextError for a prompt that is longer than the model's context, ModelError for damaged weights."""
+    decoder, pieces, count = StreamDecoder(tokenizer), [], 0
+    own = replace(sampling, seed=_seed(sampling.seed, index))
+    for token in generate(
+        model,
+        prompts.prompt(index),
+        max_new_tokens,
+        sampling=own,
+        stop=stop_tokens(model, tokenizer),
+        session=PrefixSession(start),
+    ):
+        pieces.append(decoder.push(token.id))
+        count += 1
+    pieces.append(decoder.finish())
+    return Sampled(prompts.record(index, "".join(pieces)), count)
+
+
+def _seed(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

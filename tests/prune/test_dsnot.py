@@ -1,0 +1,120 @@
+"""DSnoT against a plain loop over rows, and what swaps may never do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gossamer.calibrate import Gram, InputMoments, InputNorm
+from gossamer.errors import MethodError
+from gossamer.prune import Layer, check_combination
+from gossamer.prune.dsnot import DSnoT
+from gossamer.sparse import check_mask, mask_from_scores, parse_pattern
+
+
+def make_layer(out: int = 12, cols: int = 40, seed: int = 0) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(300, cols, generator=generator) * (torch.rand(cols, generator=generator) + 0.1)
+    inputs += torch.randn(cols, generator=generator)
+    statistics = {kind: kind(cols) for kind in (InputNorm, InputMoments, Gram)}
+    for statistic in statistics.values():
+        statistic.update(inputs)
+        statistic.finish()
+    return Layer("layer", torch.randn(out, cols, generator=generator), statistics)  # type: ignore[arg-type]
+
+
+def plain_loop(layer: Layer, start: torch.Tensor, width: int, cycles: int) -> torch.Tensor:
+    """One row, one swap at a time, in float64 and lists."""
+    mean, var = layer[InputMoments].mean.double(), layer[InputMoments].variance.double()
+    norm = layer[InputNorm].norm.double()
+    mask = start.clone()
+    for r, weight in enumerate(layer.weight.double()):
+        pruned = [j for j in range(len(weight)) if not start[r, j]]
+        kept = [j for j in range(len(weight)) if start[r, j]]
+        share = weight * mean
+        error = float(sum(share[j] for j in pruned))
+        was_positive = error > 0
+        for _ in range(cycles):
+            sign = 1.0 if error > 0 else -1.0
+            grow = [j for j in pruned if share[j] * sign > 0]
+            if abs(error) <= 0.1 / 2048 or not grow:
+                break
+            g = max(grow, key=lambda j: float(share[j] * sign / var[j]))
+            if width >= len(weight):
+                lose = [j for j in kept if share[j] * sign < 0]
+            else:
+                lose = [j for j in kept if j // width == g // width]
+            if not lose:
+                break
+            p = min(lose, key=lambda j: float(weight[j].abs() * norm[j]))
+            after = error + float(share[p] - share[g])
+            if width < len(weight) and (after > 0) != was_positive:
+                break
+            error = after
+            pruned.remove(g)
+            kept.remove(p)
+            mask[r, g], mask[r, p] = True, False
+    return mask
+
+
+@pytest.mark.parametrize("pattern", ["unstructured:row", "unstructured:columns:8", "2:4", "4:8"])
+@pytest.mark.parametrize("start", ["wanda", "magnitude", "obs"])
+def test_swaps_are_those_of_a_plain_loop(pattern: str, start: str) -> None:
+    layer, parsed = make_layer(), parse_pattern(pattern)
+    c = check_combination(
+        "dsnot", pattern=pattern, sparsity=0.5 if "un" in pattern else None, options={"start": start}
+    )
+    pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
+    assert pruned.mask is not None
+    first = mask_from_scores(c.method.scores(layer), parsed, c.sparsity)
+    width = {"unstructured:row": 40, "unstructured:columns:8": 8, "2:4": 4, "4:8": 8}[pattern]
+    assert torch.equal(pruned.mask, plain_loop(layer, first, width, 50))
+    check_mask(pruned.mask, parsed)
+    assert torch.equal(pruned.mask.sum(dim=1), first.sum(dim=1))
+    assert torch.equal(pruned.weight, layer.weight * pruned.mask)
+    assert pruned.record["swapped"] == int((first & ~pruned.mask).sum()) > 0
+
+
+def test_the_means_of_outputs_come_back() -> None:
+    layer = make_layer(64, 256)
+    c = check_combination("dsnot", sparsity=0.6)
+    mask = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64).mask
+    start = mask_from_scores(c.method.scores(layer), c.pattern, c.sparsity)
+
+    def error(kept: torch.Tensor | None) -> torch.Tensor:
+        assert kept is not None
+        return ((layer.weight * ~kept) @ layer[InputMoments].mean).abs()
+
+    assert error(mask).mean() < 0.5 * error(start).mean()
+    unswapped = DSnoT(cycles=0).prune(layer, c.pattern, c.sparsity, c.values, 64)
+    assert torch.equal(unswapped.mask, start)  # type: ignore[arg-type]
+
+
+def test_moments_are_those_of_all_tokens() -> None:
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(3)) * 2 + 5
+    moments = InputMoments(6)
+    moments.update(x[:13])
+    moments.update(x[13:])
+    moments.finish()
+    torch.testing.assert_close(moments.mean, x.mean(dim=0))
+    torch.testing.assert_close(moments.variance, x.var(dim=0, unbiased=False), atol=1e-5, rtol=1e-5)
+
+
+def test_it_asks_for_what_its_start_needs() -> None:
+    assert DSnoT(start="obs").needs == (InputNorm, InputMoments, Gram)
+    assert DSnoT().needs == (InputNorm, InputMoments)
+
+
+@pytest.mark.parametrize(
+    "options", [{"start": "dsnot"}, {"start": "wnda"}, {"cycles": -1}, {"threshold": -1.0}, {"speed": 1}]
+)
+def test_bad_options(options: dict[str, Any]) -> None:
+    with pytest.raises(MethodError):
+        check_combination("dsnot", sparsity=0.5, options=options)
+
+
+def test_blocks_are_refused() -> None:
+    with pytest.raises(MethodError, match="does not accept"):
+        check_combination("dsnot", pattern="16x4", sparsity=0.5)

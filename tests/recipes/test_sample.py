@@ -1,0 +1,98 @@
+"""Sampled text as a file: the same bytes each time, after a kill too, and read by what tunes on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gossamer as gs
+from gossamer.errors import GossamerError, OutputError, ResumeError, TextError
+from gossamer.models.text import read_text
+from gossamer.recipes import sample as module
+from tiny import tiny_folder
+
+SMALL: dict[str, Any] = {"tokens": 60, "prompt_tokens": 6, "max_new_tokens": 12, "seed": 5}
+TEXT = ["Sparse networks are small. " * 20, "They are fast too, on the machine that you have. " * 10]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_the_file_is_text_for_others_and_says_what_it_took(model: Path, tmp_path: Path) -> None:
+    done = gs.sample(model, tmp_path / "own.jsonl", text=TEXT, **SMALL)
+    records = [json.loads(line) for line in done.path.read_text().splitlines()]
+    assert read_text(done.path).documents == tuple(record["text"] for record in records)
+    assert sum(record["tokens"] for record in records) == done.tokens
+    assert 60 <= done.tokens < 60 + 12
+    assert all(set(record) == {"text", "tokens"} for record in records)
+    made = json.loads((tmp_path / "own.jsonl.made.json").read_text())
+    assert made == done.made
+    assert made["tokens"] == done.tokens
+    assert 0 < made["seconds"] == pytest.approx(done.seconds, abs=1e-3)
+    assert made["settings"]["temperature"] == 1.0
+    assert not (tmp_path / "own.jsonl.work").exists()
+    with pytest.raises(OutputError, match="exists already"):
+        gs.sample(model, done.path, text=TEXT, **SMALL)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gs.sample(model, tmp_path / "whole.jsonl", text=TEXT, **SMALL)
+    out, one = tmp_path / "cut.jsonl", module.sample_one
+
+    def dies(prompts: Any, index: int, *rest: Any) -> Any:
+        if index == 2:
+            raise KeyboardInterrupt
+        return one(prompts, index, *rest)
+
+    monkeypatch.setattr(module, "sample_one", dies)
+    with pytest.raises(KeyboardInterrupt):
+        gs.sample(model, out, text=TEXT, **SMALL)
+    monkeypatch.undo()
+    assert not out.exists()
+    with open(tmp_path / "cut.jsonl.work" / "samples.jsonl", "ab") as file:
+        file.write(b'{"text": "cut off in the mid')
+    with pytest.raises(ResumeError, match="it differs in settings"):
+        gs.sample(model, out, text=TEXT, **{**SMALL, "seed": 6})
+    again = gs.sample(model, out, text=TEXT, **SMALL)
+    assert again.resumed
+    assert out.read_bytes() == whole.path.read_bytes()
+    assert again.tokens == whole.tokens
+
+
+def test_an_instruction_set_is_answered_anew(model: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Add 2 and 2.", "response": "4"}\n\n{"prompt": "Hi", "response": "Ho"}\n')
+    done = gs.sample(model, tmp_path / "out.jsonl", rewrite=pairs, **{**SMALL, "temperature": 2.0})
+    records = [json.loads(line) for line in done.path.read_text().splitlines()]
+    assert done.own == sum(record["own"] for record in records) > 0
+    assert "user: Add 2 and 2." in records[0]["text"]
+    assert "user: Hi" in records[1]["text"]
+    assert done.smoke_test is False
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    bad = tmp_path / "bad.jsonl"
+    for line, said in (
+        ('{"prompt": "x"}', "line 1 of bad.jsonl has no prompt and response"),
+        ("nonsense", "line 1 of bad.jsonl has no prompt and response"),
+        ('{"prompt": " ", "response": "x"}', "line 1 of bad.jsonl: prompt and response are text"),
+        ("", "the instruction set bad.jsonl is empty"),
+    ):
+        bad.write_text(line)
+        with pytest.raises(TextError, match=said):
+            gs.sample("no-such-model", out, rewrite=bad)
+    with pytest.raises(TextError, match="give one of them"):
+        gs.sample(model, out, text=TEXT, rewrite=bad)
+    with pytest.raises(GossamerError, match="tokens"):
+        gs.sample(model, out, text=TEXT, tokens=0)
+    with pytest.raises(TextError, match="cannot be cut from a text"):
+        gs.sample(model, out, text=["short"], prompt_tokens=500)
+    assert not list(tmp_path.glob("*.work"))

@@ -1,0 +1,369 @@
+"""Whole-model fine-tuning: beside plain PyTorch, masks at every step, budgets, kills and bad inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.errors import (
+    GossamerError,
+    MethodError,
+    ModelError,
+    OutputError,
+    ResumeError,
+    TextError,
+)
+from gossamer.matrices import Packed
+from gossamer.matrices.atomic import check_free
+from gossamer.models import load_checkpoint
+from gossamer.nn import StructuredLinear
+from gossamer.recipes.compress import compress
+from gossamer.tune import Loop, SparseTuning, saves, train
+from gossamer.tune.losses import loss
+from tiny import tiny_folder, tiny_model, tiny_tokens
+
+TEXT = "".join(topics.values())[:30_000]
+SMALL: dict[str, Any] = {"text": [TEXT], "seqlen": 32, "batch": 4, "micro": 2, "held_out": 2, "rate": 1e-3}
+BUDGET: dict[str, Any] = {**SMALL, "tokens": 10 * 4 * 32, "evaluations": 5}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=2)
+
+
+def checkpoint(dense: Path, out: Path, **settings: Any) -> Path:
+    some: dict[str, Any] = {"method": "magnitude", "windows": 2, "seqlen": 32, "calibration": [TEXT]}
+    return compress(dense, out, **{**some, **settings}).path
+
+
+@pytest.fixture(scope="module")
+def sparse_int4(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(dense, tmp_path_factory.mktemp("made") / "int4", pattern="32:64", values="int4")
+
+
+def packed(path: Path) -> dict[str, Packed]:
+    """The packed linears of the blocks, by name."""
+    found = load_checkpoint(path).named_modules()
+    return {n: m.matrix for n, m in found if isinstance(m, StructuredLinear) and "layers" in n}  # type: ignore[misc]
+
+
+def masked(seed: int = 0) -> tuple[Any, dict[str, torch.Tensor | None]]:
+    """A plain float model and random masks of its linear layers."""
+    model = tiny_model(seed=seed, num_hidden_layers=2)
+    generator = torch.Generator().manual_seed(seed)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
+    return model, {n: torch.rand(m.weight.shape, generator=generator) < 0.5 for n, m in layers.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": "32:64", "values": "int4"},
+        {"sparsity": 0.0, "values": "int3", "group": 32},
+        {"sparsity": 0.6, "values": "bfloat16"},
+        {"pattern": "16x4", "sparsity": 0.5, "values": "float32"},
+    ],
+)
+def test_a_tuned_checkpoint_has_the_same_form_and_a_smaller_loss(
+    settings: dict[str, Any], dense: Path, tmp_path: Path
+) -> None:
+    before = checkpoint(dense, tmp_path / "before", **settings)
+    done = gs.finetune(
+        before, tmp_path / "after", teacher=dense, losses={"kl": 1, "squarehead": 0.1}, **BUDGET
+    )
+    assert done.outcome.after["total"] < done.outcome.before["total"]
+    assert done.outcome.after["total"] == pytest.approx(
+        done.outcome.after["kl"] + 0.1 * done.outcome.after["squarehead"], rel=1e-5
+    )
+    old, new = packed(before), packed(tmp_path / "after")
+    assert old.keys() == new.keys()
+    for name, was in old.items():
+        assert was.describe() | {"clamped": 0} == new[name].describe() | {"clamped": 0}
+        assert torch.equal(was.mask(), new[name].mask())
+        assert not torch.equal(was.to_dense(), new[name].to_dense())
+    record = json.loads((tmp_path / "after" / "gossamer.json").read_text())["made"]
+    (tuned,) = record["tuned"]
+    assert (tuned["tokens"], tuned["step"], tuned["teacher"]) == (10 * 4 * 32, 10, "tiny")
+    assert record["pattern"] == json.loads((before / "gossamer.json").read_text())["made"]["pattern"]
+    assert not (tmp_path / "after.work").exists()
+
+
+def test_float_weights_train_as_in_a_plain_loop() -> None:
+    model, masks = masked()
+    teacher = tiny_model(seed=5, num_hidden_layers=2).requires_grad_(False)
+    tuning = SparseTuning(
+        model, teacher=teacher, losses={"kl": 0.7, "squarehead": 0.2, "task": 0.3}, masks=masks, rate=1e-3,
+        norms=False,
+    )  # fmt: skip
+    plain, _ = masked()
+    plain.requires_grad_(False)
+    weights = {n: plain.get_submodule(n).weight for n in masks}
+    for name, weight in weights.items():
+        weight.data *= masks[name]
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(4):
+        ids = tiny_tokens(3, 20, seed=step)
+        tuning.loss(ids).backward()
+        tuning.step(0.5)
+        out, want = (m(ids, output_hidden_states=True) for m in (plain, teacher))
+        # hidden states behind the last block come before the last norm
+        states = [[*o.hidden_states[1:-1], None] for o in (out, want)]
+        log_p, log_q = out.logits[:, :-1].log_softmax(-1), want.logits[:, :-1].log_softmax(-1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        task = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        last = [_behind_last_block(m, ids) for m in (plain, teacher)]
+        pairs = [*zip(states[0][:-1], states[1][:-1], strict=True), tuple(last)]
+        square = sum(((f - g)[:, :-1].square().mean() / g[:, :-1].square().mean()) for f, g in pairs)
+        # Adam takes gradients of nothing but rounding for full steps, so both drift apart a little
+        assert tuning.parts == pytest.approx(
+            {"kl": kl.item(), "task": task.item(), "squarehead": square.item()},
+            rel=1e-5 if step == 0 else 5e-3,
+        )
+        optimizer.zero_grad()
+        (0.7 * kl + 0.3 * task + 0.2 * square).backward()
+        for name, weight in weights.items():
+            weight.grad *= masks[name]
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * tuning.factor(0.5)
+        optimizer.step()
+    for name, weight in weights.items():
+        apart = (tuning.weights[name]() - weight).abs()
+        assert apart.median() < 1e-6
+        assert apart.mean() < 2e-5  # four steps of 5e-4
+
+
+def _behind_last_block(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    heard: list[torch.Tensor] = []
+    handle = model.model.layers[-1].register_forward_hook(
+        lambda m, a, out: heard.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(ids)
+    handle.remove()
+    return heard[0]
+
+
+@pytest.mark.parametrize("values", ["int4", None])
+def test_masks_hold_at_every_step_whatever_the_optimizer_does(values: str | None) -> None:
+    model, masks = masked()
+    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, values=values, rate=0.05, weight_decay=0.1)
+    for step in range(3):
+        tuning.loss(tiny_tokens(2, 16, seed=step)).backward()
+        tuning.step(0.3)
+        for name, weight in tuning.weights.items():
+            mask = masks[name]
+            assert mask is not None
+            assert not weight()[~mask].any()
+            assert weight()[mask].any()
+    merged = tuning.merge()
+    for name, mask in masks.items():
+        matrix = merged[f"{name}.weight"]
+        assert isinstance(matrix, gs.Matrix)
+        assert mask is not None
+        assert torch.equal(matrix.mask() if isinstance(matrix, Packed) else matrix.mask, mask)  # type: ignore[operator,arg-type]
+        assert not matrix.to_dense()[~mask].any()
+
+
+def test_the_merged_model_computes_what_the_tuned_one_did() -> None:
+    model, masks = masked()
+    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, rate=1e-2)
+    ids = tiny_tokens(2, 16)
+    tuning.loss(ids).backward()
+    tuning.step(0.3)
+    with torch.no_grad():
+        want = model(ids).logits
+        tuning.merge()
+        assert torch.equal(model(ids).logits, want)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"micro": 4}, {"gradient_checkpointing": True}])
+def test_parts_of_a_batch_and_checkpointed_gradients_change_nothing(changes: dict[str, Any]) -> None:
+    found = []
+    for micro, again in ((2, False), (changes.get("micro", 2), changes.get("gradient_checkpointing", False))):
+        model, masks = masked()
+        tuning = SparseTuning(
+            model, teacher=tiny_model(seed=3, num_hidden_layers=2), losses={"kl": 1, "squarehead": 1},
+            masks=masks, values="int4", gradient_checkpointing=again,
+        )  # fmt: skip
+        loop = Loop(tokens=3 * 4 * 16, batch=4, micro=micro, evaluations=1)
+        train(tuning, tiny_tokens(8, 16), tiny_tokens(2, 16, seed=9), loop)
+        found.append(tuning.values())
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], rtol=0, atol=3e-6), name
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(
+    sparse_int4: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gs.finetune(sparse_int4, tmp_path / "whole", teacher=dense, **BUDGET)
+    calls = 0
+    step = SparseTuning.step
+
+    def failing(self: SparseTuning, fraction: float = 0.0) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        step(self, fraction)
+
+    monkeypatch.setattr(SparseTuning, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        gs.finetune(sparse_int4, tmp_path / "again", teacher=dense, **BUDGET)
+    assert not (tmp_path / "again").exists()
+    assert json.loads((tmp_path / "again.work" / saves.LOOP).read_text())["numbers"]["step"] == 4
+    calls = 100
+    with pytest.raises(ResumeError, match="it differs in settings"):
+        gs.finetune(sparse_int4, tmp_path / "again", teacher=dense, **{**BUDGET, "rate": 2e-3})
+    again = gs.finetune(sparse_int4, tmp_path / "again", teacher=dense, **BUDGET)
+    assert again.resumed
+    assert calls == 106  # six steps were left
+    for file in ("gossamer.safetensors", "gossamer.json"):
+        assert (whole.path / file).read_bytes() == (again.path / file).read_bytes()
+
+
+def test_a_full_disk_keeps_the_last_state_and_damage_is_told(
+    sparse_int4: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, calls = saves.write_tensors, 0
+
+    def full(path: Path, tensors: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise OutputError("no space is left")
+        return write(path, tensors)
+
+    monkeypatch.setattr(saves, "write_tensors", full)
+    with pytest.raises(OutputError, match="no space"):
+        gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **BUDGET)
+    monkeypatch.undo()
+    check_free(tmp_path / "out")
+    files = json.loads((tmp_path / "out.work" / saves.LOOP).read_text())["files"]
+    state = tmp_path / "out.work" / files["state"]["name"]
+    data = bytearray(state.read_bytes())
+    data[-5] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(ResumeError, match=r"its state in out\.work is damaged"):
+        gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **BUDGET)
+
+
+def test_budgets_are_kept(sparse_int4: Path, dense: Path, tmp_path: Path) -> None:
+    done = gs.finetune(sparse_int4, tmp_path / "a", teacher=dense, **{**BUDGET, "tokens": 300})
+    assert (done.outcome.tokens, done.outcome.ended) == (384, "tokens")  # whole steps of 128
+    done = gs.finetune(sparse_int4, tmp_path / "b", teacher=dense, **SMALL, minutes=1e-4)
+    assert (done.outcome.step, done.outcome.ended) == (1, "minutes")
+    done = gs.finetune(
+        sparse_int4, tmp_path / "c", teacher=dense, **{**BUDGET, "rate": 10.0, "patience": 2, "clip": 1e9}
+    )
+    assert (done.outcome.best_step, done.outcome.ended) == (0, "patience")
+    old, new = packed(sparse_int4), packed(done.path)
+    assert all(torch.equal(old[name].to_dense(), new[name].to_dense()) for name in old)
+
+
+def test_windows_are_all_seen_before_any_comes_again() -> None:
+    seen: list[int] = []
+
+    class Counts:
+        def __init__(self) -> None:
+            self.parts: dict[str, float] = {}
+
+        def loss(self, ids: torch.Tensor) -> torch.Tensor:
+            seen.extend(ids[:, 0].tolist() if torch.is_grad_enabled() else [])
+            return torch.zeros((), requires_grad=True)
+
+        def step(self, fraction: float) -> None: ...
+
+        def values(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def load_values(self, values: Any) -> None: ...
+
+    ids = torch.arange(7)[:, None].repeat(1, 4)
+    train(Counts(), ids, ids[:1], Loop(tokens=14 * 4, batch=2, patience=99))  # type: ignore[arg-type]
+    assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
+    assert seen[:7] != seen[7:]
+
+
+def test_bf16_may_be_tuned_towards_int4(dense: Path, tmp_path: Path) -> None:
+    before = checkpoint(dense, tmp_path / "bf16", pattern="32:64", values="bfloat16")
+    done = gs.finetune(before, tmp_path / "int4", teacher=dense, values="int4", **BUDGET)
+    old, new = packed(before), packed(done.path)
+    assert {m.values_name for m in new.values()} == {"int4"}
+    assert all(torch.equal(old[name].mask(), new[name].mask()) for name in old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"losses": {"klx": 1}}, MethodError, "did you mean 'kl'"),
+        ({"losses": {"kl": 0}}, MethodError, "no loss is left"),
+        ({"losses": {"kl": -1}}, MethodError, "at least 0"),
+        ({"loss_options": {"task": {"x": 1}}}, MethodError, "not asked for"),
+        ({"loss_options": {"kl": {"x": 1}}}, MethodError, "does not take these"),
+        ({"loss_options": {"kl": {"temperature": 0}}}, MethodError, "above 0"),
+        ({"method": "fill"}, MethodError, "did you mean 'full'"),
+        ({"options": {"rank": 3}}, MethodError, "does not take these"),
+        ({"micro": 3}, MethodError, "do not split"),
+        ({"speed": 3}, GossamerError, "the setting speed"),
+        ({"tokens": 0}, GossamerError, "the setting tokens"),
+        ({"seqlen": 4096}, ModelError, "longer than"),
+        ({"text": ["too short"]}, TextError, "window"),
+        ({"text": [TEXT[:250]]}, TextError, "held out"),
+        ({"teacher": "/nowhere"}, ModelError, "nowhere"),
+        ({"teacher": None}, ModelError, "made from 'tiny'"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_nothing(
+    changes: dict[str, Any],
+    error: type[GossamerError],
+    says: str,
+    sparse_int4: Path,
+    dense: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=says):
+        gs.finetune(sparse_int4, tmp_path / "out", **{"teacher": dense, **BUDGET, **changes})
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_vocabulary_other_blocks_and_nan_are_refused(
+    sparse_int4: Path, dense: Path, tmp_path: Path
+) -> None:
+    other = tiny_model(num_hidden_layers=2, vocab_size=400)
+    model, masks = masked()
+    with pytest.raises(MethodError, match="another vocabulary"):
+        SparseTuning(model, teacher=other, losses={"kl": 1}, masks=masks)
+    with pytest.raises(MethodError, match="the model has 2, its teacher 3"):
+        SparseTuning(model, teacher=tiny_model(), losses={"squarehead": 1}, masks=masks)
+    with pytest.raises(MethodError, match="needs a teacher"):
+        SparseTuning(model, losses={"kl": 1}, masks=masks)
+    with pytest.raises(ModelError, match="no block of the model"):
+        SparseTuning(model, losses={"task": 1}, masks={"lm_head": None})
+    teacher = tiny_model(num_hidden_layers=2)
+    teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan  # as a damaged file would have it
+    model, masks = masked()
+    with pytest.raises(ModelError, match="not finite: NaN"):
+        SparseTuning(model, teacher=teacher, losses={"kl": 1}, masks=masks)
+    folder = tiny_folder(tmp_path / "other", num_hidden_layers=2)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    last = max(words, key=words.get)
+    words["qqqq"] = words.pop(last)
+    tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if "".join(m) != last]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="another vocabulary"):
+        gs.finetune(sparse_int4, tmp_path / "out", teacher=folder, **BUDGET)
+
+
+def test_every_loss_says_what_it_needs() -> None:
+    assert [loss(name).needs_teacher for name in ("kl", "squarehead", "task")] == [True, True, False]

@@ -1,0 +1,80 @@
+"""Prompts for self-data distillation, and what is kept of answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.errors import TextError
+from gossamer.models.generate import generate
+from gossamer.models.sampling import Sampling
+from gossamer.models.session import Session
+from gossamer.tune.self_data import Continuations, Rewrites, same_result, sample
+from tiny import tiny_model, tiny_tokenizer
+
+IDS = torch.tensor(
+    tiny_tokenizer()("The assert statement is a convenient way to insert debugging.")["input_ids"]
+)
+
+
+def test_prompts_are_pieces_of_the_text_by_seed_and_number() -> None:
+    prompts = Continuations(IDS, tiny_tokenizer(), 5, seed=3)
+    first = [prompts.prompt(i) for i in range(20)]
+    text = IDS.tolist()
+    assert all(any(p == text[at : at + 5] for at in range(len(text) - 4)) for p in first)
+    assert len({tuple(p) for p in first}) > 5
+    assert first == [Continuations(IDS, tiny_tokenizer(), 5, seed=3).prompt(i) for i in range(20)]
+    assert first != [Continuations(IDS, tiny_tokenizer(), 5, seed=4).prompt(i) for i in range(20)]
+    whole = Continuations(IDS, tiny_tokenizer(), len(IDS))
+    assert whole.record(0, " More.")["text"] == tiny_tokenizer().decode(IDS) + " More."
+    for length in (0, len(IDS) + 1):
+        with pytest.raises(TextError, match=f"prompts of {length} tokens cannot be cut"):
+            Continuations(IDS, tiny_tokenizer(), length)
+
+
+def test_a_record_is_what_the_model_says_and_depends_on_its_number_alone() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = Continuations(IDS, tokenizer, 6)
+
+    def made(index: int, temperature: float = 1.0) -> tuple[str, int]:
+        how = Sampling(temperature=temperature, seed=1)
+        done = sample(prompts, index, model, lambda: Session(model), tokenizer, how, 8)
+        return done.record["text"], done.tokens
+
+    later = made(2)
+    assert [made(i) for i in range(3)][2] == later
+    assert made(0) != made(1)
+    greedy = [token.id for token in generate(model, prompts.prompt(0), 8)]
+    assert made(0, 0.0) == (
+        prompts.record(0, tokenizer.decode(greedy, skip_special_tokens=True))["text"],
+        len(greedy),
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "same"),
+    [
+        ("So it is 1,200.", "#### 1200", True),
+        ("It is 12", "5 + 8 = 13", False),
+        ("no number", "so 4", False),
+        ("3 apples", "many apples", True),
+        ("-2.50", "the result: -2.5", True),
+    ],
+)
+def test_the_last_number_is_the_result(answer: str, response: str, same: bool) -> None:
+    assert same_result(answer, response) is same
+
+
+def test_an_answer_is_taken_where_it_comes_to_the_same() -> None:
+    rewrites = Rewrites([("What is 2 + 2?", "It is 4."), ("Say hello.", "Hello!")], tiny_tokenizer())
+    asked = tiny_tokenizer().decode(rewrites.prompt(0))
+    assert "What is 2 + 2?" in asked
+    assert "It is 4." in asked
+    assert asked.endswith("assistant: ")
+    own = {"text": "<s>user: What is 2 + 2?</s><s>assistant: Four, 4</s>", "own": True}
+    theirs = {"text": "<s>user: What is 2 + 2?</s><s>assistant: It is 4.</s>", "own": False}
+    assert rewrites.record(0, " Four, 4\n") == own
+    assert rewrites.record(0, "Perhaps 5?") == theirs
+    assert rewrites.record(0, "  ") == theirs
+    assert rewrites.record(1, "Hi 5 times")["own"] is True
+    assert rewrites.prompt(2) == rewrites.prompt(0)  # begins anew
