@@ -16,6 +16,7 @@ from gossamer.recipes.apply import apply_recipe
 from gossamer.recipes.finetune import finetune
 from gossamer.recipes.prepare import Prepared, prepare
 from gossamer.recipes.recipe import read_recipe
+from gossamer.recipes.sample import sample
 from tiny import tiny_folder
 
 TEXT = [topics["lambda"] + topics["class"] + topics["try"]]
@@ -130,3 +131,18 @@ def test_compress_alone_needs_no_text(folder: Path, tmp_path: Path) -> None:
     by_hand = gs.compress(folder, tmp_path / "hand", method="magnitude", values="int8")
     assert list(made.seconds) == ["compress"]
     assert {**by_hand.made, "recipe": made.made["recipe"]} == made.made
+
+
+def test_the_dense_model_writes_what_is_tuned_on(folder: Path, tmp_path: Path) -> None:
+    drawn = {"tokens": 200, "prompt_tokens": 8, "max_new_tokens": 40}
+    made = apply_recipe(prepared(folder, tmp_path / "out", sample=drawn, shrink=None))
+    assert list(made.seconds) == ["compress", "sample", "tune"]
+    sparse = gs.compress(folder, tmp_path / "compress", calibration=TEXT, **RECIPE["compress"]).path
+    samples = sample(folder, tmp_path / "samples.jsonl", text=TEXT, **drawn).path
+    tuned = finetune(sparse, tmp_path / "tune", text=samples, teacher=folder, **RECIPE["tune"])
+    ours, theirs = contents(made.path), contents(tuned.path)
+    assert ours.pop("gossamer.json") != theirs.pop("gossamer.json")
+    assert ours == theirs
+    told = json.loads(json.dumps(tuned.made["tuned"]))  # lists, as on disk
+    assert made.made["tuned"] == told
+    assert made.made["tuned"][0]["text"]["text"] == "samples.jsonl"

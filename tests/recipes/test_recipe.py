@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gossamer.calibrate import Gradient, Gram
 from gossamer.errors import GossamerError, RecipeError
 from gossamer.recipes.predict import predict
 from gossamer.recipes.prepare import Prepared, check_memory, prepare
@@ -108,6 +109,9 @@ def test_changes_reach_into_settings() -> None:
         ({"tune.losses": {"kl": 0}}, "no loss is left"),
         ({"tune.losses": {"squarehead": 1}}, "squarehead pairs the blocks"),
         ({"tune.values": "int3"}, "round a second time"),
+        ({"sample": {"tokens": 100}}, "tune needs 128 tokens of text .* but sample.tokens is 100"),
+        ({"sample": {"temperature": -1}}, "temperature"),
+        ({"sample": {}, "tune": None}, "there is no tune"),
         ({"tune.micro": 3}, "do not split"),
     ],
 )
@@ -140,6 +144,11 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         ({}, {"text": "nowhere.txt"}, "there is no text file"),
         ({}, {"text": ["too short"]}, r"shrink: the text given strings has \d tokens, but 1 windows of 32"),
         ({"shrink": None}, {"text": ["word " * 40]}, r"tune: the text .* but 4 windows of 32 need 128"),
+        (
+            {"shrink": None, "compress.seqlen": 2, "sample": {"prompt_tokens": 99}},
+            {"text": ["word " * 20]},
+            "sample: the text .* 1 windows of 99",
+        ),
         ({"compress.seqlen": 4096}, {}, "compress: windows of 4096 tokens are longer"),
         ({"shrink.blocks": 3}, {}, "3 of 3 blocks cannot be removed"),
     ],
@@ -177,7 +186,10 @@ class Seconds:
     def head(self) -> float:
         return 0.001
 
-    solve = statistics = head
+    def statistics(self, needs: tuple[type, ...]) -> float:
+        return 0.001
+
+    solve = head
 
 
 @pytest.mark.parametrize(
@@ -216,7 +228,7 @@ def test_one_block_is_timed(folder: Path, tmp_path: Path) -> None:
         assert 0 <= rates.update < 10
         assert 0 < bench.head() < 1
         assert 0 < bench.solve() < 60
-        assert 0 < bench.statistics() < 1
+        assert 0 < bench.statistics((Gram, Gradient)) < 1
     assert all(p.device.type == "meta" for p in prepared.bare.parameters())
 
 

@@ -20,8 +20,11 @@ from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
 from gossamer.recipes.prepare import Prepared, needs_text, text_sha256
+from gossamer.recipes.sample import sample
 from gossamer.recipes.shrink import remove_blocks
 from gossamer.version import VERSION
+
+SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
             start = time.perf_counter()
             _run(prepared, stage, last, folder, progress)
             seconds[stage] = time.perf_counter() - start
-        last = folder
+        last = last if stage == "sample" else folder
     made = _sign(last, prepared.record)
     _rename(last, prepared.out)
     work.remove()
@@ -58,9 +61,9 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
 
 
 def stage_folder(prepared: Prepared, stage: str) -> str:
-    """The name of what a stage makes, by which the next one's record calls its model."""
+    """The name of what a stage makes, by which the next one's record calls its model or text."""
     if stage != "shrink":
-        return stage
+        return SAMPLES if stage == "sample" else stage
     return re.sub(r"[^\w.-]", "-", prepared.source.label) + "-shorter"
 
 
@@ -73,7 +76,10 @@ def _run(prepared: Prepared, stage: str, before: Path, out: Path, progress: Prog
         remove_blocks(source, out, calibration=text, progress=progress, **settings)
     elif stage == "compress":
         compress(source, out, calibration=text, progress=progress, **settings)
+    elif stage == "sample":
+        sample(prepared.model, out, text=text, progress=progress, **settings)
     else:
+        text = text if recipe.sample is None else out.with_name(SAMPLES)
         finetune(before, out, text=text, teacher=prepared.model, progress=progress, **settings)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gossamer.bench.machine import read_bandwidth
 from gossamer.bench.memory import resident_bytes
-from gossamer.calibrate import Gram, fast_dtype
+from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.compress_shares import allocation_needs
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, parameters_of
@@ -63,6 +65,10 @@ def predict(prepared: Prepared) -> Prediction:
             add("shrink", _shrink_seconds(bench, shrink, sizes.all_blocks), _shrink_bytes(sizes, shrink))
         compress = recipe.compress
         add("compress", _compress_seconds(bench, compress, blocks), _compress_bytes(sizes, compress))
+        if recipe.sample is not None:
+            # the native decoder reads all weights for every token; the model is there twice
+            held = sizes.model(sizes.all_blocks, sizes.item)
+            add("sample", recipe.sample.tokens * held / read_bandwidth(), sizes.base + 3 * held)
         if (tune := recipe.tune) is not None:
             add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), _tune_bytes(sizes, tune))
     return Prediction(tuple(found))
@@ -109,12 +115,17 @@ def _shrink_bytes(sizes: _Sizes, settings: ShrinkSettings) -> int:
 
 
 def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> float:
-    method, tuner = settings.combination().method, settings.tuner()
-    rates = bench.rates(settings.seqlen)
-    tokens = settings.windows * settings.seqlen
-    forward = rates.forward * settings.windows
-    passes = 2 * bool(method.needs) + 2 * bool(tuner)
-    block = bench.solve() + passes * forward + tokens * bench.statistics()
+    chosen, tuner, rates = settings.combination(), settings.tuner(), bench.rates(settings.seqlen)
+    tokens, forward = settings.windows * settings.seqlen, rates.forward * settings.windows
+    shares, solve = allocation_needs(chosen), bench.solve()
+    block = solve + 2 * forward * bool(tuner)
+    for needs in (chosen.method.needs, shares):  # each a walk of its own
+        if set(needs) - {Gradient}:
+            block += 2 * forward + tokens * bench.statistics(needs)
+    if Gradient in (*chosen.method.needs, *shares):
+        block += forward + settings.windows * rates.backward
+    if Gradient in shares:  # sensitivity: the method is tried at seven sparsities
+        block += 7 * solve
     if isinstance(tuner, Blockwise):
         held = tuner.held_out * settings.windows
         block += tuner.epochs * (settings.windows - held) * (rates.backward + rates.update)

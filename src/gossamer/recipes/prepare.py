@@ -18,6 +18,7 @@ from gossamer.models.text import Text, TextSource, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
+from gossamer.recipes.compress_shares import allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.recipe import Recipe
 from gossamer.shrink import block_count
@@ -99,9 +100,12 @@ def prepare(
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether a stage of ``recipe`` reads text."""
-    compress = recipe.compress
-    reads = bool(compress.combination().method.needs) or compress.tune is not None
-    return reads or recipe.shrink is not None or recipe.tune is not None
+    return _compress_reads(recipe) or recipe.stages != ("compress",)
+
+
+def _compress_reads(recipe: Recipe) -> bool:
+    chosen = recipe.compress.combination()
+    return bool(chosen.method.needs or allocation_needs(chosen)) or recipe.compress.tune is not None
 
 
 def text_sha256(text: Text) -> str:
@@ -117,9 +121,11 @@ def _check_windows(prepared: Prepared) -> None:
     needed: list[tuple[str, int, int]] = []  # stage, tokens a window, windows
     if recipe.shrink is not None:
         needed.append(("shrink", recipe.shrink.seqlen, 1))
-    if recipe.compress.combination().method.needs or recipe.compress.tune:
+    if _compress_reads(recipe):
         needed.append(("compress", recipe.compress.seqlen, 1))
-    if recipe.tune is not None:
+    if recipe.sample is not None:
+        needed.append(("sample", recipe.sample.prompt_tokens, 1))
+    elif recipe.tune is not None:
         needed.append(("tune", recipe.tune.seqlen, recipe.tune.held_out + recipe.tune.batch))
     for stage, seqlen, _ in needed:
         try:

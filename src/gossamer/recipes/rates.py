@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gossamer.calibrate import Gram, fast_dtype
+from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.statistics import Statistic
 from gossamer.matrices.values import Quantized
 from gossamer.models.skeleton import materialize, release
 from gossamer.models.walk import capture_block_inputs, find_parts, is_conv1d, prunable, run_block, weight_of
 from gossamer.prune import Combination, Layer
+from gossamer.recipes.compress_shares import Needs
 from gossamer.recipes.prepare import Prepared
 from gossamer.tune import TunedWeight
 
@@ -107,21 +108,17 @@ class Bench:
         sizes = {name: weight_of(layer).shape for name, layer in self.layers.items()}
         work = {name: shape[0] * shape[1] ** power for name, shape in sizes.items()}
         name = min(work, key=work.__getitem__)
-        statistics: dict[type[Statistic], Statistic] = {}
-        for kind in method.needs:
-            statistics[kind] = kind(sizes[name][1])
-            statistics[kind].update(torch.randn(2 * sizes[name][1], sizes[name][1]))
-            statistics[kind].finish()
+        statistics = {kind: _made_up(kind, sizes[name]) for kind in method.needs}
         layer = Layer(name, torch.randn(sizes[name]), statistics)
         took = seconds_of(lambda: method.prune(layer, c.pattern, c.sparsity, c.values, c.group))
         return float(took * sum(work.values()) / work[name] / self.team)
 
-    def statistics(self, tokens: int = 512) -> float:
+    def statistics(self, needs: Needs, tokens: int = 512) -> float:
         """Seconds a token of summing up what a block's layers read."""
         took = 0.0
         for width in {weight_of(layer).shape[1] for layer in self.layers.values()}:
             x = torch.randn(tokens, width).to(fast_dtype())
-            for kind in self.combination.method.needs:
+            for kind in set(needs) - {Gradient}:
                 took += seconds_of(partial(kind(width).update, x))
         # q, k and v share an input, o has its own; gate and up share one
         return 2 * took / tokens / self.team
@@ -136,6 +133,17 @@ class Bench:
         scales = torch.full((weight.shape[0], groups), 0.01, dtype=torch.float16)
         codes = torch.zeros(weight.shape, dtype=torch.int8)
         return TunedWeight(weight, mask, Quantized(codes, scales, c.group, c.values.bits))
+
+
+def _made_up(kind: type[Statistic], shape: tuple[int, ...]) -> Statistic:
+    """A statistic of random inputs of a layer of ``shape``."""
+    out, features = shape
+    if issubclass(kind, Gradient):
+        return Gradient(torch.randn(out, features), torch.rand(out, features), torch.rand(out))
+    made = kind(features)
+    made.update(torch.randn(2 * features, features))
+    made.finish()
+    return made
 
 
 def seconds_of(work: Callable[[], Any]) -> float:

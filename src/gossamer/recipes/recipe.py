@@ -3,6 +3,7 @@
     name: mine
     shrink:   {method: angular, blocks: 0.25}       # optional
     compress: {pattern: 32:64, values: int4, tune: blockwise}
+    sample:   {tokens: 200000}                      # optional; the dense model writes what is tuned on
     tune:     {losses: {kl: 1}, tokens: 1000000}    # optional; the dense model teaches
 
 Stages run in this order; their settings are those of the functions of the same names.
@@ -22,13 +23,14 @@ from pydantic import BaseModel, ConfigDict
 from gossamer.errors import MethodError, RecipeError
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.sample import SampleSettings
 from gossamer.recipes.settings import checked
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.recipes.strict_yaml import parse_yaml
 from gossamer.tune.losses import StateLoss
 
 SHIPPED = Path(__file__).with_name("shipped")
-STAGES = ("shrink", "compress", "tune")
+STAGES = ("shrink", "compress", "sample", "tune")
 
 
 class Recipe(BaseModel):
@@ -43,6 +45,7 @@ class Recipe(BaseModel):
     text: str | None = None
     shrink: ShrinkSettings | None = None
     compress: CompressSettings
+    sample: SampleSettings | None = None
     tune: FinetuneSettings | None = None
 
     @property
@@ -67,6 +70,8 @@ class Recipe(BaseModel):
         self.compress.tuner()
         if self.shrink is not None:
             self.shrink.chosen()
+        if self.sample is not None:
+            self._check_sample(self.sample)
         if self.tune is None:
             return
         self.tune.check()
@@ -80,6 +85,17 @@ class Recipe(BaseModel):
             raise MethodError(
                 f"compress makes {self.compress.values}, which tune.values would round a second time: "
                 "compress to bf16, or leave tune.values out"
+            )
+
+    def _check_sample(self, sample: SampleSettings) -> None:
+        sample.sampling()
+        if self.tune is None:
+            raise MethodError("sample lets the dense model write what tune reads, and there is no tune")
+        least = self.tune.seqlen * (self.tune.held_out + self.tune.batch)
+        if sample.tokens < least:
+            raise MethodError(
+                f"tune needs {least:,} tokens of text (held_out and batch, windows of {self.tune.seqlen}), "
+                f"but sample.tokens is {sample.tokens:,}"
             )
 
 
