@@ -117,7 +117,7 @@ def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> 
     block = bench.solve() + passes * forward + tokens * bench.statistics()
     if isinstance(tuner, Blockwise):
         held = tuner.held_out * settings.windows
-        block += tuner.epochs * (settings.windows - held) * rates.step
+        block += tuner.epochs * (settings.windows - held) * (rates.backward + rates.update)
         block += (tuner.epochs + 1) * held * rates.forward
     return blocks * block
 
@@ -141,7 +141,8 @@ def _tune_seconds(bench: Bench, settings: FinetuneSettings, blocks: int, teacher
     rates = bench.rates(settings.seqlen, settings.micro)
     teacher = any(loss.needs_teacher for loss, _ in settings.chosen_losses())
     head = bench.head() * settings.seqlen * settings.micro
-    part = blocks * rates.step + teacher * (teacher_blocks * rates.forward + head) + 3 * head
+    part = blocks * rates.backward + teacher * (teacher_blocks * rates.forward + head) + 3 * head
+    part += blocks * rates.update * settings.micro / settings.batch
     judged = (blocks + teacher * teacher_blocks) * rates.forward + (1 + teacher) * head
     loop = settings.loop()
     found = []

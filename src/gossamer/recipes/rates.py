@@ -1,7 +1,12 @@
-"""How fast this machine runs, tunes and solves one block of a model: measured in seconds, not assumed."""
+"""How fast this machine runs, tunes and solves one block of a model: measured, not assumed.
+
+One thread is measured, in processor time, which other work on the machine hardly changes; several threads
+are taken to share that work.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gossamer.bench.machine import use_threads
 from gossamer.calibrate import Gram, fast_dtype
 from gossamer.calibrate.statistics import Statistic
 from gossamer.matrices.values import Quantized
@@ -22,21 +26,24 @@ from gossamer.prune import Combination, Layer
 from gossamer.recipes.prepare import Prepared
 from gossamer.tune import TunedWeight
 
-LEAST = 0.05  # seconds: what is faster runs again until it took so long
+RUNS = 5
+LONGEST = 2.0  # seconds of one measurement, where a single run does not take longer
+SHARED = 0.8  # of the work of a thread that each of several does: they wait for each other and for memory
 
 
 @dataclass(frozen=True)
 class BlockRates:
-    """Seconds, all of one block: ``forward`` of one window of ``seqlen`` tokens, ``step`` of tuning on it
-    (weights made, forward, backward, Adam)."""
+    """Seconds that one block takes for some windows: to run (``forward``), with gradients (``backward``, the
+    forward pass included), and for a step of tuning beside that (``update``: weights made, Adam)."""
 
-    seqlen: int
     forward: float
-    step: float
+    backward: float
+    update: float
 
 
 class Bench:
-    """One block of the model in memory, with random weights' worth of work to time; use as a context."""
+    """One block of the model in memory, and one thread to time it, while the context lasts. All times are
+    seconds of as many threads as there were before."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.model, self.files = prepared.bare, prepared.files
@@ -44,39 +51,46 @@ class Bench:
         self.block = self.parts.blocks[0]
         self.layers = prunable(self.block)
         self.combination = prepared.recipe.compress.combination()
+        self.threads = torch.get_num_threads()
+        self.team = 1.0 if self.threads == 1 else SHARED * self.threads
         self._outside = [
             (name, self.model.get_submodule(name))
             for name in (*self.parts.embeddings, *self.parts.norms, *self.parts.others)
         ]
 
     def __enter__(self) -> Bench:
+        torch.set_num_threads(1)
         for name, module in (*self._outside, (self.block.name, self.block.module)):
             materialize(module, name, self.files, fast_dtype())
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.threads)
         for _name, module in (*self._outside, (self.block.name, self.block.module)):
             release(module)
 
     def rates(self, seqlen: int, windows: int = 1) -> BlockRates:
-        """Of ``windows`` windows at once, as one."""
+        """Of ``windows`` windows of ``seqlen`` tokens at once."""
         ids = torch.zeros(windows, seqlen, dtype=torch.int64)
         given = capture_block_inputs(self.model, ids, batch=windows, parts=self.parts)
         hidden, kwargs = torch.randn(given.hidden.shape).to(given.hidden.dtype), given.kwargs[0]
         weights = {name: self._tuned(layer) for name, layer in self.layers.items()}
         adam = torch.optim.Adam([p for weight in weights.values() for p in weight.parameters()], lr=1e-6)
+        parameters = [p for group in adam.param_groups for p in group["params"]]
 
-        def step() -> None:
-            made = {f"{name}.weight": weights[name]().to(hidden.dtype) for name in weights}
+        def gradients(updated: bool) -> None:
+            if updated:
+                adam.step()
+            made = {f"{name}.weight": weights[name](hidden.dtype) for name in weights}
             made = {n: w.T if is_conv1d(self.layers[n[:-7]]) else w for n, w in made.items()}
             out = functional_call(self.block.module, made, (hidden,), kwargs)
             out = out[0] if isinstance(out, tuple) else out
-            out.float().square().mean().backward(inputs=[p for g in adam.param_groups for p in g["params"]])
-            adam.step()
+            out.float().square().mean().backward(inputs=parameters)
 
         with torch.inference_mode():
             forward = seconds_of(lambda: run_block(self.block, hidden, kwargs))
-        return BlockRates(seqlen, forward, seconds_of(step))
+        backward, step = (seconds_of(partial(gradients, updated)) for updated in (False, True))
+        return BlockRates(forward / self.team, backward / self.team, max(0.0, step - backward) / self.team)
 
     def head(self, tokens: int = 256) -> float:
         """Seconds a token of one product with the head's weight."""
@@ -84,39 +98,33 @@ class Bench:
         width = int(self.model.config.get_text_config().hidden_size)
         weight, x = (torch.randn(rows, width).to(fast_dtype()) for rows in (vocabulary, tokens))
         with torch.inference_mode():
-            return seconds_of(lambda: nn.functional.linear(x, weight)) / tokens
+            return seconds_of(lambda: nn.functional.linear(x, weight)) / tokens / self.team
 
     def solve(self) -> float:
-        """Seconds in which the pruning method makes a block's layers, on all threads; from the smallest layer
-        by one thread, and shapes."""
-        method = self.combination.method
+        """Seconds in which the pruning method makes a block's layers; from the smallest, and shapes."""
+        method, c = self.combination.method, self.combination
         power = 2 if Gram in method.needs else 1
         sizes = {name: weight_of(layer).shape for name, layer in self.layers.items()}
         work = {name: shape[0] * shape[1] ** power for name, shape in sizes.items()}
         name = min(work, key=work.__getitem__)
-        features, c = sizes[name][1], self.combination
-        with use_threads(1):
-            statistics: dict[type[Statistic], Statistic] = {}
-            for kind in method.needs:
-                statistics[kind] = kind(features)
-                statistics[kind].update(torch.randn(2 * features, features))
-                statistics[kind].finish()
-            layer = Layer(name, torch.randn(sizes[name]), statistics)
-            start = time.perf_counter()
-            method.prune(layer, c.pattern, c.sparsity, c.values, c.group)
-            took = time.perf_counter() - start
-        return float(took * sum(work.values()) / work[name] / torch.get_num_threads())
+        statistics: dict[type[Statistic], Statistic] = {}
+        for kind in method.needs:
+            statistics[kind] = kind(sizes[name][1])
+            statistics[kind].update(torch.randn(2 * sizes[name][1], sizes[name][1]))
+            statistics[kind].finish()
+        layer = Layer(name, torch.randn(sizes[name]), statistics)
+        took = seconds_of(lambda: method.prune(layer, c.pattern, c.sparsity, c.values, c.group))
+        return float(took * sum(work.values()) / work[name] / self.team)
 
     def statistics(self, tokens: int = 512) -> float:
         """Seconds a token of summing up what a block's layers read."""
-        if not self.combination.method.needs:
-            return 0.0
         took = 0.0
         for width in {weight_of(layer).shape[1] for layer in self.layers.values()}:
             x = torch.randn(tokens, width).to(fast_dtype())
             for kind in self.combination.method.needs:
                 took += seconds_of(partial(kind(width).update, x))
-        return 2 * took / tokens  # q, k and v share an input, o has its own; gate and up share one
+        # q, k and v share an input, o has its own; gate and up share one
+        return 2 * took / tokens / self.team
 
     def _tuned(self, layer: nn.Module) -> TunedWeight:
         c: Combination = self.combination
@@ -131,13 +139,16 @@ class Bench:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """How long ``work`` takes, after a first time that is not counted."""
+    """The least processor time that ``work`` takes, of RUNS times or as many as fit into LONGEST, after one
+    that is not counted."""
     work()
-    start, count = time.perf_counter(), 0
-    while not count or time.perf_counter() - start < LEAST:
+    best, spent, count = math.inf, 0.0, 0
+    while not count or (count < RUNS and spent < LONGEST):
+        start = time.process_time()
         work()
-        count += 1
-    return (time.perf_counter() - start) / count
+        took = time.process_time() - start
+        best, spent, count = min(best, took), spent + took, count + 1
+    return best
 
 
 def parameters_of(module: nn.Module) -> int:
