@@ -26,7 +26,7 @@ def drop_point(curve: Sequence[tuple[float, float]], *, sharp: float = 2.0) -> D
     Each measured sparsity but the ends is tried as the break, and the fit of least squared error wins. None
     where the line after it is not ``sharp`` times as steep as the one before. Raises EvaluationError for
     fewer than five points, a sparsity measured twice, or values that are not finite.
-    Jaiswal et al. 2023, The Emergence of Essential Sparsity in Large Pre-trained Models (read off plots there).
+    Jaiswal et al. 2023, The Emergence of Essential Sparsity in Large Pre-trained Models.
     """
     points = np.array(sorted(curve), dtype=np.float64)
     if len(points) < 5:
