@@ -53,7 +53,9 @@ def tune(
         list[str] | None,
         typer.Option(metavar="LOSS.KEY=VALUE", help="Such as kl.temperature=2; repeatable."),
     ] = None,
-    method: Annotated[str, typer.Option(help="Which weights move: full (all that are kept).")] = "full",
+    method: Annotated[
+        str, typer.Option(help="Which weights move: full (all that are kept), lora or ast (masks too).")
+    ] = "full",
     option: options.MethodOption = None,
     values: Annotated[
         str | None,

@@ -20,7 +20,10 @@ from gossamer.matrices.values import (
 )
 from gossamer.registry import Registry
 
-WEIGHTS: Registry[TunedWeight] = Registry("way to tune weights", {"full": "gossamer.tune.weights"})
+WEIGHTS: Registry[TunedWeight] = Registry(
+    "way to tune weights",
+    {"full": "gossamer.tune.weights", "lora": "gossamer.tune.lora", "ast": "gossamer.tune.ast"},
+)
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
 
@@ -83,7 +86,8 @@ class TunedWeight(nn.Module):
         Where ``defers`` is set it is made once for all calls until `settle`, and backward passes leave its
         gradient here, which `settle` takes further: once a step, however many passes a step has.
         """
-        given: Tensor = _Finish.apply(self.dense(), self.scales, self, dtype)  # type: ignore[no-untyped-call]
+        source = next(self.parameters()) if self.defers else self.dense()
+        given: Tensor = _Finish.apply(source, self.scales, self, dtype)  # type: ignore[no-untyped-call]
         return given
 
     @torch.no_grad()
@@ -105,6 +109,12 @@ class TunedWeight(nn.Module):
             self._pending = grad.float() if grad.dtype != torch.float32 else grad.clone()
         else:
             self._pending.add_(grad)
+
+    def fill(self, dense: Tensor) -> None:
+        """Tells a method that may bring back pruned weights what the dense ones are, ``(out, in)``."""
+
+    def before_step(self, fraction: float) -> None:
+        """Tells a method, before gradients settle, that ``fraction`` of the whole budget is done."""
 
     def after_step(self, fraction: float) -> None:
         """What a method does behind an optimizer's step; ``fraction`` of the whole budget is done."""
