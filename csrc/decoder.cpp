@@ -59,16 +59,17 @@ void read_row(const Packed& w, int64_t row, float scale, float* to) {
             } else {
                 int code;
                 if (w.values == kInt8) {
-                    code = group[e] - 128;
-                } else if (w.values == kInt4) {
+                    code = group[e];
+                } else if (code_bits(w.values) == 4) {
                     const uint8_t two = group[e / 128 * 64 + e % 64];
-                    code = (e % 128 < 64 ? two & 15 : two >> 4) - 8;
+                    code = e % 128 < 64 ? two & 15 : two >> 4;
                 } else {
                     const int low = group[e / 256 * 64 + e % 64] >> 2 * (e % 256 / 64) & 3;
                     const int high = group[256 + e / 8] >> e % 8 & 1;
-                    code = low + 4 * high - 4;
+                    code = low + 4 * high;
                 }
-                value = of_part[i / (kGroup / w.parts)] * float(code);
+                if (has_levels(w.values)) code = kLevels[w.values - kNl4][code];
+                value = of_part[i / (kGroup / w.parts)] * float(code - zero_of(w.values));
             }
             to[kGroup * g + i] = value * scale;
         }

@@ -135,7 +135,7 @@ class Bench:
         groups = -(-weight.shape[1] // c.group)
         scales = torch.full((weight.shape[0], groups), 0.01, dtype=torch.float16)
         codes = torch.zeros(weight.shape, dtype=torch.int8)
-        return TunedWeight(weight, mask, Quantized(codes, scales, c.group, c.values.bits))
+        return TunedWeight(weight, mask, Quantized(codes, scales, c.group, c.values))
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
