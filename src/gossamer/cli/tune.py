@@ -59,7 +59,9 @@ def tune(
     option: options.MethodOption = None,
     values: Annotated[
         str | None,
-        typer.Option(help="Tune towards other values: bf16, int8, int4, int3, nl4 or nl3.", show_default="as they are"),
+        typer.Option(
+            help="Tune towards other values: bf16, int8, int4, int3, nl4 or nl3.", show_default="as they are"
+        ),
     ] = None,
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 64 or 32.", show_default="as they are")
