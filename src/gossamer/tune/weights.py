@@ -157,8 +157,8 @@ class TunedWeight(nn.Module):
     def gradients(self, grad: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of `dense` and of the scales, from the gradient ``(out, in)`` of the finished weight.
 
-        With ``r = latent / scale``: of a latent weight the gradient itself where ``round(r)`` lies between the
-        least and the greatest integer, else none; of a scale the sum over its group of the gradient times
+        With ``r = latent / scale``: of a latent weight the gradient itself where ``round(r)`` lies between
+        the least and the greatest integer, else none; of a scale the sum over its group of the gradient times
         ``code - r`` there, else ``code``.
         """
         to_latent = torch.empty_like(latent)
