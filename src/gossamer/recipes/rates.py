@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gossamer.bench.machine import use_threads
-from gossamer.calibrate import Gram, fast_dtype
+from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.statistics import Statistic
 from gossamer.matrices.values import Quantized
 from gossamer.models.skeleton import materialize, release
@@ -98,6 +98,10 @@ class Bench:
         with use_threads(1):
             statistics: dict[type[Statistic], Statistic] = {}
             for kind in method.needs:
+                if kind is Gradient:
+                    out, weight = sizes[name][0], torch.rand(sizes[name])
+                    statistics[kind] = Gradient(weight, weight, torch.rand(out))
+                    continue
                 statistics[kind] = kind(features)
                 statistics[kind].update(torch.randn(2 * features, features))
                 statistics[kind].finish()
@@ -109,12 +113,11 @@ class Bench:
 
     def statistics(self, tokens: int = 512) -> float:
         """Seconds a token of summing up what a block's layers read."""
-        if not self.combination.method.needs:
-            return 0.0
+        kinds = [kind for kind in self.combination.method.needs if kind.passes == "streaming"]
         took = 0.0
         for width in {weight_of(layer).shape[1] for layer in self.layers.values()}:
             x = torch.randn(tokens, width).to(fast_dtype())
-            for kind in self.combination.method.needs:
+            for kind in kinds:
                 took += seconds_of(partial(kind(width).update, x))
         return 2 * took / tokens  # q, k and v share an input, o has its own; gate and up share one
 
