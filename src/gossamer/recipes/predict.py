@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gossamer.bench.memory import resident_bytes
-from gossamer.calibrate import Gram, fast_dtype
+from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.compress_shares import allocation_needs, grid
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, parameters_of
@@ -109,12 +110,15 @@ def _shrink_bytes(sizes: _Sizes, settings: ShrinkSettings) -> int:
 
 
 def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> float:
-    method, tuner = settings.combination().method, settings.tuner()
+    combination, tuner = settings.combination(), settings.tuner()
+    needs, own = combination.method.needs, allocation_needs(combination)
     rates = bench.rates(settings.seqlen)
     tokens = settings.windows * settings.seqlen
     forward = rates.forward * settings.windows
-    passes = 2 * bool(method.needs) + 2 * bool(tuner)
-    block = bench.solve() + passes * forward + tokens * bench.statistics()
+    walks = any(kind.passes == "streaming" for kind in needs)
+    passes = 2 * (walks + bool(own) + bool(tuner)) + 4 * (Gradient in (*needs, *own))  # back: two forwards
+    solves = 1 + len(grid(0.5)) * (combination.allocation == "sensitivity")
+    block = solves * bench.solve() + passes * forward + (1 + bool(own)) * tokens * bench.statistics()
     if isinstance(tuner, Blockwise):
         held = tuner.held_out * settings.windows
         block += tuner.epochs * (settings.windows - held) * (rates.backward + rates.update)
@@ -126,8 +130,13 @@ def _compress_bytes(sizes: _Sizes, settings: CompressSettings) -> int:
     """The larger of two moments: a block is solved (and tuned), the embedding is packed."""
     activations = BATCH_TOKENS * (2 * sizes.hidden + sizes.wide) * sizes.item
     block = sizes.block * sizes.item + 16 * sizes.linear + activations
-    if Gram in settings.combination().method.needs:
+    combination = settings.combination()
+    needs = (*combination.method.needs, *allocation_needs(combination))
+    if Gram in needs:
         block += 3 * 4 * sizes.gram
+    if Gradient in needs:  # sums of one block; what a window leaves for the way back, and its logits
+        back = 2 * settings.seqlen * sizes.wide * sizes.item
+        block = max(block, (sizes.block + sizes.linear) * sizes.item + 8 * sizes.linear + back)
     if settings.tune is not None:  # latents, gradients, two moments, the best so far, weights made
         block += 28 * sizes.linear + 2 * settings.seqlen * sizes.wide * 4
     before = sizes.edges * sizes.item + activations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gossamer.calibrate import Gram, fast_dtype
+from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.statistics import Statistic
 from gossamer.matrices.values import Quantized
 from gossamer.models.skeleton import materialize, release
@@ -109,6 +109,10 @@ class Bench:
         name = min(work, key=work.__getitem__)
         statistics: dict[type[Statistic], Statistic] = {}
         for kind in method.needs:
+            if kind is Gradient:
+                weight = torch.rand(sizes[name])
+                statistics[kind] = Gradient(weight, weight, torch.rand(len(weight)))
+                continue
             statistics[kind] = kind(sizes[name][1])
             statistics[kind].update(torch.randn(2 * sizes[name][1], sizes[name][1]))
             statistics[kind].finish()
@@ -118,10 +122,11 @@ class Bench:
 
     def statistics(self, tokens: int = 512) -> float:
         """Seconds a token of summing up what a block's layers read."""
+        kinds = [kind for kind in self.combination.method.needs if kind.passes == "streaming"]
         took = 0.0
         for width in {weight_of(layer).shape[1] for layer in self.layers.values()}:
             x = torch.randn(tokens, width).to(fast_dtype())
-            for kind in self.combination.method.needs:
+            for kind in kinds:
                 took += seconds_of(partial(kind(width).update, x))
         # q, k and v share an input, o has its own; gate and up share one
         return 2 * took / tokens / self.team
