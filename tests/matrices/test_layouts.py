@@ -315,7 +315,7 @@ def test_literal_nl3() -> None:
     assert sections["values"].tolist() == [3 | 0 << 2 | 2 << 4, 0b011, *[0] * 62]
     assert torch.equal(unpack_sections(sections, value_type("nl3"), "bitmap", (1, 64)).weight, q)
     with pytest.raises(MatrixError, match="nl3 integers are -30, -19"):
-        pack_sections(q + 1, value_type("nl3"), "bitmap", scales=torch.ones(1, 1).half())
+        pack_sections(torch.ones_like(q), value_type("nl3"), "bitmap", scales=torch.ones(1, 1).half())
 
 
 def test_literal_n_of_64_keeps_its_room() -> None:

@@ -231,7 +231,7 @@ def test_levels_beat_uniform_steps_where_weights_are_many_near_zero() -> None:
 
     assert error(w, "nl4") < 0.88 * error(w, "int4")
     assert error(w, "nl3") < 0.93 * error(w, "int3")
-    assert error(pruned, "nl3", mask) < 0.97 * error(pruned, "int3", mask)
+    assert error(pruned, "nl3", mask) > error(pruned, "int3", mask)  # a mask has pruned just those
 
 
 def test_without_a_zero_pruned_weights_are_zero_and_kept_ones_are_not() -> None:
