@@ -77,7 +77,7 @@ def weight(shape: tuple[int, int], values: str) -> Packed:
         return Packed.pack(torch.randn(shape, generator=generator), values, "dense")
     codes = torch.randint(kind.qmin, kind.qmax + 1, shape, dtype=torch.int8, generator=generator)
     scales = torch.full((shape[0], -(-shape[1] // 64)), 0.01, dtype=torch.float16)
-    return Packed.pack(Quantized(codes, scales, 64, kind.bits), layout="dense")
+    return Packed.pack(Quantized(codes, scales, 64, kind), layout="dense")
 
 
 def copies(packed: Packed, own_bytes: int) -> list[Product]:

@@ -43,7 +43,7 @@ def leaf(out: int, width: int, values: str, layout: str = "dense") -> Packed:
         return Packed.pack(torch.randn(out, width) / width**0.5, values, layout, mask=mask)
     codes = torch.randint(kind.qmin, kind.qmax + 1, (out, width), dtype=torch.int8)
     scales = torch.full((out, -(-width // 64)), 0.3 / kind.qmax / width**0.5).half()
-    return Packed.pack(Quantized(codes, scales, 64, kind.bits), layout=layout, mask=mask)
+    return Packed.pack(Quantized(codes, scales, 64, kind), layout=layout, mask=mask)
 
 
 def core(out: int, width: int) -> Packed:

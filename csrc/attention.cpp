@@ -152,6 +152,10 @@ void attend(const Attention* a) {
         attend_blocks<uint16_t>(*a);
 }
 
+void open(const Compression* how, bool keys, int64_t dim, const uint8_t* from, uint8_t* to) {
+    open_packed(*how, keys, wide_of(dim), from, (uint16_t*)to);
+}
+
 void finish(const float* state, int64_t dim, float* to) {
     const Floats inverse = floats(1.0f / state[wide_of(dim) + 1]);
     for (int64_t i = 0; i < dim; i += 16)
@@ -243,6 +247,7 @@ extern const gossamer::AttentionOps GOSSAMER_EXPORT(attention);
 const gossamer::AttentionOps GOSSAMER_EXPORT(attention) = {gossamer::attention_scratch,
                                                            gossamer::place_query,
                                                            gossamer::place_position,
+                                                           gossamer::open,
                                                            gossamer::attend,
                                                            gossamer::merge,
                                                            gossamer::finish};

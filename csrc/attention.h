@@ -72,6 +72,7 @@ struct Attention {
     const uint8_t* const* values;
     Compression how;          // of a packed cache, whose queries lie in one block
     WholeBlocks whole;        // its blocks that are seen as they are
+    WholeBlocks opened;       // and all others, where several rows share them; or null
     const void* queries;      // [count][wide], as place_query left them
     int64_t first[kQueries];  // the positions that each one sees: [first, last]
     int64_t last[kQueries];
@@ -90,6 +91,8 @@ struct AttentionOps {
     // shares a word with it becomes zeros.
     void (*place_position)(const float* key, const float* value, int64_t dim, int type, int64_t in_chunk,
                            bool final, uint8_t* keys, uint8_t* values);
+    // The keys, or the values, of one head in a compressed block, into bfloat16.
+    void (*open)(const Compression* how, bool keys, int64_t dim, const uint8_t* from, uint8_t* to);
     void (*attend)(const Attention* a);
     void (*merge)(const float* from, int64_t dim, float* into);  // of chunks in order
     void (*finish)(const float* state, int64_t dim, float* to);  // to [dim]

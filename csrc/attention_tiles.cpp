@@ -156,6 +156,10 @@ void place_position(const float* key, const float* value, int64_t dim, int type,
     gossamer_attention_avx512.place_position(key, value, dim, type, in_chunk, final, keys, values);
 }
 
+void open_block(const Compression* how, bool keys, int64_t dim, const uint8_t* from, uint8_t* to) {
+    gossamer_attention_avx512.open(how, keys, dim, from, to);
+}
+
 void merge_states(const float* from, int64_t dim, float* into) {
     gossamer_attention_avx512.merge(from, dim, into);
 }
@@ -169,7 +173,7 @@ void finish_state(const float* state, int64_t dim, float* to) {
 
 extern "C" {
 extern const gossamer::AttentionOps GOSSAMER_EXPORT(attention);
-const gossamer::AttentionOps GOSSAMER_EXPORT(attention) = {gossamer::tile_scratch,   gossamer::place_query,
-                                                           gossamer::place_position, gossamer::attend,
-                                                           gossamer::merge_states,   gossamer::finish_state};
+const gossamer::AttentionOps GOSSAMER_EXPORT(attention) = {
+    gossamer::tile_scratch, gossamer::place_query,  gossamer::place_position, gossamer::open_block,
+    gossamer::attend,       gossamer::merge_states, gossamer::finish_state};
 }

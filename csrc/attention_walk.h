@@ -129,9 +129,11 @@ const float* scales_of(const Attention& a, const uint8_t* part, int64_t start) {
 
 // Keys or values of block `number` of a packed cache: as they are, or opened.
 const uint16_t* seen_packed(const Attention& a, bool keys, int64_t number, uint16_t* room) {
-    if (number >= a.last[0] / kBlock - kWhole)
-        return (const uint16_t*)((keys ? a.whole.keys : a.whole.values) +
-                                 number % a.whole.slots * whole_bytes(a.dim));
+    const bool whole = number >= a.last[0] / kBlock - kWhole;
+    const WholeBlocks& blocks = whole ? a.whole : a.opened;
+    if (blocks.keys)
+        return (const uint16_t*)((keys ? blocks.keys : blocks.values) +
+                                 number % blocks.slots * whole_bytes(a.dim));
     open_packed(a.how, keys, wide_of(a.dim), at_block(a, keys ? a.keys : a.values, number), room);
     return room;
 }

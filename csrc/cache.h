@@ -68,6 +68,7 @@ class Cache {
     int64_t due_from() const { return compressed_; }
     static int64_t due(int64_t length) { return std::max<int64_t>(0, (length - 1) / kBlock - kWhole); }
     void compress(int64_t layer, int64_t head, bool keys, int64_t block) const;
+    uint8_t* compressed_at(int64_t layer, int64_t head, bool keys, int64_t block) const;
 
   private:
     static constexpr int64_t kTail = kWhole + 2;
@@ -75,7 +76,6 @@ class Cache {
 
     int64_t tail_bytes() const { return 2 * layers_ * kv_heads_ * kTail * whole_bytes(head_dim_); }
     WholeBlocks tail_of(int64_t layer, int64_t head) const;
-    uint8_t* compressed_at(int64_t layer, int64_t head, bool keys, int64_t block) const;
     int64_t number(int64_t layer, int64_t head, int which) const {
         return ((layer * kv_heads_ + head) * 2 + which) * room_;
     }

@@ -15,6 +15,8 @@
 namespace gossamer {
 namespace {
 
+constexpr int64_t kMostOpened = 64 << 20;  // bytes of a layer's cache that is opened for several rows at once
+
 std::string fits(const Packed& w, int64_t out, int64_t in, const std::string& name) {
     if (w.out == out && w.in == in) return "";
     return name + " is " + std::to_string(w.out) + " x " + std::to_string(w.in) + ", not " +
@@ -57,16 +59,17 @@ void read_row(const Packed& w, int64_t row, float scale, float* to) {
             } else {
                 int code;
                 if (w.values == kInt8) {
-                    code = group[e] - 128;
-                } else if (w.values == kInt4) {
+                    code = group[e];
+                } else if (code_bits(w.values) == 4) {
                     const uint8_t two = group[e / 128 * 64 + e % 64];
-                    code = (e % 128 < 64 ? two & 15 : two >> 4) - 8;
+                    code = e % 128 < 64 ? two & 15 : two >> 4;
                 } else {
                     const int low = group[e / 256 * 64 + e % 64] >> 2 * (e % 256 / 64) & 3;
                     const int high = group[256 + e / 8] >> e % 8 & 1;
-                    code = low + 4 * high - 4;
+                    code = low + 4 * high;
                 }
-                value = of_part[i / (kGroup / w.parts)] * float(code);
+                if (has_levels(w.values)) code = kLevels[w.values - kNl4][code];
+                value = of_part[i / (kGroup / w.parts)] * float(code - zero_of(w.values));
             }
             to[kGroup * g + i] = value * scale;
         }
@@ -187,6 +190,8 @@ class DecoderRun {
         int64_t most_chunks = 16;  // doubled, so that a long answer does not ask for memory chunk by chunk
         while (most_chunks * kChunk < start_ + rows_) most_chunks *= 2;
         const int64_t widest = std::max({m_.hidden, queries, m_.inner});
+        const int64_t opened_bytes =
+            stages() ? 2 * m_.kv_heads * seen_compressed() * whole_bytes(m_.head_dim) : 0;
         const int64_t numbers[] = {padded_ * m_.hidden,
                                    padded_ * m_.hidden,
                                    padded_ * queries,
@@ -200,10 +205,12 @@ class DecoderRun {
                                    rows_ * m_.heads * wide_of(m_.head_dim),
                                    rows_ == 1 ? m_.heads * most_chunks * state : 0,
                                    gates_ && padded_ > 1 ? padded_ * widest : 0,
-                                   rows_ > 1 ? cache_.stage_bytes() / 4 : 0};
-        float** places[] = {&x_,  &normed_, &q_,     &k_,       &v_,      &attended_, &gate_,
-                            &up_, &angles_, &spare_, &queries_, &states_, &gated_,    &staged_};
+                                   rows_ > 1 ? cache_.stage_bytes() / 4 : 0,
+                                   opened_bytes <= kMostOpened ? opened_bytes / 4 : 0};
+        float** places[] = {&x_,      &normed_, &q_,       &k_,      &v_,     &attended_, &gate_,  &up_,
+                            &angles_, &spare_,  &queries_, &states_, &gated_, &staged_,   &opened_};
         constexpr int kPlaces = sizeof places / sizeof *places;
+        static_assert(kPlaces == sizeof numbers / sizeof *numbers, "each place has a number");
         const bool own = padded_ == 1;  // activations, and the row that they are made of
         const int64_t of_attention =
             aligned(attention_.scratch_bytes(m_.head_dim, cache_.type())) + aligned(4 * kQueries * state);
@@ -217,6 +224,7 @@ class DecoderRun {
             *places[i] = reinterpret_cast<float*>(at);
             at += aligned(4 * numbers[i]);
         }
+        if (!numbers[kPlaces - 1]) opened_ = nullptr;
         ready_ = at;
         workers_ = at + (own ? 0 : ready);
         of_worker_ = of_worker;
@@ -440,6 +448,31 @@ class DecoderRun {
         barrier_.wait();
     }
 
+    // Opens the blocks that several rows see compressed, once for all of them.
+    void open(const Worker& me, int64_t number) {
+        const int64_t from = first_seen(number, start_) / kBlock,
+                      count = opened_ ? seen_compressed() - from : 0;
+        if (count <= 0) return;
+        const Share mine = share_of(2 * count * m_.kv_heads, me.id, threads_);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            const int64_t head = i / (2 * count), block = from + i / 2 % count;
+            const bool keys = i % 2 == 0;
+            const WholeBlocks opened = opened_of(head);
+            attention_.open(&cache_.how(), keys, m_.head_dim, cache_.compressed_at(number, head, keys, block),
+                            (keys ? opened.keys : opened.values) + block * whole_bytes(m_.head_dim));
+        }
+        barrier_.wait();
+    }
+
+    int64_t seen_compressed() const { return cache_.due(start_ + rows_); }  // blocks, by the last row
+
+    WholeBlocks opened_of(int64_t head) const {
+        if (!opened_) return {};
+        const int64_t bytes = seen_compressed() * whole_bytes(m_.head_dim);
+        uint8_t* at = reinterpret_cast<uint8_t*>(opened_) + head * 2 * bytes;
+        return {at, at + bytes, seen_compressed()};
+    }
+
     // Rows of a head lie side by side.
     uint8_t* query_at(int64_t row, int64_t head) const {
         return reinterpret_cast<uint8_t*>(queries_) +
@@ -475,6 +508,7 @@ class DecoderRun {
         if (cache_.packed()) {
             a.how = cache_.how();
             a.whole = cache_.whole_of(number, kv_head);
+            a.opened = opened_of(kv_head);
         }
         a.queries = query_at(row, head);
         a.many = rows_ > kFewRows;
@@ -651,6 +685,7 @@ class DecoderRun {
         place(me, number);
         barrier_.wait();
         compress(me, number);
+        open(me, number);
         if (chooses(number)) choose(me, number);
         if (rows_ == 1)
             attend_by_chunks(me, number);
@@ -739,7 +774,7 @@ class DecoderRun {
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,
-        *gated_, *staged_;
+        *gated_, *staged_, *opened_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
     int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0;
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;

@@ -49,10 +49,11 @@ void open_keys(const PackedBlock& at, int wide, const uint8_t* from, uint16_t* t
     }
     const uint16_t* outliers = (const uint16_t*)(from + at.outliers);
     const uint8_t* places = from + at.places;
-    for (int i = 0; i < at.count * wide; i++) {
-        const int p = places[i], c = i % wide;
-        to[p / 16 * 16 * wide + c / 2 * 32 + p % 16 * 2 + c % 2] = outliers[i];
-    }
+    for (int n = 0; n < at.count; n++, outliers += wide, places += wide)
+        for (int c = 0; c < wide; c++) {
+            const unsigned p = places[c];
+            to[p / 16 * 16 * unsigned(wide) + p % 16 * 2 + unsigned(c / 2 * 32 + c % 2)] = outliers[c];
+        }
 }
 
 template <int B, int R>
@@ -72,10 +73,8 @@ void open_values(const PackedBlock& at, int wide, const uint8_t* from, uint16_t*
     }
     const uint16_t* outliers = (const uint16_t*)(from + at.outliers);
     const uint8_t* places = from + at.places;
-    for (int i = 0; i < at.count * kBlock; i++) {
-        const int c = places[i], p = i % kBlock;
-        to[(p / 2 * wide + c) * 2 + p % 2] = outliers[i];
-    }
+    for (int n = 0; n < at.count; n++, outliers += kBlock, places += kBlock)
+        for (int p = 0; p < kBlock; p++) to[(p / 2 * wide + places[p]) * 2 + p % 2] = outliers[p];
 }
 
 template <int B, int R>

@@ -1,5 +1,6 @@
-// y = x Wᵀ for int8, int4 and int3 values with int8 activations: one dot product of unsigned codes and signed
-// activations per step, groups added in order in float32 (docs/architecture.md, "Activations").
+// y = x Wᵀ for int8, int4, int3, nl4 and nl3 values with int8 activations: one dot product of unsigned
+// codes and signed activations per step, groups added in order in float32 (docs/architecture.md,
+// "Activations").
 #include "multiply.h"
 
 namespace gossamer {
@@ -8,7 +9,7 @@ namespace {
 // Row `row` of x to int8 codes, one scale a group, and minus the sums that the zero code adds.
 template <class T, Floats (*load_some)(const T*, int)>
 void quantize_row(const Packed& w, const T* x, int64_t row, const Activations& to) {
-    const int32_t zero_code = w.values == kInt8 ? 128 : w.values == kInt4 ? 8 : 4;
+    const int32_t zero_code = zero_of(w.values);
     const Place place = place_of(to, w.groups, row);
     const int64_t in_block = row_of_block(to, row);
     for (int64_t g = 0; g < w.groups; g++) {
@@ -220,6 +221,7 @@ extern const gossamer::Family GOSSAMER_EXPORT(int);
 const gossamer::Family GOSSAMER_EXPORT(int) = {
     gossamer::prepare,
     gossamer::multiply<gossamer::IntKernel<gossamer::kInt8>, gossamer::IntKernel<gossamer::kInt4>,
-                       gossamer::IntKernel<gossamer::kInt3>>
+                       gossamer::IntKernel<gossamer::kInt3>, gossamer::IntKernel<gossamer::kNl4>,
+                       gossamer::IntKernel<gossamer::kNl3>>
 };
 }

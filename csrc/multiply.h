@@ -195,7 +195,7 @@ void multiply_values(const Packed& w, const Activations& x, const Output& out, i
                      uint8_t* scratch) {
     constexpr int V = Kernel::kValues;
     if (w.layout == kDense)
-        multiply_layout<Kernel, Dense<V>, V != kInt4 && V != kInt3>(w, x, out, begin, end, scratch);
+        multiply_layout<Kernel, Dense<V>, !kSmallCodes<V>>(w, x, out, begin, end, scratch);
     else if (w.layout == kBitmap)
         multiply_layout<Kernel, Sparse<V, true>, false>(w, x, out, begin, end, scratch);
     else if (w.layout == kBalanced)

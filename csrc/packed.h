@@ -45,8 +45,31 @@ constexpr int kColumnSpan = 4;             // groups that many rows meet expande
 constexpr double kMostActive = 0.5;
 
 enum Layout : int { kDense = 0, kBitmap = 1, kBalanced = 2, kBySteps = 3, kColumns = 4 };
-enum Values : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3, kInt3 = 4 };
+enum Values : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3, kInt3 = 4, kNl4 = 5, kNl3 = 6 };
 enum Dtype : int { kF32 = 0, kBF16 = 1 };
+
+// nl4, nl3: codes stand for the levels of a table, here plus kLevelZero, so that they are unsigned and fit
+// seven bits (docs/architecture.md, "Values"). Padded to 16, as registers look them up.
+constexpr int kLevelZero = 64;
+alignas(16) constexpr uint8_t kLevels[2][16] = {
+    {2, 16, 25, 33, 40, 47, 53, 59, 64, 70, 76, 83, 90, 98, 108, 122},
+    {34, 45, 53, 59, 64, 70, 77, 87, 64, 64, 64, 64, 64, 64, 64, 64},
+};
+
+// Bits of a stored code; 0 for floats.
+static constexpr int code_bits(int values) {
+    return values == kInt8                             ? 8
+           : values == kInt4 || values == kNl4         ? 4
+           : values == kFloat32 || values == kBFloat16 ? 0
+                                                       : 3;
+}
+
+static constexpr bool has_levels(int values) { return values >= kNl4; }
+
+// What is multiplied in place of zero.
+static constexpr int zero_of(int values) {
+    return has_levels(values) ? kLevelZero : code_bits(values) ? 1 << (code_bits(values) - 1) : 0;
+}
 
 struct Packed {
     int64_t out, in, panels, groups;
@@ -116,6 +139,7 @@ static inline int64_t stored_bytes(int values, int64_t count) {
         case kInt8:
             return count;
         case kInt4:
+        case kNl4:
             return count / 128 * 64 + (count % 128 + 1) / 2;
         default:
             return count / 256 * 64 + (count % 256 + 3) / 4 + (count + 7) / 8;

@@ -31,10 +31,25 @@ constexpr int kPieces = 16 * (V == kFloat32    ? 4
                                                : 1);
 
 template <int V>
-constexpr uint8_t kZeroCode = V == kInt8   ? 128
-                              : V == kInt4 ? 8
-                              : V == kInt3 ? 4
-                                           : 0;
+constexpr uint8_t kZeroCode = uint8_t(zero_of(V));
+
+// Several codes to a byte, so that they are unpacked before they are multiplied.
+template <int V>
+constexpr bool kSmallCodes = code_bits(V) == 4 || code_bits(V) == 3;
+
+// Codes as they are multiplied: themselves, or the levels that they stand for.
+template <int V, bool = has_levels(V)>
+struct Levels {
+    GOSSAMER_INLINE Bytes of(const Bytes& codes) const { return codes; }
+};
+
+template <int V>
+struct Levels<V, true> {
+    Bytes table;
+
+    GOSSAMER_INLINE Levels() : table(repeat16(kLevels[V - kNl4])) {}
+    GOSSAMER_INLINE Bytes of(const Bytes& codes) const { return look_up(table, codes); }
+};
 
 GOSSAMER_INLINE uint64_t load_word(const void* p) {
     uint64_t word;
@@ -67,8 +82,8 @@ struct Expanded {
     GOSSAMER_INLINE Bytes piece(int i) const { return load(at + 64 * i); }
 };
 
-//  int4: 8 x 64 bytes, low nibbles = codes 0..63 of 128, high nibbles = codes 64..127
-//  int3: 4 x 64 bytes of two bits, field j = codes 64j.. of 256; then 16 words of high bits
+//  4 bits: 8 x 64 bytes, low nibbles = codes 0..63 of 128, high nibbles = codes 64..127
+//  3 bits: 4 x 64 bytes of two bits, field j = codes 64j.. of 256; then 16 words of high bits
 template <int V>
 struct Dense {
     static constexpr bool kBySteps = false;
@@ -78,6 +93,7 @@ struct Dense {
     const uint8_t* ahead;
     const uint8_t* at = nullptr;
     int64_t bytes;
+    Levels<V> levels;
 
     GOSSAMER_INLINE Dense(const Packed& w, int64_t begin, int64_t, Storage&)
         : bytes(stored_bytes(V, kWeights)) {
@@ -87,15 +103,17 @@ struct Dense {
         at = ahead;
         ahead += bytes;
         // what is multiplied as it lies is read so fast that the processor's own prefetching is the best
-        if (V == kInt4 || V == kInt3) prefetch(at, bytes);
+        if (kSmallCodes<V>) prefetch(at, bytes);
     }
     GOSSAMER_INLINE Bytes piece(int i) const {
-        if (V == kInt4) {
+        if (code_bits(V) == 4) {
             Bytes two = load(at + 64 * (i / 2));
-            return i & 1 ? high_nibbles(two) : low_nibbles(two);
+            return levels.of(i & 1 ? high_nibbles(two) : low_nibbles(two));
         }
-        if (V == kInt3)
-            return add_high_bit(two_bits(load(at + 64 * (i / 4)), i % 4), load_word(at + 256 + 8 * i));
+        if (code_bits(V) == 3) {
+            const uint64_t high = load_word(at + 256 + 8 * i);
+            return levels.of(add_high_bit(two_bits(load(at + 64 * (i / 4)), i % 4), high));
+        }
         return load(at + 64 * i);
     }
 };
@@ -109,19 +127,20 @@ GOSSAMER_INLINE uint64_t bits_at(const uint8_t* p, int64_t offset) {
     return load_word(p + offset / 8) >> shift | high << 1 << (63 - shift);
 }
 
-// Stored small codes to one code a byte; the last block is shorter (docs/architecture.md, "Bit fields").
+// Stored small codes to one a byte, as they are multiplied; the last block is shorter (docs/architecture.md,
+// "Bit fields").
 template <int V>
-GOSSAMER_INLINE void unpack(const uint8_t* p, int count, uint8_t* to) {
-    if (V == kInt4) {
+GOSSAMER_INLINE void unpack(const Levels<V>& levels, const uint8_t* p, int count, uint8_t* to) {
+    if (code_bits(V) == 4) {
         for (; count >= 128; count -= 128, p += 64, to += 128) {
             Bytes two = load(p);
-            store(to, low_nibbles(two));
-            store(to + 64, high_nibbles(two));
+            store(to, levels.of(low_nibbles(two)));
+            store(to + 64, levels.of(high_nibbles(two)));
         }
         if (count > 0) {
             Bytes two = load(p);
-            store(to, low_nibbles(two));
-            store(to + (count + 1) / 2, high_nibbles(two));
+            store(to, levels.of(low_nibbles(two)));
+            store(to + (count + 1) / 2, levels.of(high_nibbles(two)));
         }
     } else {
         const uint8_t* high = p + count / 256 * 64 + (count % 256 + 3) / 4;
@@ -129,14 +148,14 @@ GOSSAMER_INLINE void unpack(const uint8_t* p, int count, uint8_t* to) {
             Bytes four = load(p);
             GOSSAMER_UNROLL(4)
             for (int j = 0; j < 4; j++)
-                store(to + 64 * j, add_high_bit(two_bits(four, j), load_word(high + 8 * j)));
+                store(to + 64 * j, levels.of(add_high_bit(two_bits(four, j), load_word(high + 8 * j))));
         }
         if (count > 0) {
             Bytes four = load(p);
             int field = (count + 3) / 4;
             GOSSAMER_UNROLL(4)
             for (int j = 0; j < 4; j++)
-                store(to + field * j, add_high_bit(two_bits(four, j), bits_at(high, field * j)));
+                store(to + field * j, levels.of(add_high_bit(two_bits(four, j), bits_at(high, field * j))));
         }
     }
 }
@@ -145,9 +164,10 @@ GOSSAMER_INLINE void unpack(const uint8_t* p, int count, uint8_t* to) {
 // ahead, so that loads do not wait for the stores just made.
 template <int V>
 struct Stored {
-    static constexpr bool kUnpacks = V == kInt4 || V == kInt3;
+    static constexpr bool kUnpacks = kSmallCodes<V>;
 
     Storage& storage;
+    Levels<V> levels;
     const uint8_t* ahead;  // values of the next panel-group to be fetched
     const uint8_t* end;
     int turn = 0;
@@ -183,9 +203,9 @@ struct Stored {
         if (!kUnpacks) return from;
         uint8_t* codes = next_codes();
         if (of_32)
-            unpack<V>(from, 512, codes);
+            unpack<V>(levels, from, 512, codes);
         else
-            unpack<V>(from, count, codes);
+            unpack<V>(levels, from, count, codes);
         return codes;
     }
 };
@@ -327,10 +347,10 @@ struct Steps {
         kept_ahead = *words_ahead++;
         const int steps = __builtin_popcount(kept_ahead);
         const int64_t bytes = stored_bytes(V, kGroup * steps);
-        if (V == kInt4) {
+        if (code_bits(V) == 4) {
             const uint8_t* from = stored.take(bytes, 32 * kSteps + 64, 16 * kSteps);
             uint8_t* codes = stored.next_codes();
-            unpack_steps(from, steps, codes);
+            unpack_steps(stored.levels, from, steps, codes);
             cursor_ahead = codes;
         } else if (V == kInt8) {
             cursor_ahead = stored.take(bytes, 64 * kSteps, 32 * kSteps);
@@ -341,19 +361,20 @@ struct Steps {
 
     // As unpack(), by eight steps at a time: how many there are is hard to foresee, and a wrong guess costs
     // more than eight steps. Writes up to kSteps + 2 of them.
-    static GOSSAMER_INLINE void unpack_steps(const uint8_t* from, int steps, uint8_t* to) {
+    static GOSSAMER_INLINE void unpack_steps(const Levels<V>& levels, const uint8_t* from, int steps,
+                                             uint8_t* to) {
         for (int i = 0; i < steps; i += 8) {
             GOSSAMER_UNROLL(4)
             for (int j = i; j < i + 8; j += 2) {
                 Bytes two = load(from + 32 * j);
-                store(to + 64 * j, low_nibbles(two));
-                store(to + 64 * j + 64, high_nibbles(two));
+                store(to + 64 * j, levels.of(low_nibbles(two)));
+                store(to + 64 * j + 64, levels.of(high_nibbles(two)));
             }
         }
         const int last = steps / 2;  // of an odd number, the last one fills half of its bytes
         Bytes two = load(from + 64 * last);
-        store(to + 128 * last, low_nibbles(two));
-        store(to + 128 * last + 32, high_nibbles(two));
+        store(to + 128 * last, levels.of(low_nibbles(two)));
+        store(to + 128 * last + 32, levels.of(high_nibbles(two)));
     }
 };
 

@@ -68,6 +68,14 @@ GOSSAMER_INLINE Bytes add_high_bit(Bytes v, uint64_t bits) {
     return {_mm256_add_epi8(v.a, fours(uint32_t(bits))), _mm256_add_epi8(v.b, fours(uint32_t(bits >> 32)))};
 }
 
+GOSSAMER_INLINE Bytes repeat16(const uint8_t* p) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    return {both, both};
+}
+GOSSAMER_INLINE Bytes look_up(Bytes table, Bytes codes) {
+    return {_mm256_shuffle_epi8(table.a, codes.a), _mm256_shuffle_epi8(table.a, codes.b)};
+}
+
 GOSSAMER_INLINE uint64_t eight(const uint8_t* p) {
     uint64_t word;
     __builtin_memcpy(&word, p, 8);

@@ -41,6 +41,11 @@ GOSSAMER_INLINE Bytes add_high_bit(Bytes b, uint64_t bits) {
     return _mm512_mask_add_epi8(b, bits, b, _mm512_set1_epi8(4));
 }
 
+GOSSAMER_INLINE Bytes repeat16(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+}
+GOSSAMER_INLINE Bytes look_up(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
+
 GOSSAMER_INLINE Bytes expand8(const uint8_t* p, uint64_t mask, uint8_t zero) {
     return _mm512_mask_expand_epi8(_mm512_set1_epi8(char(zero)), mask, load(p));
 }

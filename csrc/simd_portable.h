@@ -82,6 +82,20 @@ GOSSAMER_INLINE Bytes add_high_bit(const Bytes& b, uint64_t bits) {
     return r;
 }
 
+// 16 bytes, four times.
+GOSSAMER_INLINE Bytes repeat16(const uint8_t* p) {
+    Bytes r;
+    for (int i = 0; i < 64; i++) r.v[i] = p[i % 16];
+    return r;
+}
+
+// Of a table made by repeat16, the entries that codes below 16 name.
+GOSSAMER_INLINE Bytes look_up(const Bytes& table, const Bytes& codes) {
+    Bytes r;
+    for (int i = 0; i < 64; i++) r.v[i] = table.v[codes.v[i] & 15];
+    return r;
+}
+
 // Spreads the elements at p over the set bits of a mask; the others become `zero`. Up to 64 bytes are read.
 GOSSAMER_INLINE Bytes expand8(const uint8_t* p, uint64_t mask, uint8_t zero) {
     Bytes r;

@@ -309,8 +309,12 @@ void multiply_ints(const Packed* w, const Activations* x, const Output* out, int
         multiply_stored<IntTiles<kInt8>>(*w, *x, *out, begin, end, scratch);
     else if (w->values == kInt4)
         multiply_stored<IntTiles<kInt4>>(*w, *x, *out, begin, end, scratch);
-    else
+    else if (w->values == kInt3)
         multiply_stored<IntTiles<kInt3>>(*w, *x, *out, begin, end, scratch);
+    else if (w->values == kNl4)
+        multiply_stored<IntTiles<kNl4>>(*w, *x, *out, begin, end, scratch);
+    else
+        multiply_stored<IntTiles<kNl3>>(*w, *x, *out, begin, end, scratch);
 }
 
 void multiply_floats(const Packed* w, const Activations* x, const Output* out, int64_t begin, int64_t end,

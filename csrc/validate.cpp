@@ -93,7 +93,8 @@ std::string check_offsets(const Packed& w) {
 }  // namespace
 
 std::string check(const Packed& w, int threads) {
-    if (w.layout == kColumns && w.values == kInt3) return "the layout columns holds no int3 values";
+    if (w.layout == kColumns && (has_levels(w.values) || w.values == kInt3))
+        return "the layout columns holds no values of three bits or with levels";
     if (w.offsets) {
         std::string fault = check_offsets(w);
         if (!fault.empty()) return fault;

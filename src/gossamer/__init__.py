@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.catalogue import methods
     from gossamer.recipes.compress import compress
     from gossamer.recipes.describe import describe
+    from gossamer.recipes.essential import essential_sparsity
     from gossamer.recipes.finetune import finetune
     from gossamer.recipes.gate import gate
     from gossamer.recipes.load import load
@@ -54,6 +55,7 @@ __all__ = [
     "apply_recipe",
     "compress",
     "describe",
+    "essential_sparsity",
     "export_dense",
     "finetune",
     "gate",
@@ -94,6 +96,7 @@ _PLACES = {
     "gossamer.recipes.catalogue": ("methods",),
     "gossamer.recipes.compress": ("compress",),
     "gossamer.recipes.describe": ("describe",),
+    "gossamer.recipes.essential": ("essential_sparsity",),
     "gossamer.recipes.finetune": ("finetune",),
     "gossamer.recipes.gate": ("gate",),
     "gossamer.recipes.load": ("load",),

@@ -257,7 +257,7 @@ def test_totals_count_every_layer() -> None:
 # ---- applying
 
 
-@pytest.mark.parametrize("values", ["float32", "bfloat16", "int8", "int4", "int3"])
+@pytest.mark.parametrize("values", ["float32", "bfloat16", "int8", "int4", "int3", "nl4"])
 def test_applying_dense_keeps_values_and_products_and_forgets_masks(values: str) -> None:
     model = packed_model(values)
     before, expected = model.get_submodule("model.layers.1.mlp.down_proj").matrix.unpack(), logits(model)

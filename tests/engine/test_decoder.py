@@ -121,6 +121,8 @@ def test_greedy_continuations_are_those_of_transformers(case: str) -> None:
         ("int8", "dense"),
         ("int4", "dense"),
         ("int3", "dense"),
+        ("nl4", "dense"),
+        ("nl3", "bitmap"),
         ("int4", "32:64"),
         ("int4", "bitmap"),
         ("int8", "16x4"),

@@ -17,9 +17,10 @@ from gossamer.kernels import Handle, reference
 LAYOUTS = ("dense", "columns", "bitmap", "16x4", "32:64", "7:64")
 # Layouts whose kernels do not multiply what they prune, in blocks of outputs x inputs; others multiply zeros.
 SKIPPED_BLOCKS = {"16x4": (16, 4)}
-VALUES = ("float32", "bfloat16", "int8", "int4", "int3")
+VALUES = ("float32", "bfloat16", "int8", "int4", "int3", "nl4", "nl3")
+IN_COLUMNS = ("float32", "bfloat16", "int8", "int4")
 KINDS = [(v, g) for v in VALUES for g in ((64, 32) if v in BITS else (64,))]
-FORMATS = [(layout, v) for layout in LAYOUTS for v in VALUES if (layout, v) != ("columns", "int3")]
+FORMATS = [(layout, v) for layout in LAYOUTS for v in VALUES if layout != "columns" or v in IN_COLUMNS]
 PACKED = [(layout, v, g) for layout, v in FORMATS for kind, g in KINDS if kind == v]
 
 Product = Callable[[Handle, Tensor, str], Tensor]

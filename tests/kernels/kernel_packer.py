@@ -9,7 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BITS = {"int8": 8, "int4": 4, "int3": 3}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "nl4": 4, "nl3": 3}
+LEVELS = {
+    "nl4": [-62, -48, -39, -31, -24, -17, -11, -5, 0, 6, 12, 19, 26, 34, 44, 58],
+    "nl3": [-30, -19, -11, -5, 0, 6, 13, 23],
+}
+
+
+def integers(values: str) -> list[int]:
+    """What the codes 0, 1, .. stand for."""
+    half = 2 ** (BITS[values] - 1)
+    return LEVELS.get(values) or list(range(-half, half))
+
+
+def zero_code(values: str) -> int:
+    return integers(values).index(0)
 
 
 @dataclass
@@ -66,8 +80,7 @@ def random_weight(
 def with_mask(layout: str, values: str, mask: np.ndarray, group: int, rng: np.random.Generator) -> Weight:
     out, cols = mask.shape
     if values in BITS:
-        half = 2 ** (BITS[values] - 1)
-        stored = np.where(mask, rng.integers(-half, half, (out, cols)), 0)
+        stored = np.where(mask, rng.choice(integers(values), (out, cols)), 0)
         scales = (rng.standard_normal((out, math.ceil(cols / group))) * 0.05).astype(np.float16)
         return Weight(layout, values, group, mask, stored, scales)
     stored = rng.standard_normal((out, cols)).astype(np.float32)
@@ -103,7 +116,7 @@ def value_bytes(values: str, kept: list) -> bytes:
         return torch.tensor(kept, dtype=torch.float32).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     if values == "int8":
         return bytes(kept)
-    if values == "int4":
+    if BITS[values] == 4:
         return bit_field(kept, 2)
     high = bytearray(math.ceil(len(kept) / 8))
     for i, code in enumerate(kept):
@@ -128,7 +141,7 @@ def unit_bytes(values: str, column: list) -> bytes:
 def pack_columns(w: Weight) -> dict[str, Tensor]:
     out, cols = w.mask.shape
     outputs, inputs = 128 * math.ceil(out / 128), 64 * math.ceil(cols / 64)
-    zero = 2 ** (BITS[w.values] - 1) if w.values in BITS else 0
+    zero = zero_code(w.values) if w.values in BITS else 0
     padded = np.zeros((outputs, inputs), w.stored.dtype)
     padded[:out, :cols] = w.stored
     parts = inputs // w.group
@@ -155,7 +168,8 @@ def pack(w: Weight) -> dict[str, Tensor]:
         return pack_columns(w)
     out, cols = w.mask.shape
     panels, groups = math.ceil(out / 16), math.ceil(cols / 64)
-    zero = 2 ** (BITS[w.values] - 1) if w.values in BITS else 0
+    zero = zero_code(w.values) if w.values in BITS else 0
+    codes = {q: code for code, q in enumerate(integers(w.values))} if w.values in BITS else {}
     padded = np.zeros((panels * 16, groups * 64), w.stored.dtype)
     padded[:out, :cols] = w.stored
     kept = np.zeros((panels * 16, groups * 64), bool)
@@ -187,7 +201,7 @@ def pack(w: Weight) -> dict[str, Tensor]:
                 if w.layout != "16x4":
                     masks.append(word)
             if w.values in BITS:
-                stored = [int(q) + zero for q in stored]
+                stored = [codes[int(q)] for q in stored]
             if w.layout.endswith(":64"):
                 room = 16 * int(w.layout.split(":")[0])
                 stored += [zero] * (room - len(stored))

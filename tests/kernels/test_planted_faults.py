@@ -20,7 +20,15 @@ from gossamer.kernels.handle import _VALUES, _layout
 from gossamer.kernels.native import native
 
 HERE = Path(__file__).parent
-DOTS = {"float32": "dot32", "bfloat16": "dot16", "int8": "dot8", "int4": "dot8", "int3": "dot8"}
+DOTS = {
+    "float32": "dot32",
+    "bfloat16": "dot16",
+    "int8": "dot8",
+    "int4": "dot8",
+    "int3": "dot8",
+    "nl4": "dot8",
+    "nl3": "dot8",
+}
 COLUMNS = {**DOTS, "float32": "as_floats", "bfloat16": "lower_halves"}  # multiplies floats one by one
 
 pytestmark = [

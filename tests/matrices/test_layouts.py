@@ -19,7 +19,8 @@ from gossamer.matrices.values import VALUES, ValueType, value_type
 
 ALL = tuple(VALUES)
 LAYOUTS = ("dense", "columns", "bitmap", "16x4", "32:64", "7:64")
-FORMATS = [(name, layout) for layout in LAYOUTS for name in ALL if (name, layout) != ("int3", "columns")]
+MISSING = [(name, "columns") for name in ("int3", "nl4", "nl3")]
+FORMATS = [(name, layout) for layout in LAYOUTS for name in ALL if (name, layout) not in MISSING]
 
 
 # --- the oracle: one weight at a time ---------------------------------------------------------------------
@@ -48,7 +49,7 @@ def scalar_values(stored: list[float], name: str) -> bytes:
     codes = [int(x) for x in stored]
     if name == "int8":
         return bytes(codes)
-    if name == "int4":
+    if name in ("int4", "nl4"):
         return scalar_fields(codes, 2)
     plane = bytearray(math.ceil(len(codes) / 8))
     for i, code in enumerate(codes):
@@ -58,6 +59,10 @@ def scalar_values(stored: list[float], name: str) -> bytes:
 
 def pad64(data: bytes) -> bytes:
     return data + bytes(-len(data) % 64)
+
+
+def code_of(q: float, values: ValueType) -> float:
+    return values.levels.index(int(q)) if values.levels else q + values.zero_code
 
 
 def scalar_columns(
@@ -126,7 +131,7 @@ def scalar_pack(
                         value = zero
                         if inside and kept_at[row][col]:
                             word |= 1 << (4 * o + k)
-                            value = plain[row][col] + zero if values.is_integer else plain[row][col]
+                            value = code_of(plain[row][col], values) if values.is_integer else plain[row][col]
                             if not stored_anyway:
                                 stored.append(value)
                         if stored_anyway:
@@ -174,9 +179,8 @@ def sample(
     mask = limit(torch.rand(out, width, generator=generator) < density, layout)
     values = value_type(name)
     if values.is_integer:
-        weight = torch.randint(
-            values.qmin, values.qmax + 1, (out, width), generator=generator, dtype=torch.int8
-        )
+        levels = torch.tensor(values.levels or range(values.qmin, values.qmax + 1), dtype=torch.int8)
+        weight = levels[torch.randint(0, len(levels), (out, width), generator=generator)]
         scales = torch.randn(out, math.ceil(width / group), generator=generator).half()
         return weight, mask, scales
     weight = torch.randn(out, width, generator=generator).to(values.dtype)
@@ -302,6 +306,18 @@ def test_literal_bitmap_int3() -> None:
     assert sections["values"].tolist() == [*low, *high, *[0] * 59]
 
 
+def test_literal_nl3() -> None:
+    q = torch.zeros(1, 64, dtype=torch.int8)
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    q[0, 3], q[0, 9] = 23, -11  # codes 7 and 2; what is kept and zero has code 4
+    mask[0, 3] = mask[0, 4] = mask[0, 9] = True
+    sections = pack_sections(q, value_type("nl3"), "bitmap", mask=mask, scales=torch.ones(1, 1).half())
+    assert sections["values"].tolist() == [3 | 0 << 2 | 2 << 4, 0b011, *[0] * 62]
+    assert torch.equal(unpack_sections(sections, value_type("nl3"), "bitmap", (1, 64)).weight, q)
+    with pytest.raises(MatrixError, match="nl3 integers are -30, -19"):
+        pack_sections(torch.ones_like(q), value_type("nl3"), "bitmap", scales=torch.ones(1, 1).half())
+
+
 def test_literal_n_of_64_keeps_its_room() -> None:
     q = torch.zeros(1, 64, dtype=torch.int8)
     mask = torch.zeros(1, 64, dtype=torch.bool)
@@ -330,6 +346,8 @@ def test_literal_floats() -> None:
         ("int3", "dense", 64, 3.25),
         ("int4", "dense", 32, 4.5),
         ("int3", "32:64", 64, 2.75),
+        ("nl3", "32:64", 64, 2.75),
+        ("nl4", "dense", 64, 4.25),
         ("bfloat16", "32:64", 64, 9.0),
         ("float32", "dense", 64, 32.0),
         ("int4", "columns", 64, 8.5),  # 64 outputs are padded to 128

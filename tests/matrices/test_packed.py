@@ -25,9 +25,10 @@ from gossamer.matrices import (
     value_type,
 )
 
-INTEGERS = ("int8", "int4", "int3")
+INTEGERS = ("int8", "int4", "int3", "nl4", "nl3")
 LAYOUTS = ("dense", "columns", "bitmap", "32:64")
-FORMATS = [(name, layout) for layout in LAYOUTS for name in VALUES if (name, layout) != ("int3", "columns")]
+NO_COLUMNS = ("int3", "nl4", "nl3")
+FORMATS = [(n, layout) for layout in LAYOUTS for n in VALUES if layout != "columns" or n not in NO_COLUMNS]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

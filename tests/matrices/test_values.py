@@ -14,6 +14,7 @@ from gossamer.matrices.values import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
     VALUES,
+    ValueType,
     choose_scales,
     integer_type,
     quantize,
@@ -21,30 +22,38 @@ from gossamer.matrices.values import (
     value_type,
 )
 
-INTEGERS = ("int8", "int4", "int3")
+INTEGERS = ("int8", "int4", "int3", "nl4", "nl3")
 
 
-def measured_error(w: Tensor, scale: Tensor, low: int, high: int, weigh: Tensor) -> np.ndarray:
+def nearest(x: np.ndarray, values: ValueType) -> np.ndarray:
+    """The integers of ``values`` next to ``x``, by trying each."""
+    if not values.levels:
+        return np.clip(np.rint(x), values.qmin, values.qmax)
+    levels = np.array(values.levels, float)
+    return levels[np.abs(x[..., None] - levels).argmin(-1)]
+
+
+def measured_error(w: Tensor, scale: Tensor, values: ValueType, weigh: Tensor) -> np.ndarray:
     """Weighted squared error of each row, by numpy in float64."""
     s = scale.double().numpy()[:, None]
     x = w.double().numpy()
-    q = np.clip(np.rint(x / s), low, high)
+    q = nearest(x / s, values)
     return np.asarray((weigh.double().numpy() * (x - s * q) ** 2).sum(axis=1))
 
 
-def exhaustive_error(w: Tensor, low: int, high: int, weigh: Tensor) -> np.ndarray:
+def exhaustive_error(w: Tensor, values: ValueType, weigh: Tensor) -> np.ndarray:
     """Least error over 800 scales, each also refined once by its closed form."""
     x, imp = w.double().numpy(), weigh.double().numpy()
     peak = x[np.arange(len(x)), np.abs(x).argmax(axis=1)]
     best = np.full(len(x), np.inf)
     for sign in (1, -1):
         for fraction in np.linspace(0.25, 1.3, 400):
-            scale = torch.tensor(sign * peak * fraction / high).half()
-            best = np.minimum(best, measured_error(w, scale, low, high, weigh))
-            q = np.clip(np.rint(x / scale.double().numpy()[:, None]), low, high)
+            scale = torch.tensor(sign * peak * fraction / values.qmax).half()
+            best = np.minimum(best, measured_error(w, scale, values, weigh))
+            q = nearest(x / scale.double().numpy()[:, None], values)
             above, below = (imp * x * q).sum(axis=1), (imp * q * q).sum(axis=1)
             refined = torch.tensor(np.where(below > 0, above / np.maximum(below, 1e-30), scale)).half()
-            best = np.minimum(best, measured_error(w, refined, low, high, weigh))
+            best = np.minimum(best, measured_error(w, refined, values, weigh))
     return best
 
 
@@ -62,17 +71,19 @@ def samples() -> dict[str, tuple[Tensor, Tensor | None]]:
     }
 
 
-@pytest.mark.parametrize(("name", "bound"), [("int8", 1.2), ("int4", 1.01), ("int3", 1.005)])
+@pytest.mark.parametrize(
+    ("name", "bound"), [("int8", 1.2), ("int4", 1.01), ("int3", 1.005), ("nl4", 1.02), ("nl3", 1.01)]
+)
 @pytest.mark.parametrize("kind", ["gauss", "weighted", "pruned", "tails"])
 def test_scales_near_the_exhaustive_optimum(name: str, bound: float, kind: str) -> None:
     values = value_type(name)
     w, importance = samples()[kind]
-    if name == "int8":
+    if name in ("int8", "nl4", "nl3"):
         w = w[:200]
     weigh = torch.ones(64) if importance is None else importance
     scales, clamped = choose_scales(w, values, importance=importance)
-    got = measured_error(w, scales, values.qmin, values.qmax, weigh).mean()
-    best = exhaustive_error(w, values.qmin, values.qmax, weigh).mean()
+    got = measured_error(w, scales, values, weigh).mean()
+    best = exhaustive_error(w, values, weigh).mean()
     assert clamped == 0
     assert scales.dtype == torch.float16
     assert got <= bound * best
@@ -91,8 +102,11 @@ def test_never_worse_than_absmax(name: str, seed: int, n: int, kept: float, powe
     weigh = importance * mask
     absmax = (w * mask).abs().amax(dim=1) / values.qmax
     absmax = absmax.clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
-    got = measured_error(w, scales, values.qmin, values.qmax, weigh)
-    plain = measured_error(w, absmax, values.qmin, values.qmax, weigh)
+    if values.levels:  # their two ends differ by more than a step: which of them the peak meets matters
+        peak = (w * mask).gather(1, (w * mask).abs().argmax(1, keepdim=True))[:, 0]
+        absmax = torch.copysign(absmax, peak)
+    got = measured_error(w, scales, values, weigh)
+    plain = measured_error(w, absmax, values, weigh)
     assert (got <= plain * (1 + 1e-4) + 1e-12 * 10.0 ** (2 * power)).all()
 
 
@@ -199,7 +213,7 @@ def test_bad_input() -> None:
         choose_scales(w, values, importance=torch.ones(3))
     with pytest.raises(MatrixError, match="mask"):
         choose_scales(w, values, mask=torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(MatrixError, match="int8, int4 or int3"):
+    with pytest.raises(MatrixError, match="int8, int4, int3, nl4 or nl3"):
         choose_scales(w, value_type("float32"))
     with pytest.raises(MatrixError, match="64 or 32"):
         quantize(w, values, group=48)
@@ -207,9 +221,45 @@ def test_bad_input() -> None:
         value_type("int5")
 
 
+def test_levels_beat_uniform_steps_where_weights_are_many_near_zero() -> None:
+    w, _ = samples()["gauss"]
+    pruned, _ = samples()["pruned"]
+    mask = pruned != 0
+
+    def error(w: Tensor, name: str, mask: Tensor | None = None) -> float:
+        return float((quantize(w, value_type(name), 64, mask).to_dense() - w).square().sum())
+
+    assert error(w, "nl4") < 0.88 * error(w, "int4")
+    assert error(w, "nl3") < 0.93 * error(w, "int3")
+    assert error(pruned, "nl3", mask) > error(pruned, "int3", mask)  # a mask has pruned just those
+
+
+def test_without_a_zero_pruned_weights_are_zero_and_kept_ones_are_not() -> None:
+    gap = ValueType("gap", 3, True, (-30, -19, -12, -6, 5, 11, 17, 23))
+    assert not gap.has_zero
+    w, mask = torch.randn(20, 128), torch.rand(20, 128) < 0.5
+    codes = quantize(w, gap, 64, mask)
+    assert torch.equal(codes.q != 0, mask)
+    assert set(codes.q[mask].tolist()) <= set(gap.levels)
+    moved = quantize(torch.where(mask, w, 1e3), gap, 64, mask)  # what is pruned has no say
+    assert torch.equal(moved.q, codes.q)
+    assert torch.equal(moved.scales, codes.scales)
+
+
+def test_tables_fit_what_multiplies_them() -> None:
+    for value in VALUES.values():
+        if value.levels:
+            assert len(value.levels) == 2**value.bits
+            assert sorted(set(value.levels)) == list(value.levels)
+            assert min(value.levels) >= -64  # 64 above them: seven bits
+            assert max(value.levels) <= 63
+            assert torch.equal(value.integers(value.codes(torch.tensor(value.levels))).long(),
+                               torch.tensor(value.levels))  # fmt: skip
+
+
 def test_formats() -> None:
     assert {name: value.bits for name, value in VALUES.items()} == {
-        "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int3": 3,
+        "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int3": 3, "nl4": 4, "nl3": 3,
     }  # fmt: skip
     assert (integer_type(3).qmin, integer_type(3).qmax, integer_type(3).zero_code) == (-4, 3, 4)
     assert value_type("bf16").dtype == torch.bfloat16

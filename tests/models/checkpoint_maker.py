@@ -26,6 +26,8 @@ FORMATS = [
     ("bfloat16", "bitmap"),
     ("int3", "32:64"),
     ("int3", "bitmap"),
+    ("nl4", "dense"),
+    ("nl3", "32:64"),
 ]
 FLOATS = [("float32", "bitmap"), ("float32", "dense"), ("float32", "32:64")]
 

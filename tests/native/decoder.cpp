@@ -39,7 +39,7 @@ class RandomDecoder {
              linear("dense", "int4", kKvHeads * kHead, kHidden, false),
              linear("bitmap", "bfloat16", kKvHeads * kHead, kHidden, false),
              linear("32:64", "int4", kHidden, kHeads * kHead, false),
-             linear("32:64", "int4", kInner, kHidden, false), linear("32:64", "int4", kInner, kHidden, false),
+             linear("32:64", "nl3", kInner, kHidden, false), linear("dense", "nl4", kInner, kHidden, false),
              linear("columns", "int8", kHidden, kInner, false), 0, true},
             {numbers(kHidden, 0.5, 1.5), numbers(kHidden, 0.5, 1.5), nullptr, nullptr,
              linear("dense", "bfloat16", kHeads * kHead, kHidden, true),
@@ -62,7 +62,10 @@ class RandomDecoder {
         weights_.emplace_back(random_, *laid, *kind, out, in);
         Weight& w = weights_.back();
         // such that results are about as large as inputs: 2^-10 to 2^-9 for int8, 16 times that for int4
-        const int exponent = kind->values == kInt8 ? 5 : kind->values == kInt4 ? 9 : 10;
+        const int exponent = kind->values == kInt8   ? 5
+                             : kind->values == kInt4 ? 9
+                             : kind->values == kInt3 ? 10
+                                                     : 7;
         for (int64_t i = 0; i < w.scales.size() / 2; i++)
             w.scales.as<uint16_t>()[i] = uint16_t(exponent << 10 | random_.below(1024));
         CHECK(check(w.packed(), 1).empty(), "a good weight is refused");

@@ -121,12 +121,12 @@ bool skipped(const char* what) {
 
 void test_types() {
     const int64_t huge = int64_t(1) << 40;
-    const int64_t bytes[] = {4 * huge, 2 * huge, huge, huge / 2, huge * 3 / 8};
-    for (int values = kFloat32; values <= kInt3; values++)
+    const int64_t bytes[] = {4 * huge, 2 * huge, huge, huge / 2, huge * 3 / 8, huge / 2, huge * 3 / 8};
+    for (int values = kFloat32; values <= kNl3; values++)
         CHECK(stored_bytes(values, huge) == bytes[values], "%lld bytes of values %d",
               (long long)stored_bytes(values, huge), values);
     for (int64_t count = 0; count <= 1100; count++)
-        for (int values = kFloat32; values <= kInt3; values++)
+        for (int values = kFloat32; values <= kNl3; values++)
             CHECK(stored_bytes(values, count) == bytes_of_values(values, count),
                   "%lld values %d take %lld bytes", (long long)count, values,
                   (long long)stored_bytes(values, count));

@@ -50,10 +50,19 @@ struct Test {
 };
 
 constexpr Test kTests[] = {
-    {"types", test_types},     {"tiers", test_tiers},       {"products", test_products},
-    {"tiles", test_tiles},     {"exact", test_exact_sums},  {"threads", test_threads},
-    {"damage", test_damage},   {"programs", test_programs}, {"lies", test_lying_programs},
-    {"decoder", test_decoder}, {"far", test_far_weights},   {"far-rows", test_far_rows},
+    {"types", test_types},
+    {"tiers", test_tiers},
+    {"products", test_products},
+    {"tiles", test_tiles},
+    {"exact", test_exact_sums},
+    {"threads", test_threads},
+    {"damage", test_damage},
+    {"programs", test_programs},
+    {"lies", test_lying_programs},
+    {"decoder", test_decoder},
+    {"compression", test_compression},
+    {"far", test_far_weights},
+    {"far-rows", test_far_rows},
 };
 
 bool choose_tier(const char* name) {
@@ -132,7 +141,7 @@ int main(int count, char** arguments) {
         test.run();
         const double seconds =
             std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        printf("%-10s passed in %5.1f s\n", test.name, seconds);
+        printf("%-11s passed in %5.1f s\n", test.name, seconds);
         fflush(stdout);
     }
 }

@@ -89,5 +89,6 @@ void test_far_rows();
 void test_programs();
 void test_lying_programs();
 void test_decoder();
+void test_compression();
 
 }  // namespace testing

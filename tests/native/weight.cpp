@@ -39,6 +39,12 @@ int64_t bytes_of_fields(int64_t count, int fields) {
     return bytes;
 }
 
+// What the codes of nl4 and nl3 stand for.
+constexpr int kLevelsOf[2][16] = {
+    {-62, -48, -39, -31, -24, -17, -11, -5, 0, 6, 12, 19, 26, 34, 44, 58},
+    {-30, -19, -11, -5, 0, 6, 13, 23},
+};
+
 // Value c of a panel-group of `count`: a float, or q.
 float value_at(int values, const uint8_t* stored, int64_t count, int64_t c) {
     switch (values) {
@@ -53,9 +59,12 @@ float value_at(int values, const uint8_t* stored, int64_t count, int64_t c) {
             return float(stored[c] - 128);
         case kInt4:
             return float(field(stored, count, 2, c) - 8);
+        case kNl4:
+            return float(kLevelsOf[0][field(stored, count, 2, c)]);
         default: {
             int high = stored[bytes_of_fields(count, 4) + c / 8] >> c % 8 & 1;
-            return float(field(stored, count, 4, c) + 4 * high - 4);
+            int code = field(stored, count, 4, c) + 4 * high;
+            return float(values == kInt3 ? code - 4 : kLevelsOf[1][code]);
         }
     }
 }
@@ -83,6 +92,7 @@ int64_t bytes_of_values(int values, int64_t count) {
         case kInt8:
             return count;
         case kInt4:
+        case kNl4:
             return bytes_of_fields(count, 2);
         default:
             return bytes_of_fields(count, 4) + (count + 7) / 8;

@@ -31,11 +31,13 @@ constexpr ValuesCase kValues[] = {
     {"int8", gossamer::kInt8, 1},       {"int4", gossamer::kInt4, 1},
     {"int3", gossamer::kInt3, 1},       {"int8 by 32", gossamer::kInt8, 2},
     {"int4 by 32", gossamer::kInt4, 2}, {"int3 by 32", gossamer::kInt3, 2},
+    {"nl4", gossamer::kNl4, 1},         {"nl3", gossamer::kNl3, 1},
+    {"nl3 by 32", gossamer::kNl3, 2},
 };
 
-// The layout columns has no int3.
+// The layout columns has no values of three bits or with levels.
 inline bool exists(const LayoutCase& layout, const ValuesCase& kind) {
-    return layout.layout != gossamer::kColumns || kind.values != gossamer::kInt3;
+    return layout.layout != gossamer::kColumns || kind.values < gossamer::kInt3;
 }
 
 enum class Numbers {

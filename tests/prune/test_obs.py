@@ -89,7 +89,7 @@ def test_masks_follow_the_updated_weights() -> None:
 @given(
     st.sampled_from(["unstructured:row", "unstructured:tensor", "unstructured:columns:48", "2:4", "3:7",
                      "32:64", "4x4", "channel:in", "channel:out"]),
-    st.sampled_from(["float32", "bfloat16", "int8", "int4", "int3"]),
+    st.sampled_from(["float32", "bfloat16", "int8", "int4", "int3", "nl4", "nl3"]),
     st.sampled_from(["natural", "activation"]),
     st.integers(1, 12),
     st.sampled_from([4, 31, 64, 130]),

@@ -203,6 +203,8 @@ class Seconds:
          [(9 + 4) / 2 * 4 + 5 * 0.128, 0.001 + 8 + 0.128]),
         ({"tune.tokens": None, "tune.minutes": 10, "shrink": None},
          [3 * (0.001 + 8 + 0.128), 600 + 11 * 2 * (3 + 3 + 0.064)]),
+        ({"compress.method": "wanda", "compress.pattern": None, "compress.sparsity": 0.5, "tune": None,
+          "compress.allocation": "sensitivity", "shrink": None}, [3 * (8 * 0.001 + 8 * 4 + 0.256)]),
     ],
 )  # fmt: skip
 def test_predictions_count_what_stages_do(
@@ -220,8 +222,10 @@ def test_predictions_count_what_stages_do(
     assert found.bytes == max(stage.bytes for stage in found.stages) > 50e6
 
 
-def test_one_block_is_timed(folder: Path, tmp_path: Path) -> None:
-    prepared = prepare(read_recipe(SMALL), tmp_path / "out", model=folder, text=TEXT)
+@pytest.mark.parametrize("method", ["obs", "fisher"])
+def test_one_block_is_timed(method: str, folder: Path, tmp_path: Path) -> None:
+    recipe = read_recipe(SMALL, {"compress.method": method})
+    prepared = prepare(recipe, tmp_path / "out", model=folder, text=TEXT)
     with Bench(prepared) as bench:
         rates = bench.rates(32)
         assert 0 < rates.forward < rates.backward < 10

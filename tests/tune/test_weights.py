@@ -8,25 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.matrices import Packed
-from gossamer.matrices.values import integer_type, quantize
+from gossamer.matrices.values import quantize, value_type
 from gossamer.tune import TunedWeight
 
 
-def drawn(out: int, width: int, bits: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(out: int, width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     return torch.randn(out, width), torch.rand(out, width) < 0.6
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 20), st.integers(1, 150), st.sampled_from([3, 4, 8]), st.sampled_from([32, 64]),
+    st.integers(1, 20), st.integers(1, 150), st.sampled_from(["int3", "int4", "int8", "nl3", "nl4"]),
+    st.sampled_from([32, 64]),
     st.integers(0, 1000),
 )  # fmt: skip
 def test_any_steps_leave_what_was_pruned_at_zero_and_the_rest_on_the_grid(
-    out: int, width: int, bits: int, group: int, seed: int
+    out: int, width: int, values: str, group: int, seed: int
 ) -> None:
-    dense, mask = drawn(out, width, bits, seed)
-    start = quantize(dense * mask, integer_type(bits), group, mask)
+    dense, mask = drawn(out, width, seed)
+    start = quantize(dense * mask, value_type(values), group, mask)
     weight = TunedWeight(start.to_dense(), mask, start)
     assert torch.equal(weight(), start.to_dense())  # nothing has moved yet
     optimizer = torch.optim.SGD(weight.parameters(), lr=0.3)
@@ -44,7 +45,7 @@ def test_any_steps_leave_what_was_pruned_at_zero_and_the_rest_on_the_grid(
 
 
 def test_float_weights_move_only_where_they_were_kept() -> None:
-    dense, mask = drawn(8, 12, 4, 0)
+    dense, mask = drawn(8, 12, 0)
     weight = TunedWeight(dense * mask, mask)
     optimizer = torch.optim.Adam(weight.parameters(), lr=0.1)
     (weight() - 1).square().sum().backward()
@@ -55,8 +56,9 @@ def test_float_weights_move_only_where_they_were_kept() -> None:
     assert not tuned[~mask].any()
 
 
-def test_rounding_passes_gradients_straight_through_inside_the_range_and_none_outside() -> None:
-    start = quantize(torch.tensor([[1.0, -1.0, 0.5, 0.25] * 16]), integer_type(4))
+@pytest.mark.parametrize("values", ["int4", "nl4"])
+def test_rounding_passes_gradients_straight_through_inside_the_range_and_none_outside(values: str) -> None:
+    start = quantize(torch.tensor([[1.0, -1.0, 0.5, 0.25] * 16]), value_type(values))
     weight = TunedWeight(start.to_dense(), None, start)
     with torch.no_grad():
         weight.latent[0, 0] = 100.0  # far outside what eight codes reach
@@ -68,7 +70,7 @@ def test_rounding_passes_gradients_straight_through_inside_the_range_and_none_ou
 
 
 def test_a_scale_that_left_float16_is_brought_back() -> None:
-    start = quantize(torch.ones(2, 64), integer_type(4))
+    start = quantize(torch.ones(2, 64), value_type("int4"))
     weight = TunedWeight(start.to_dense(), None, start)
     assert weight.scales is not None
     with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import nn
 
 from gossamer.errors import EvaluationError
 from gossamer.matrices import Packed, Quantized, packed_bytes, value_type
+from gossamer.matrices.geometry import holds, parse_layout
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.nn import StructuredLinear
 from gossamer.sparse import mask_from_scores, parse_pattern
@@ -54,7 +55,7 @@ def candidate_layouts(leaves: list[Packed], zeros: bool = False) -> tuple[str, .
     dense among them. Sparse ones that would take no fewer bytes than dense are left out; ``zeros``: some
     activations are zero, so columns is a candidate too."""
     one = leaves[0]
-    unmasked = ["columns", "dense"] if zeros and one.values_name != "int3" else ["dense"]
+    unmasked = ["columns", "dense"] if zeros and holds(parse_layout("columns"), one.value_type) else ["dense"]
     if one.masks is None:  # nothing says which weights were pruned
         return tuple(dict.fromkeys([one.layout, *unmasked]))
     most = max(leaf.most_kept for leaf in leaves)
@@ -120,9 +121,9 @@ def _made_up(
         mask = mask_from_scores(scores, parse_pattern(pattern or "unstructured"), sparsity)
     if not kind.is_integer:
         return Packed.pack(torch.randn(shape, generator=generator), values, mask=mask)
-    codes = torch.randint(kind.qmin, kind.qmax + 1, shape, dtype=torch.int8, generator=generator)
+    codes = kind.integers(torch.randint(0, 1 << kind.bits, shape, dtype=torch.uint8, generator=generator))
     scales = torch.full((shape[0], -(-shape[1] // group)), 0.01, dtype=torch.float16)
-    return Packed.pack(Quantized(codes, scales, group, kind.bits), mask=mask)
+    return Packed.pack(Quantized(codes, scales, group, kind), mask=mask)
 
 
 def leaves_of(

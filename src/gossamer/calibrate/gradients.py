@@ -234,9 +234,9 @@ class _Sums:
         self.output = None
         if weight is None or output is None:
             return
-        weight = weight.T if self.turned else weight
-        self.mean += weight.float()
-        self.squares += weight.float().square()
+        gradient = (weight.T if self.turned else weight).float()
+        self.mean.add_(gradient)
+        self.squares.addcmul_(gradient, gradient)
         self.outputs += output.float().reshape(-1, len(self.outputs)).square().sum(dim=0)
         self.windows += 1
 

@@ -13,7 +13,7 @@ from gossamer.cli.files import checkpoint_rows
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
 
-_VALUES = "float32, bf16, int8, int4 or int3"
+_VALUES = "float32, bf16, int8, int4, int3, nl4 or nl3"
 
 
 @guarded

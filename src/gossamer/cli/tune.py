@@ -53,11 +53,15 @@ def tune(
         list[str] | None,
         typer.Option(metavar="LOSS.KEY=VALUE", help="Such as kl.temperature=2; repeatable."),
     ] = None,
-    method: Annotated[str, typer.Option(help="Which weights move: full (all that are kept).")] = "full",
+    method: Annotated[
+        str, typer.Option(help="Which weights move: full (all that are kept), lora or ast (masks too).")
+    ] = "full",
     option: options.MethodOption = None,
     values: Annotated[
         str | None,
-        typer.Option(help="Tune towards other values: bf16, int8, int4 or int3.", show_default="as they are"),
+        typer.Option(
+            help="Tune towards other values: bf16, int8, int4, int3, nl4 or nl3.", show_default="as they are"
+        ),
     ] = None,
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 64 or 32.", show_default="as they are")

@@ -18,7 +18,8 @@ GROUP = 64  # inputs of a group
 COLUMN_UNIT = 128  # outputs that the layout columns is padded to
 ALIGNMENT = 64  # bytes: a section starts at, and is padded to, a multiple
 
-_VALUES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int3": 4}
+_VALUES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "int3": 4, "nl4": 5, "nl3": 6}
+_IN_COLUMNS = ("float32", "bfloat16", "int8", "int4")
 _DTYPES = {
     "values": torch.uint8,
     "masks": torch.int64,
@@ -99,7 +100,7 @@ def _stored_bytes(values: str, count: int) -> int:
     """Bytes of ``count`` stored values of a panel-group (docs/architecture.md, "Values")."""
     if values in ("float32", "bfloat16", "int8"):
         return count * {"float32": 4, "bfloat16": 2, "int8": 1}[values]
-    if values == "int4":
+    if values in ("int4", "nl4"):
         return count // 128 * 64 + (count % 128 + 1) // 2
     return count // 256 * 64 + (count % 256 + 3) // 4 + (count + 7) // 8
 
@@ -120,8 +121,8 @@ def section_bytes(
         raise MatrixError(f"a scale is shared by 64 or 32 inputs, not by {group}")
     if out_features < 1 or in_features < 1:
         raise MatrixError(f"a packed weight needs outputs and inputs, not {out_features} x {in_features}")
-    if code == 4 and values == "int3":
-        raise MatrixError("the layout columns holds float32, bfloat16, int8 and int4 values, not int3")
+    if code == 4 and values not in _IN_COLUMNS:
+        raise MatrixError(f"the layout columns holds {', '.join(_IN_COLUMNS)}, not {values}")
     unit = COLUMN_UNIT if code == 4 else PANEL
     panels, groups = -(-out_features // unit) * (unit // PANEL), -(-in_features // GROUP)
     stored = PANEL * GROUP if code in (0, 4) else PANEL * keep
@@ -132,7 +133,7 @@ def section_bytes(
         sizes["masks"] = _padded(panels * groups * 2)
     elif code in (1, 2):
         sizes["masks"] = panels * groups * GROUP // 4 * 8
-    if values.startswith("int"):
+    if values not in ("float32", "bfloat16"):
         sizes["scales"] = _padded(panels * groups * (GROUP // group) * PANEL * 2)
     if code in (1, 3):
         sizes["offsets"] = _padded((panels + 1) * 8)
@@ -165,10 +166,11 @@ def make_handle(
     """Checks the sections of a packed weight and gives the handle that kernels take.
 
     ``layout``: ``dense``, ``columns``, ``bitmap``, ``16x4`` or ``n:64`` such as ``32:64``; ``values``:
-    ``float32``, ``bfloat16``, ``int8``, ``int4`` or ``int3``; ``group``: inputs that share a scale, 64 or 32;
-    ``sections``: flat tensors ``values`` uint8, ``masks`` int64, ``scales`` float16, ``offsets`` int64,
-    those that the layout has (docs/architecture.md). They are kept and used in place, memory maps too (one
-    that does not start at a multiple of 64 bytes is copied once), and must not be changed afterwards.
+    ``float32``, ``bfloat16``, ``int8``, ``int4``, ``int3``, ``nl4`` or ``nl3``; ``group``: inputs that
+    share a scale, 64 or 32; ``sections``: flat tensors ``values`` uint8, ``masks`` int64, ``scales`` float16,
+    ``offsets`` int64, those that the layout has (docs/architecture.md). They are kept and used in place,
+    memory maps too (one that does not start at a multiple of 64 bytes is copied once), and must not be
+    changed afterwards.
 
     Raises MatrixError saying which section, panel and group is wrong: sizes, offsets that fall or leave the
     values, masks that keep padding or more than there is room for, scales that are not finite. KernelError

@@ -82,8 +82,15 @@ def parse_layout(name: str) -> Layout:
 
 def check_holds(layout: Layout, values: ValueType) -> None:
     """Raises MatrixError where ``layout`` cannot hold such values."""
-    if layout.by_columns and values.bits == 3:
-        raise MatrixError("the layout columns holds float32, bfloat16, int8 and int4 values, not int3")
+    if not holds(layout, values):
+        raise MatrixError(
+            f"the layout columns holds float32, bfloat16, int8 and int4 values, not {values.name}"
+        )
+
+
+def holds(layout: Layout, values: ValueType) -> bool:
+    """Whether ``layout`` can hold such values."""
+    return not (layout.by_columns and (values.bits == 3 or values.levels))
 
 
 def grid(shape: tuple[int, int], outputs: int = PANEL) -> tuple[int, int]:
@@ -115,9 +122,9 @@ def section_names(values: ValueType, layout: Layout) -> tuple[str, ...]:
 
 def value_bytes(counts: Array, values: ValueType) -> Array:
     """Bytes in ``values`` of panel-groups with so many stored values each."""
-    if values.name == "int4":
+    if values.bits == 4:
         return np.asarray((counts + 1) // 2)
-    if values.name == "int3":
+    if values.bits == 3:
         return np.asarray((counts + 3) // 4 + (counts + 7) // 8)
     return np.asarray(counts * (values.bits // 8))
 

@@ -207,7 +207,7 @@ def _stored_dtype(values: ValueType) -> Any:
 
 
 def _to_stored(weight: Tensor, values: ValueType) -> Tensor:
-    """Floats as their bit patterns (int32, int16), codes as ``q + zero_code`` (uint8)."""
+    """Floats as their bit patterns (int32, int16), integers as their codes (uint8)."""
     weight = weight.detach()
     if not values.is_integer:
         if not weight.is_floating_point():
@@ -218,13 +218,13 @@ def _to_stored(weight: Tensor, values: ValueType) -> Tensor:
         raise MatrixError(f"{values.name} values are packed from integer codes, got {weight.dtype}")
     if bool((weight < values.qmin).any()) or bool((weight > values.qmax).any()):
         raise MatrixError(f"{values.name} codes lie in [{values.qmin}, {values.qmax}]")
-    return (weight.to(torch.int16) + values.zero_code).to(torch.uint8)
+    return values.codes(weight)
 
 
 def _from_stored(stored: Tensor, values: ValueType) -> Tensor:
     if not values.is_integer:
         return stored.view(values.dtype)
-    return (stored.to(torch.int16) - values.zero_code).to(torch.int8)
+    return values.integers(stored)
 
 
 def _section(array: Array) -> Tensor:
@@ -239,7 +239,7 @@ def _section(array: Array) -> Tensor:
 
 def _pack_values(stored: Array, counts: Array | None, values: ValueType) -> Array:
     """Bytes of stored values: ``(panel_groups, room)``, or flat with ``counts`` a panel-group."""
-    if values.name == "int4" or values.name == "int3":
+    if values.bits < 8:
         return pack_codes(stored, counts, values.bits)
     return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
@@ -247,7 +247,7 @@ def _pack_values(stored: Array, counts: Array | None, values: ValueType) -> Arra
 def _unpack_values(stored: Array, counts: Array | int, values: ValueType) -> Array:
     """The inverse: ``(panel_groups, room)`` from bytes ``(panel_groups, size)`` where ``counts`` is the room,
     else a flat array of ``sum(counts)`` from a flat one."""
-    if values.name == "int4" or values.name == "int3":
+    if values.bits < 8:
         return unpack_codes(stored, counts, values.bits)
     patterns = _stored_dtype(values)
     if isinstance(counts, int):

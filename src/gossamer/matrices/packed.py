@@ -38,7 +38,7 @@ from gossamer.matrices.matrix import Description, Matrix, check_target, describe
 from gossamer.matrices.rows import dense_rows
 from gossamer.matrices.sparse import Sparse
 from gossamer.matrices.validation import check_sections
-from gossamer.matrices.values import Quantized, ValueType, check_group, integer_type, quantize, value_type
+from gossamer.matrices.values import Quantized, ValueType, check_group, quantize, value_type
 
 
 class Packed(Matrix, kind="packed"):
@@ -92,7 +92,7 @@ class Packed(Matrix, kind="packed"):
     ) -> Packed:
         """A Dense or Sparse leaf, a tensor ``(out, in)`` or codes with their scales, as a packed leaf.
 
-        ``values``: float32, bfloat16, int8, int4 or int3 (default: int4, or the codes' own); ``layout``:
+        ``values``: one of `VALUES`, such as bfloat16 or nl3 (default: int4, or the codes' own); ``layout``:
         dense, columns, bitmap, 16x4, n:64, or ``auto`` (:func:`choose_layout`); ``group``: inputs a scale, 64
         (default) or 32; ``mask``: bool, True = kept (default: the leaf's own, or all).
         Floats become integers by rounding to nearest under scales of least squared error, weighted by
@@ -169,7 +169,7 @@ class Packed(Matrix, kind="packed"):
 
     @property
     def values_name(self) -> str:
-        """The number format: float32, bfloat16, int8, int4 or int3."""
+        """The number format, one of `VALUES`."""
         return self.value_type.name
 
     @property
@@ -196,7 +196,7 @@ class Packed(Matrix, kind="packed"):
         plain = self.unpack()
         if plain.scales is None:
             raise MatrixError(f"{self.value_type.name} values have no codes: use unpack")
-        return Quantized(plain.weight, plain.scales, self.group, self.value_type.bits, self.clamped)
+        return Quantized(plain.weight, plain.scales, self.group, self.value_type, self.clamped)
 
     def mask(self) -> Tensor:
         """bool ``(out, in)``, True = kept (all of it in the layouts dense and columns)."""
@@ -314,7 +314,7 @@ def _leaf(matrix: Matrix) -> tuple[Tensor, Tensor | None]:
 
 def _same_format(quantized: Quantized, values: str | None, group: int | None) -> tuple[ValueType, int]:
     """The format of ``quantized``; raises MatrixError where another one is asked for."""
-    kind = integer_type(quantized.bits)
+    kind = quantized.values
     if values not in (None, kind.name) or group not in (None, quantized.group):
         raise MatrixError(
             f"the codes are {kind.name} in groups of {quantized.group}, but {values or kind.name} in groups "

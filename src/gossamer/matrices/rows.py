@@ -33,8 +33,8 @@ def dense_rows(
     vectors = GROUP // group
     scales = sections["scales"][: panels * groups * vectors * PANEL]
     scales = scales.view(panels, groups, vectors, PANEL)[panel, :, :, output].float()
-    weights = (codes.float() - values.zero_code).view(len(index), groups, vectors, group)
-    return (weights * scales[..., None]).reshape(len(index), groups * GROUP)[:, : shape[1]]
+    integers = values.integers(codes).float().view(len(index), groups, vectors, group)
+    return (integers * scales[..., None]).reshape(len(index), groups * GROUP)[:, : shape[1]]
 
 
 def _codes(
@@ -42,14 +42,14 @@ def _codes(
 ) -> Tensor:
     """uint8 codes ``(n, groups * 64)`` of one output each: bytes ``4 o + k`` of every 64-byte step."""
     n, count = len(panel), panels * groups
-    if values.name == "int8":
+    if values.bits == 8:
         steps = stored[: count * 1024].view(panels, groups, STEPS, PANEL, 4)
         return steps[panel, :, :, output].reshape(n, groups * GROUP)
-    if values.name == "int4":  # a block of 128 codes is two steps: low and high nibbles
+    if values.bits == 4:  # a block of 128 codes is two steps: low and high nibbles
         blocks = stored[: count * 512].view(panels, groups, STEPS // 2, PANEL, 4)
         lines = blocks[panel, :, :, output]
         return torch.stack([lines & 15, lines >> 4], dim=3).reshape(n, groups * GROUP)
-    # int3: 256 bytes of low bits, where a block of 256 codes is four steps; then 8 bytes of high bits a step
+    # three bits: 256 bytes of low bits (a block of 256 codes is four steps); then 8 bytes of high bits a step
     cells = stored[: count * 384].view(panels, groups, 384)
     lows = cells[:, :, :256].view(panels, groups, STEPS // 4, PANEL, 4)[panel, :, :, output]
     low = torch.stack([(lows >> shift) & 3 for shift in (0, 2, 4, 6)], dim=3).reshape(n, groups, STEPS, 4)

@@ -16,28 +16,53 @@ CHUNK_ROWS = 512  # groups searched at once: 512 x 64 float32 and a temporary or
 
 @dataclass(frozen=True)
 class ValueType:
-    """One number format: ``bits`` a stored value, float or symmetric integer with a scale per group."""
+    """One number format: ``bits`` a stored value, float or integer with a scale per group.
+
+    Integers q are all of ``bits`` bits, or the ``levels`` of a table, rising, one for each code.
+    """
 
     name: str
     bits: int
     is_integer: bool
+    levels: tuple[int, ...] = ()
 
     @property
     def qmin(self) -> int:
-        """Least integer code, ``-2^(bits-1)``; raises MatrixError for floats."""
+        """Least integer, ``-2^(bits-1)`` or the first level; raises MatrixError for floats."""
         self._check_integer()
-        return -(1 << (self.bits - 1))
+        return self.levels[0] if self.levels else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        """Greatest integer code, ``2^(bits-1) - 1``; raises MatrixError for floats."""
+        """Greatest integer, ``2^(bits-1) - 1`` or the last level; raises MatrixError for floats."""
         self._check_integer()
-        return (1 << (self.bits - 1)) - 1
+        return self.levels[-1] if self.levels else (1 << (self.bits - 1)) - 1
 
     @property
     def zero_code(self) -> int:
-        """The unsigned code that stands for zero, ``2^(bits-1)``; raises MatrixError for floats."""
-        return -self.qmin
+        """The unsigned code that stands for zero; raises MatrixError for floats."""
+        return self.levels.index(0) if self.levels else -self.qmin
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether zero is among the levels. What lacks it can be tried (benchmarks.grids), but not packed."""
+        return not self.levels or 0 in self.levels
+
+    def codes(self, q: Tensor) -> Tensor:
+        """uint8 codes of integers in [qmin, qmax]; raises MatrixError for one that is no level."""
+        if not self.levels:
+            return (q.to(torch.int16) + self.zero_code).to(torch.uint8)
+        levels = torch.tensor(self.levels)
+        codes = torch.searchsorted(levels, q.long())
+        if not torch.equal(levels[codes], q.long()):
+            raise MatrixError(f"{self.name} integers are {', '.join(map(str, self.levels))}")
+        return codes.to(torch.uint8)
+
+    def integers(self, codes: Tensor) -> Tensor:
+        """int8 integers of uint8 codes."""
+        if not self.levels:
+            return (codes.to(torch.int16) - self.zero_code).to(torch.int8)
+        return torch.tensor(self.levels, dtype=torch.int8)[codes.long()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,8 +71,15 @@ class ValueType:
 
     def _check_integer(self) -> None:
         if not self.is_integer:
-            raise MatrixError(f"{self.name} values have no integer codes: use int8, int4 or int3")
+            raise MatrixError(f"{self.name} values have no integer codes: use {INTEGERS}")
 
+
+# Least squared error over groups of 64 of trained and of Gaussian weights, with a zero, which layouts without
+# a mask store. Steps grow outwards, as weights become few. Levels lie in [-64, 63] (csrc/packed.h).
+NL4 = (-62, -48, -39, -31, -24, -17, -11, -5, 0, 6, 12, 19, 26, 34, 44, 58)
+NL3 = (-30, -19, -11, -5, 0, 6, 13, 23)
+
+INTEGERS = "int8, int4, int3, nl4 or nl3"
 
 VALUES: dict[str, ValueType] = {
     value.name: value
@@ -57,6 +89,8 @@ VALUES: dict[str, ValueType] = {
         ValueType("int8", 8, True),
         ValueType("int4", 4, True),
         ValueType("int3", 3, True),
+        ValueType("nl4", 4, True, NL4),
+        ValueType("nl3", 3, True, NL3),
     )
 }
 
@@ -76,7 +110,7 @@ def integer_type(bits: int) -> ValueType:
 
 @dataclass
 class Quantized:
-    """Integer codes and scales of one weight: ``w ≈ scale * q``.
+    """Integers and scales of one weight: ``w ≈ scale * q``.
 
     ``q``: int8 ``(out, in)``, 0 where pruned; ``scales``: float16 ``(out, ceil(in / group))``;
     ``clamped`` counts the scales that had to be clamped to float16's normal range.
@@ -85,7 +119,7 @@ class Quantized:
     q: Tensor
     scales: Tensor
     group: int
-    bits: int
+    values: ValueType
     clamped: int = 0
 
     def to_dense(self) -> Tensor:
@@ -134,16 +168,18 @@ def choose_scales(
 
     Every candidate is rounded to float16 before its codes are chosen, and its error is measured with
     the rounded value. A scale may be negative, since codes reach one further below zero than above.
-    Never worse than ``max|w| / qmax``. A scale outside float16's normal range is clamped to its border
-    (sign kept) and counted; a group whose kept weights are all zero, or that keeps none, gets the
-    smallest normal float16 and is not counted, since nothing is lost. Deterministic.
+    Never worse than ``max|w| / qmax`` (with ``levels``: than the greatest weight on either end of them). A
+    scale outside float16's normal range is clamped to its border (sign kept) and counted; a group whose kept
+    weights are all zero, or that keeps none, gets the smallest normal float16 and is not counted, since
+    nothing is lost (without a zero, next to nothing).
+    Deterministic.
     Raises MatrixError on NaN or infinite weights, and on negative or non-finite importances.
     """
     _check_weights(w, mask)
     rows, n = w.shape
     search = _SEARCHES[values.bits] if values.is_integer else None
     if search is None:
-        raise MatrixError(f"{values.name} values have no scales: use int8, int4 or int3")
+        raise MatrixError(f"{values.name} values have no scales: use {INTEGERS}")
     weighting = _normalized(importance, rows, n)
     scales = torch.empty(rows, dtype=torch.float16)
     clamped = 0
@@ -151,11 +187,14 @@ def choose_scales(
         part = slice(start, start + CHUNK_ROWS)
         # inputs run down and groups across, so that a scale a group is a vector and broadcasts for free
         chunk = w[part].detach().float().T.contiguous()
-        if mask is not None:
-            chunk.masked_fill_(~mask[part].T, 0.0)
+        pruned = None if mask is None else ~mask[part].T
+        if pruned is not None:
+            chunk.masked_fill_(pruned, 0.0)
+        if values.has_zero:
+            pruned = None  # a zero takes care of itself
         per_row = weighting is not None and weighting.dim() == 2 and weighting.shape[1] > 1
         weigh = weighting[:, part].contiguous() if per_row and weighting is not None else weighting
-        best, hits = _search_chunk(chunk, values, weigh, search)
+        best, hits = _search_chunk(chunk, values, weigh, search, pruned)
         scales[part] = best.half()
         clamped += hits
     return scales, clamped
@@ -196,8 +235,11 @@ def _clamp(scale: Tensor) -> tuple[Tensor, Tensor]:
     return torch.copysign(size, scale).half().float(), outside
 
 
-def _search_chunk(w: Tensor, values: ValueType, weigh: Tensor | None, search: _Search) -> tuple[Tensor, int]:
-    """Best scales of ``w`` float32 ``(n, groups)`` as float32 ``(groups,)``, and how many were clamped."""
+def _search_chunk(
+    w: Tensor, values: ValueType, weigh: Tensor | None, search: _Search, pruned: Tensor | None
+) -> tuple[Tensor, int]:
+    """Best scales of ``w`` float32 ``(n, groups)`` as float32 ``(groups,)``, and how many were clamped;
+    ``pruned`` weights are zero whatever the grid."""
     n, groups = w.shape
     if n == 0 or groups == 0:
         return torch.full((groups,), SMALLEST_SCALE), 0
@@ -209,7 +251,7 @@ def _search_chunk(w: Tensor, values: ValueType, weigh: Tensor | None, search: _S
     def consider(wanted: Tensor) -> None:
         nonlocal best, best_outside, best_error
         scale, outside = _clamp(wanted)
-        _fill_codes(w, scale, values, q)
+        _fill_codes(w, scale, values, q, pruned)
         torch.mul(q, scale, out=rest)
         rest.sub_(w).square_()
         error = (rest if weigh is None else rest.mul_(weigh)).sum(dim=0)
@@ -225,7 +267,7 @@ def _search_chunk(w: Tensor, values: ValueType, weigh: Tensor | None, search: _S
     for fraction in search.fine:
         consider(centre + centre.sign() * peak.abs() * (fraction * search.step / values.qmax))
     for _ in range(search.rounds):
-        _fill_codes(w, best, values, q)
+        _fill_codes(w, best, values, q, pruned)
         weighted = q if weigh is None else torch.mul(q, weigh, out=rest)
         above, below = (weighted * w).sum(dim=0), (weighted * q).sum(dim=0)
         consider(torch.where(below > 0, above / below, best))
@@ -234,16 +276,26 @@ def _search_chunk(w: Tensor, values: ValueType, weigh: Tensor | None, search: _S
     return best, int((best_outside & ~empty).sum())
 
 
-def _fill_codes(w: Tensor, scale: Tensor, values: ValueType, out: Tensor) -> None:
+def _fill_codes(w: Tensor, scale: Tensor, values: ValueType, out: Tensor, pruned: Tensor | None) -> None:
     torch.div(w, scale, out=out)
-    out.round_().clamp_(values.qmin, values.qmax)
+    nearest_(out, values)
+    if pruned is not None:
+        out.masked_fill_(pruned, 0.0)
+
+
+def nearest_(x: Tensor, values: ValueType) -> Tensor:
+    """``x`` float32, in units of the scale, in place as the nearest integers of ``values`` (ties: to the even
+    one, or to the lower level). Raises MatrixError for floats."""
+    if not values.levels:
+        return x.round_().clamp_(values.qmin, values.qmax)
+    levels = torch.tensor(values.levels, dtype=x.dtype)
+    return x.copy_(levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)])
 
 
 def quantize_codes(w: Tensor, scale: Tensor, values: ValueType) -> Tensor:
-    """int8 codes ``clamp(round_half_even(w / scale))`` of ``w`` float ``(rows, n)``, with the float16
+    """int8 integers nearest to ``w / scale`` (`nearest_`) of ``w`` float ``(rows, n)``, with the float16
     ``scale`` ``(rows,)`` as it is stored. The caller zeroes pruned weights."""
-    codes = torch.div(w.detach().float(), scale.float()[:, None])
-    return codes.round_().clamp_(values.qmin, values.qmax).to(torch.int8)
+    return nearest_(torch.div(w.detach().float(), scale.float()[:, None]), values).to(torch.int8)
 
 
 def quantize(
@@ -275,7 +327,7 @@ def quantize(
         q[:, part] = codes if kept is None else codes * kept
         scales[:, index] = scale
         clamped += hits
-    return Quantized(q, scales, group, values.bits, clamped)
+    return Quantized(q, scales, group, values, clamped)
 
 
 def check_group(group: int) -> None:

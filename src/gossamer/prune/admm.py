@@ -73,7 +73,7 @@ class ADMM(Method):
         factor = inverse_factor(layer[Gram], 0.01, "natural")
         rounder = Rounder(values, group, weight, mask, factor)
         swept = sweep(weight, factor, mask, None, rounder)
-        codes = Quantized(swept.codes, rounder.scales, group, values.bits, rounder.clamped)
+        codes = Quantized(swept.codes, rounder.scales, group, values, rounder.clamped)
         return Pruned(codes.to_dense(), mask, codes, {"clamped_scales": rounder.clamped})
 
     def _solve(

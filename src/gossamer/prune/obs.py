@@ -81,7 +81,7 @@ class OBS(Method):
         record = {"order": order, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
         if not values.is_integer:
             return Pruned(swept.weight, swept.mask, None, record)
-        codes = Quantized(swept.codes, rounder.scales, group, values.bits, rounder.clamped)
+        codes = Quantized(swept.codes, rounder.scales, group, values, rounder.clamped)
         return Pruned(codes.to_dense(), swept.mask, codes, record | {"clamped_scales": rounder.clamped})
 
 
@@ -202,12 +202,15 @@ class Rounder:
         self.scales[:, start // self.group] = scale
         self.clamped += clamped
 
-    def round(self, column: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
-        """The values that column ``index`` (its place in the weight) will have, and its codes."""
+    def round(self, column: Tensor, index: int, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The values that column ``index`` (its place in the weight) will have, and its codes; it is zero
+        where it is not ``kept``."""
         if self.dtype is not None:
             return (column if self.dtype == torch.float32 else column.to(self.dtype).float()), None
         scale = self.scales[:, index // self.group]
         codes = quantize_codes(column[:, None], scale, self.values)[:, 0]
+        if kept is not None and not self.values.has_zero:
+            codes *= kept
         return codes.float() * scale.float(), codes
 
 
@@ -257,7 +260,7 @@ def sweep(
                 rounder.enter(look, seen, j)
             w = W[j]
             kept = w if M is None else w * M[j]
-            q, code = rounder.round(kept, places[j])
+            q, code = rounder.round(kept, places[j], None if M is None else M[j])
             error = (w - q) / d[j]
             W[j + 1 : stop].addr_(U[j, j + 1 : stop], error, alpha=-1)
             errors[j - start] = error

@@ -105,7 +105,7 @@ class _Job:
             teacher=self.teacher,
             losses=s.chosen_losses(),
             method=s.method,
-            options=s.options,
+            options=self._options(),
             values=s.values,
             group=s.group,
             norms=s.norms,
@@ -123,6 +123,12 @@ class _Job:
         self._write(tuning.merge(), made)
         self.work.remove()
         return Finetuned(self.out, made, outcome, resumed, self.text.smoke)
+
+    def _options(self) -> dict[str, Any]:
+        """The method's own, and the pattern of the checkpoint for one that moves masks within it."""
+        pattern = self.contents.manifest.made.get("pattern")
+        known = {"pattern": pattern} if self.settings.method == "ast" and pattern else {}
+        return {**known, **self.settings.options}
 
     def _teacher(self, asked: str | Path | None) -> tuple[PreTrainedModel | None, str | None]:
         """The model in evaluation mode and its label; None where no loss needs one."""

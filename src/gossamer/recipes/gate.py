@@ -18,6 +18,7 @@ from gossamer.errors import MethodError
 from gossamer.kernels.native import native, native_available
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
+from gossamer.matrices.geometry import holds, parse_layout
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.contents import open_checkpoint
@@ -161,11 +162,13 @@ def _open(model: str | Path, progress: Progress) -> _Source:
 
 
 def _columns(source: _Source, gates: Gates) -> tuple[str, ...]:
-    """Names of weights to lay out as columns (int3 cannot; without native kernels none)."""
+    """Names of weights to lay out as columns (not all values can; without native kernels none)."""
     if not native_available():
         return ()
     past = past_break_even(gates)
-    fitting = (n for n, m in source.matrices.items() if isinstance(m, Packed) and m.values_name != "int3")
+    columns = parse_layout("columns")
+    leaves = ((n, m) for n, m in source.matrices.items() if isinstance(m, Packed))
+    fitting = (n for n, m in leaves if holds(columns, m.value_type))
     return tuple(name for name in fitting if name.removesuffix(".weight") in past)
 
 

@@ -15,7 +15,7 @@ from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import allocation_needs
+from gossamer.recipes.compress_shares import allocation_needs, grid
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, parameters_of
@@ -120,12 +120,12 @@ def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> 
     shares, solve = allocation_needs(chosen), bench.solve()
     block = solve + 2 * forward * bool(tuner)
     for needs in (chosen.method.needs, shares):  # each a walk of its own
-        if set(needs) - {Gradient}:
+        if any(kind.passes == "streaming" for kind in needs):
             block += 2 * forward + tokens * bench.statistics(needs)
     if Gradient in (*chosen.method.needs, *shares):
         block += forward + settings.windows * rates.backward
-    if Gradient in shares:  # sensitivity: the method is tried at seven sparsities
-        block += 7 * solve
+    if chosen.allocation == "sensitivity":
+        block += len(grid(0.5)) * solve
     if isinstance(tuner, Blockwise):
         held = tuner.held_out * settings.windows
         block += tuner.epochs * (settings.windows - held) * (rates.backward + rates.update)
@@ -137,8 +137,13 @@ def _compress_bytes(sizes: _Sizes, settings: CompressSettings) -> int:
     """The larger of two moments: a block is solved (and tuned), the embedding is packed."""
     activations = BATCH_TOKENS * (2 * sizes.hidden + sizes.wide) * sizes.item
     block = sizes.block * sizes.item + 16 * sizes.linear + activations
-    if Gram in settings.combination().method.needs:
+    combination = settings.combination()
+    needs = (*combination.method.needs, *allocation_needs(combination))
+    if Gram in needs:
         block += 3 * 4 * sizes.gram
+    if Gradient in needs:  # sums of one block; what a window leaves for the way back, and its logits
+        back = 2 * settings.seqlen * sizes.wide * sizes.item
+        block = max(block, (sizes.block + sizes.linear) * sizes.item + 8 * sizes.linear + back)
     if settings.tune is not None:  # latents, gradients, two moments, the best so far, weights made
         block += 28 * sizes.linear + 2 * settings.seqlen * sizes.wide * 4
     before = sizes.edges * sizes.item + activations

@@ -86,6 +86,7 @@ class SparseTuning:
             return self._formats[name].begin(matrix, kind, chosen)
 
         self.weights = place_weights(model, make, masks)
+        self._fill()
         self.norms = place_norms(model) if norms else {}
         self.rate, self.warmup, self.clip = rate, warmup, clip
         self.optimizer = self._optimizer(rate, scale_rate, weight_decay)
@@ -144,12 +145,18 @@ class SparseTuning:
         """One step of AdamW with the gradients that backward passes left, ``fraction`` of the run done."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(fraction)
+        self.before_step(fraction)
         for weight in self.weights.values():
             weight.settle()
-        torch.nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)  # in a Trainer's order
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.after_step(fraction)
+
+    def before_step(self, fraction: float) -> None:
+        """What the method does before gradients settle."""
+        for weight in self.weights.values():
+            weight.before_step(fraction)
 
     def after_step(self, fraction: float) -> None:
         """What the method does behind an optimizer's step."""
@@ -233,6 +240,14 @@ class SparseTuning:
             raise MethodError(
                 f"the loss {states[0]} pairs blocks, but the model has {blocks[0]}, its teacher {blocks[1]}"
             )
+
+    def _fill(self) -> None:
+        """Shows methods the teacher's weights, where it has layers of the same names and shapes."""
+        layers = {} if self.teacher is None else dict(self.teacher.named_modules())
+        for name, weight in self.weights.items():
+            dense = getattr(layers.get(name), "weight", None)
+            if isinstance(dense, Tensor) and dense.shape == weight.latent.shape:
+                weight.fill(dense.detach())
 
     def _optimizer(self, rate: float, scale_rate: float, decay: float) -> torch.optim.AdamW:
         trained = [

@@ -15,12 +15,15 @@ from gossamer.matrices.values import (
     SMALLEST_SCALE,
     Quantized,
     ValueType,
-    integer_type,
+    nearest_,
     quantize_codes,
 )
 from gossamer.registry import Registry
 
-WEIGHTS: Registry[TunedWeight] = Registry("way to tune weights", {"full": "gossamer.tune.weights"})
+WEIGHTS: Registry[TunedWeight] = Registry(
+    "way to tune weights",
+    {"full": "gossamer.tune.weights", "lora": "gossamer.tune.lora", "ast": "gossamer.tune.ast"},
+)
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
 
@@ -59,7 +62,7 @@ class TunedWeight(nn.Module):
         self.values: ValueType | None = None
         self.scales: nn.Parameter | None = None
         if quantized is not None:
-            self.values, self.group = integer_type(quantized.bits), quantized.group
+            self.values, self.group = quantized.values, quantized.group
             self.scales = nn.Parameter(quantized.scales.float())
         self.defers = False
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
@@ -83,7 +86,8 @@ class TunedWeight(nn.Module):
         Where ``defers`` is set it is made once for all calls until `settle`, and backward passes leave its
         gradient here, which `settle` takes further: once a step, however many passes a step has.
         """
-        given: Tensor = _Finish.apply(self.dense(), self.scales, self, dtype)  # type: ignore[no-untyped-call]
+        source = next(self.parameters()) if self.defers else self.dense()
+        given: Tensor = _Finish.apply(source, self.scales, self, dtype)  # type: ignore[no-untyped-call]
         return given
 
     @torch.no_grad()
@@ -106,6 +110,12 @@ class TunedWeight(nn.Module):
         else:
             self._pending.add_(grad)
 
+    def fill(self, dense: Tensor) -> None:
+        """Tells a method that may bring back pruned weights what the dense ones are, ``(out, in)``."""
+
+    def before_step(self, fraction: float) -> None:
+        """Tells a method, before gradients settle, that ``fraction`` of the whole budget is done."""
+
     def after_step(self, fraction: float) -> None:
         """What a method does behind an optimizer's step; ``fraction`` of the whole budget is done."""
 
@@ -121,7 +131,7 @@ class TunedWeight(nn.Module):
         for index, start in enumerate(range(0, weight.shape[1], self.group)):
             part = slice(start, start + self.group)
             codes[:, part] = quantize_codes(kept[:, part], scales[:, index], self.values)
-        return weight, Quantized(codes, scales, self.group, self.values.bits)
+        return weight, Quantized(codes, scales, self.group, self.values)
 
     def made(self, dtype: torch.dtype) -> Tensor:
         """The finished weight, kept until `settle` where passes defer."""
@@ -140,15 +150,16 @@ class TunedWeight(nn.Module):
             kept = latent[rows] if self.mask is None else latent[rows] * self.mask[rows]
             if self.scales is not None and self.values is not None:
                 scales = self._spread(self.scales[rows])
-                kept = kept.div(scales).round_().clamp_(self.values.qmin, self.values.qmax).mul_(scales)
+                kept = nearest_(kept.div(scales), self.values).mul_(scales)
             out[rows] = kept
         return out
 
     def gradients(self, grad: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of `dense` and of the scales, from the gradient ``(out, in)`` of the finished weight.
 
-        With ``r = latent / scale``: of a latent weight the gradient itself where ``round(r)`` is a code,
-        else none; of a scale the sum over its group of the gradient times ``code - r`` there, else ``code``.
+        With ``r = latent / scale``: of a latent weight the gradient itself where ``round(r)`` lies between
+        the least and the greatest integer, else none; of a scale the sum over its group of the gradient times
+        ``code - r`` there, else ``code``.
         """
         to_latent = torch.empty_like(latent)
         to_scales = None if self.scales is None else torch.empty_like(self.scales)
@@ -159,9 +170,10 @@ class TunedWeight(nn.Module):
             if self.scales is not None and self.values is not None and to_scales is not None:
                 ratio = latent[rows] / self._spread(self.scales[rows])
                 rounded = ratio.round()
-                codes = rounded.clamp(self.values.qmin, self.values.qmax)
+                limited = rounded.clamp(self.values.qmin, self.values.qmax)
                 # 1 inside the range of codes, else 0: arithmetic, since comparisons take ten times as long
-                inside = rounded.sub_(codes).abs_().clamp_(max=1).neg_().add_(1)
+                inside = rounded.sub_(limited).abs_().clamp_(max=1).neg_().add_(1)
+                codes = nearest_(ratio.clone(), self.values) if self.values.levels else limited
                 error = codes.sub_(ratio.mul_(inside))
                 to_scales[rows] = self._group_sums(error.mul_(given))
                 given.mul_(inside)

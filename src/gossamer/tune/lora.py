@@ -1,0 +1,60 @@
+"""LoRA under masks: low-rank deltas whose merge keeps every zero."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import MethodError
+from gossamer.matrices.values import Quantized
+from gossamer.tune.weights import WEIGHTS, TunedWeight
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """``rank`` of the deltas, which count ``alpha / rank`` times."""
+
+    rank: int = 16
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise MethodError(
+                f"lora takes a rank of at least 1 and an alpha above 0, got {self.rank}, {self.alpha}"
+            )
+
+
+@WEIGHTS.register(
+    "lora", cite="Hu et al. 2022, LoRA; merged under the mask as in Zhang et al. 2023, LoRAPrune"
+)
+class LoraWeight(TunedWeight):
+    """``W = mask ⊙ (W0 + alpha / rank · B A)``, rounded where values are integers; only ``A`` ``(rank, in)``,
+    ``B`` ``(out, rank)`` and the scales are trained. B starts at zero."""
+
+    Options: ClassVar[type[Any]] = LoraOptions
+
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor | None,
+        quantized: Quantized | None = None,
+        options: LoraOptions | None = None,
+    ) -> None:
+        super().__init__(weight, mask, quantized, options)
+        first = self.latent.detach()
+        del self.latent
+        self.register_buffer("latent", first, persistent=False)
+        out, width = first.shape
+        rank = min(self.options.rank, out, width)
+        # drawn from the weight itself, so that a layer's start depends on no other
+        generator = torch.Generator().manual_seed(zlib.crc32(first.contiguous().numpy().data))
+        self.A = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
+        self.B = nn.Parameter(torch.zeros(out, rank))
+
+    def dense(self) -> Tensor:
+        share: float = self.options.alpha / self.options.rank
+        return torch.addmm(self.latent, self.B, self.A, alpha=share)

@@ -1,0 +1,60 @@
+"""Fine-tuning under masks in Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from gossamer.tune.sparse import SparseTuning
+
+
+class TuningModule(nn.Module):
+    """What a Trainer trains: its forward pass gives the loss of ``tuning``.
+
+        tuning = SparseTuning(model, teacher=dense, losses={"kl": 1})
+        module = TuningModule(tuning)
+        Trainer(module, args, train_dataset=..., callbacks=[TuningCallback(tuning)],
+                optimizers=(tuning.optimizer, module.schedule(steps))).train()
+        tuning.merge()
+
+    With ``max_grad_norm`` as ``clip`` and the same batches the weights are those of a loop of one's own.
+    """
+
+    def __init__(self, tuning: SparseTuning) -> None:
+        super().__init__()
+        self.model = tuning.model
+        self.tuning = tuning
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss of a batch; see `SparseTuning.loss`."""
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {"loss": self.tuning.loss(batch, defer=False)}
+
+    def train(self, mode: bool = True) -> TuningModule:
+        """Leaves the model in evaluation mode: no dropout."""
+        self.training = mode
+        return self
+
+    def schedule(self, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+        """The rate's rise and fall over ``steps`` steps."""
+        return torch.optim.lr_scheduler.LambdaLR(
+            self.tuning.optimizer, lambda step: self.tuning.factor((step + 0.5) / steps)
+        )
+
+
+class TuningCallback(TrainerCallback):  # type: ignore[misc]
+    """Does what a method does around an optimizer's step, such as moving masks."""
+
+    def __init__(self, tuning: SparseTuning) -> None:
+        self.tuning = tuning
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.tuning.before_step((state.global_step + 0.5) / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.tuning.after_step((state.global_step - 0.5) / state.max_steps)
