@@ -82,7 +82,7 @@ class _Run:
         self.tuning, self.windows, self.held_out, self.loop = tuning, windows, held_out, loop
         self.saves, self.progress = saves, progress
         self.now = Outcome()
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # where there are no saves
 
     def run(self) -> Outcome:
         self._resume()
@@ -100,8 +100,7 @@ class _Run:
                 elif self.now.stale() >= self.loop.patience:
                     self.now.ended = "patience"
                 self._save()
-        best = self.best or (self.saves.tensors("best") if self.saves else {})
-        self.tuning.load_values(best)
+        self.tuning.load_values(self.saves.tensors("best") if self.saves else self.best)
         self.progress("tuning", 1, 1)
         return self.now
 
@@ -169,15 +168,15 @@ class _Run:
             self.now.before = sums
         if not self.now.held_out or sums["total"] < self.now.after["total"]:  # and not where it is NaN
             self.now.after, self.now.best_step = sums, self.now.step
-            self.best = {name: tensor.clone() for name, tensor in tuning.values().items()}
+            if self.saves is None:
+                self.best = {name: tensor.clone() for name, tensor in tuning.values().items()}
         self.now.held_out.append((self.now.step, sums["total"]))
 
     def _save(self) -> None:
         if self.saves is None:
             return
-        best = (self.now.best_step, self.best) if self.best else None
+        best = (self.now.step, self.tuning.values()) if self.now.best_step == self.now.step else None
         self.saves.save(self.now.step, asdict(self.now), self.tuning.state_dict(), best)
-        self.best = {}  # on disk
 
 
 def _order(count: int, seed: int, turn: int) -> list[int]:
