@@ -297,6 +297,9 @@ def test_windows_are_all_seen_before_any_comes_again() -> None:
 def test_bf16_may_be_tuned_towards_int4(dense: Path, tmp_path: Path) -> None:
     before = checkpoint(dense, tmp_path / "bf16", pattern="32:64", values="bfloat16")
     done = gs.finetune(before, tmp_path / "int4", teacher=dense, values="int4", **BUDGET)
+    assert {layer["values"] for layer in done.made["layers"]} == {"int4"}
+    assert not [key for layer in done.made["layers"] for key in layer if key.endswith("_error")]
+    assert gs.describe(done.path).layer_error is None
     old, new = packed(before), packed(done.path)
     assert {m.values_name for m in new.values()} == {"int4"}
     assert all(torch.equal(old[name].mask(), new[name].mask()) for name in old)

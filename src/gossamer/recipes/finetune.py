@@ -18,7 +18,7 @@ from torch import Tensor
 from gossamer import kernels
 from gossamer.calibrate import WorkFolder, fast_dtype
 from gossamer.errors import CheckpointError, GossamerError, ModelError, TextError
-from gossamer.matrices import Matrix
+from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.checkpoint_writer import CheckpointWriter
@@ -119,8 +119,9 @@ class _Job:
         outcome = train(
             tuning, self.windows, self.held_out, s.loop(), Saves(self.work), progress=self.progress
         )
-        made = self._made(outcome)
-        self._write(tuning.merge(), made)
+        tuned = tuning.merge()
+        made = self._made(outcome, tuned)
+        self._write(tuned, made)
         self.work.remove()
         return Finetuned(self.out, made, outcome, resumed, self.text.smoke)
 
@@ -186,9 +187,10 @@ class _Job:
             "multiplied in": str(self.dtype),
         }
 
-    def _made(self, outcome: Outcome) -> dict[str, Any]:
+    def _made(self, outcome: Outcome, tuned: dict[str, Matrix | Tensor]) -> dict[str, Any]:
         """How the checkpoint was made, and how it was tuned since: a list, since it may be tuned again.
-        Seconds are left out: the same input gives the same bytes."""
+        Seconds are left out: the same input gives the same bytes. So are the errors of layers as they were
+        before."""
         before = self.contents.manifest.made
         told = {key: value for key, value in asdict(outcome).items() if key != "seconds"}
         fingerprint = self.work.fingerprint
@@ -200,7 +202,8 @@ class _Job:
             **told,
             "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
         }
-        return {**before, "tuned": [*(before.get("tuned") or []), record]}
+        layers = [_retold(layer, tuned) for layer in before.get("layers") or []]
+        return {**before, "layers": layers, "tuned": [*(before.get("tuned") or []), record]}
 
     def _write(self, tuned: dict[str, Matrix | Tensor], made: dict[str, Any]) -> None:
         contents = self.contents
@@ -215,3 +218,13 @@ class _Job:
             value = stored[target]
             writer.add_matrix(name, value) if isinstance(value, Matrix) else writer.add_tensor(name, value)
         writer.finish(made)
+
+
+def _retold(layer: dict[str, Any], tuned: dict[str, Matrix | Tensor]) -> dict[str, Any]:
+    """The record of a layer without what is true no more, and with what is true now."""
+    matrix = tuned.get(f"{layer.get('name')}.weight")
+    if not isinstance(matrix, Packed):
+        return layer
+    kept = {key: value for key, value in layer.items() if not key.endswith("_error")}
+    now = {"layout": matrix.layout, "values": matrix.values_name, "bits_per_weight": matrix.bits_per_weight}
+    return kept | now

@@ -28,12 +28,11 @@ class LoraOptions:
             )
 
 
-@WEIGHTS.register(
-    "lora", cite="Hu et al. 2022, LoRA; merged under the mask as in Zhang et al. 2023, LoRAPrune"
-)
+@WEIGHTS.register("lora", cite="Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models")
 class LoraWeight(TunedWeight):
     """``W = mask ⊙ (W0 + alpha / rank · B A)``, rounded where values are integers; only ``A`` ``(rank, in)``,
-    ``B`` ``(out, rank)`` and the scales are trained. B starts at zero."""
+    ``B`` ``(out, rank)`` and the scales are trained. B starts at zero. The mask around the sum is what the
+    paper has not."""
 
     Options: ClassVar[type[Any]] = LoraOptions
 
