@@ -29,6 +29,8 @@ CONFIGS: dict[str, tuple[str, str | None]] = {
     "int4_g64": ("--sparsity 0 --values int4 --windows 32", None),
     "int4_g32": ("--sparsity 0 --values int4 --group 32 --windows 32", None),
     "int3_g64": ("--sparsity 0 --values int3 --windows 32", None),
+    "nl4_g64": ("--sparsity 0 --values nl4 --windows 32", None),
+    "nl3_g64": ("--sparsity 0 --values nl3 --windows 32", None),
     "joint_50_int4_w64": ("--sparsity 0.5 --values int4 --windows 64", "joint_50_int4"),
     "joint_50_int4": ("--sparsity 0.5 --values int4 --windows 32", "joint_50_int4"),
     "joint_32_64_int4": ("--pattern 32:64 --values int4 --windows 32", "joint_50_int4"),

@@ -20,6 +20,8 @@ LEVELS = ("one-shot", "blockwise", "distilled")
 CELLS = {
     "int4": "--sparsity 0 --values int4",
     "int3": "--sparsity 0 --values int3",
+    "nl4": "--sparsity 0 --values nl4",
+    "nl3": "--sparsity 0 --values nl3",
     "32:64 bf16": "--pattern 32:64 --values bf16",
     "32:64 int4": "--pattern 32:64 --values int4",
     "32:64 int3": "--pattern 32:64 --values int3",
