@@ -92,6 +92,20 @@ def test_the_means_of_outputs_come_back() -> None:
     assert torch.equal(unswapped.mask, start)  # type: ignore[arg-type]
 
 
+def test_layers_of_a_skipped_module_keep_their_first_mask() -> None:
+    layer = make_layer()
+
+    def swapped(name: str, **options: Any) -> int:
+        c = check_combination("dsnot", sparsity=0.5, options=options)
+        named = Layer(name, layer.weight, layer.statistics)
+        return int(c.method.prune(named, c.pattern, c.sparsity, c.values, 64).record["swapped"])
+
+    assert swapped("model.layers.0.mlp.up_proj") == 0
+    assert swapped("model.layers.0.self_attn.q_proj") > 0
+    assert swapped("model.layers.0.self_attn.q_proj", skip="self_attn") == 0
+    assert swapped("model.layers.0.mlp.up_proj", skip="") > 0
+
+
 def test_moments_are_those_of_all_tokens() -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(3)) * 2 + 5
     moments = InputMoments(6)

@@ -27,12 +27,14 @@ class DSnoT(Method):
     least |W_ij| ||x_j|| that lowers it too (in N:M: of the same group, whatever its sign, as long as the
     error's sign stays). A weight is swapped once. ``start``: the method of the first mask, one that scores;
     ``cycles``: swaps a row at most; ``threshold``: mean error at which a row is done, by default the authors'
-    0.1 for sums over windows of 2,048 tokens.
+    0.1 for sums over windows of 2,048 tokens; ``skip``: layers within a module of this name keep their first
+    mask, by default ``mlp`` as in the authors' code; ``skip=`` swaps in all.
     """
 
     start: str = "wanda"
     cycles: int = 50
     threshold: float = 0.1 / 2048
+    skip: str = "mlp"
     needs = (InputNorm, InputMoments)
     accepts = (Unstructured, NM)
     comparison_group = "row"
@@ -62,7 +64,9 @@ class DSnoT(Method):
         if sparsity == 0:
             return round_values(layer.weight, None, values, group, importance)
         start = mask_from_scores(self.scores(layer), pattern, sparsity)
-        mask = self.swap(layer, start, cell_width(pattern, layer.weight.shape[1]))
+        mask = start
+        if self.skip not in layer.name.split("."):
+            mask = self.swap(layer, start, cell_width(pattern, layer.weight.shape[1]))
         pruned = round_values(layer.weight, mask, values, group, importance)
         pruned.record["swapped"] = int((start & ~mask).sum())
         return pruned
