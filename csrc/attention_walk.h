@@ -116,7 +116,7 @@ int64_t attention_scratch(int64_t dim, int type) {
 // Codes, or numbers, of one block in a part.
 const uint8_t* at_block(const Attention& a, const uint8_t* const* parts, int64_t number) {
     if (a.type == kCachePacked) {
-        const int64_t bytes = PackedBlock(a.how, kBlock, wide_of(a.dim), parts == a.keys).bytes;
+        const int64_t bytes = packed_block(a.how, kBlock, wide_of(a.dim), parts == a.keys).bytes;
         return parts[number * kBlock / kChunk] + number % (kChunk / kBlock) * bytes;
     }
     const int64_t start = number * kBlock, size = a.type == kCacheF32 ? 4 : a.type == kCacheBF16 ? 2 : 1;

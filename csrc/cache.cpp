@@ -28,7 +28,7 @@ uint8_t* chunk_memory(int64_t bytes) {
 
 int64_t bytes_of_part(int64_t dim, CacheType type, const Compression& how, bool keys) {
     if (type != kCachePacked) return part_bytes(dim, type);
-    return kChunk / kBlock * PackedBlock(how, kBlock, wide_of(dim), keys).bytes;
+    return kChunk / kBlock * packed_block(how, kBlock, wide_of(dim), keys).bytes;
 }
 
 void copy_block(const WholeBlocks& from, const WholeBlocks& to, int64_t block, int64_t bytes) {

@@ -106,11 +106,11 @@ struct Vectors {
 // Takes the outliers out of a vector, in whose places its mean stays.
 void take_out(float* x, int64_t length, const Outliers& how, int64_t apart, uint16_t* numbers,
               uint8_t* places) {
-    if (how.count() == 0) return;
+    if (count_of(how) == 0) return;
     float sum = 0;
     for (int64_t i = 0; i < length; i++) sum += x[i];
     bool taken[kMostHead] = {};
-    for (int n = 0; n < how.count(); n++) {
+    for (int n = 0; n < count_of(how); n++) {
         const float sign = n < how.most ? 1.0f : -1.0f;
         int64_t best = -1;
         for (int64_t i = 0; i < length; i++)
@@ -214,7 +214,7 @@ struct Reader {
 
 Reader reader_of(const Compression& how, bool keys, int64_t dim, const uint8_t* from) {
     const int64_t wide = wide_of(dim);
-    return {how, keys, wide, PackedBlock(how, kBlock, int(wide), keys), from};
+    return {how, keys, wide, packed_block(how, kBlock, int(wide), keys), from};
 }
 
 }  // namespace
@@ -222,13 +222,13 @@ Reader reader_of(const Compression& how, bool keys, int64_t dim, const uint8_t* 
 void compress_block(const Compression& how, bool keys, int64_t dim, const uint8_t* whole, const float* start,
                     uint8_t* to) {
     Vectors rest(keys, dim);
-    const PackedBlock at(how, kBlock, int(rest.wide), keys);
+    const PackedBlock at = packed_block(how, kBlock, int(rest.wide), keys);
     const uint16_t* from = reinterpret_cast<const uint16_t*>(whole);
     const auto words = [&](int64_t offset) { return reinterpret_cast<uint16_t*>(to + offset); };
     std::memset(to, 0, size_t(at.bytes));
     for (int64_t v = 0; v < rest.count; v++) {
         for (int64_t i = 0; i < rest.length; i++) rest[v][i] = float_of(from[rest.place(v, i)]);
-        take_out(rest[v], rest.length, how.outliers(keys), at.vectors, words(at.outliers) + v,
+        take_out(rest[v], rest.length, outliers_of(how, keys), at.vectors, words(at.outliers) + v,
                  to + at.places + v);
         const Scale scale = round_off(rest, v, how.bits, to);
         words(at.scales)[v] = scale.scale;

@@ -24,39 +24,47 @@ constexpr int kMostOutliers = 16;  // of a vector
 // Of a vector, `most` of the largest and `least` of the least numbers are outliers.
 struct Outliers {
     int most, least;
-    int count() const { return most + least; }
 };
+
+static inline int count_of(const Outliers& some) { return some.most + some.least; }
 
 struct Compression {
     int bits = 0;  // of a code: 2 or 4; 0: nothing is compressed
     int rank = 0;
     Outliers keys{0, 0}, values{0, 0};
-
-    // Whether heads of `dim` numbers can be compressed so.
-    bool fits(int64_t dim) const {
-        const bool few = keys.most >= 0 && keys.least >= 0 && values.most >= 0 && values.least >= 0 &&
-                         keys.count() <= kMostOutliers && values.count() <= kMostOutliers &&
-                         values.count() <= dim;
-        return (bits == 2 || bits == 4) && rank >= 0 && rank <= kMostRank && rank <= dim && few;
-    }
-    const Outliers& outliers(bool of_keys) const { return of_keys ? keys : values; }
 };
+
+static inline const Outliers& outliers_of(const Compression& how, bool keys) {
+    return keys ? how.keys : how.values;
+}
+
+// Whether heads of `dim` numbers can be compressed so.
+static inline bool compresses(const Compression& how, int64_t dim) {
+    const Outliers &keys = how.keys, &values = how.values;
+    const bool few = keys.most >= 0 && keys.least >= 0 && values.most >= 0 && values.least >= 0 &&
+                     count_of(keys) <= kMostOutliers && count_of(values) <= kMostOutliers &&
+                     count_of(values) <= dim;
+    return (how.bits == 2 || how.bits == 4) && how.rank >= 0 && how.rank <= kMostRank && how.rank <= dim && few;
+}
 
 // Where the parts of a compressed block begin.
 struct PackedBlock {
     int vectors, count;  // and outliers of each
     int64_t scales, lows, left, right, outliers, places, bytes;
-
-    PackedBlock(const Compression& how, int block, int wide, bool keys)
-        : vectors(keys ? wide : block), count(how.outliers(keys).count()) {
-        scales = int64_t(block) * wide * how.bits / 8;
-        lows = scales + 2 * vectors;
-        left = lows + 2 * vectors;
-        right = left + 2 * how.rank * block;
-        outliers = right + 2 * how.rank * wide;
-        places = outliers + 2 * count * vectors;
-        bytes = (places + count * vectors + 63) / 64 * 64;
-    }
 };
+
+static inline PackedBlock packed_block(const Compression& how, int block, int wide, bool keys) {
+    PackedBlock at;
+    at.vectors = keys ? wide : block;
+    at.count = count_of(outliers_of(how, keys));
+    at.scales = int64_t(block) * wide * how.bits / 8;
+    at.lows = at.scales + 2 * at.vectors;
+    at.left = at.lows + 2 * at.vectors;
+    at.right = at.left + 2 * how.rank * block;
+    at.outliers = at.right + 2 * how.rank * wide;
+    at.places = at.outliers + 2 * at.count * at.vectors;
+    at.bytes = (at.places + at.count * at.vectors + 63) / 64 * 64;
+    return at;
+}
 
 }  // namespace gossamer

@@ -53,7 +53,7 @@ GOSSAMER_INLINE void score(const Weighing& w, const T* keys, const float* scales
 // Of a packed cache.
 void score_packed(const Weighing& w) {
     const int wide = wide_of(w.dim);
-    const int64_t bytes = PackedBlock(w.how, kBlock, wide, true).bytes;
+    const int64_t bytes = packed_block(w.how, kBlock, wide, true).bytes;
     alignas(64) uint16_t opened[kBlock * kMostHead];
     for (int64_t block = 0; block * kBlock < w.first + w.count; block++) {
         const uint16_t* keys = (const uint16_t*)(w.whole.keys + block % w.whole.slots * whole_bytes(w.dim));

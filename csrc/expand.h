@@ -105,7 +105,7 @@ GOSSAMER_INLINE void open_bits(int rank, bool keys, const PackedBlock& at, int w
 
 // The keys, or the values, of one head in a block.
 void open_packed(const Compression& how, bool keys, int wide, const uint8_t* from, uint16_t* to) {
-    const PackedBlock at(how, kBlock, wide, keys);
+    const PackedBlock at = packed_block(how, kBlock, wide, keys);
     if (how.bits == 4)
         open_bits<4>(how.rank, keys, at, wide, from, to);
     else

@@ -18,19 +18,30 @@ from gossamer.kernels.native import native, tier
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
-_regions: list[mmap.mmap] = []  # mapped until the process ends
+_libc.mmap.restype = ctypes.c_void_p
+_regions: list[tuple[int, int]] = []  # address and size, mapped until `release`
 
 
 def guarded(size: int, side: str) -> int:
     """Address of ``size`` bytes that end where a forbidden page starts (``after``), or start at its end."""
     pages = -(-size // PAGE)
-    region = mmap.mmap(-1, (pages + 2) * PAGE)
-    _regions.append(region)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+    whole = ctypes.c_size_t((pages + 2) * PAGE)
+    access, kind = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = _libc.mmap(None, whole, access, kind, -1, ctypes.c_long(0))
+    if start == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "mmap")
+    _regions.append((start, whole.value))
     for page in (0, pages + 1):
         if _libc.mprotect(ctypes.c_void_p(start + page * PAGE), ctypes.c_size_t(PAGE), 0):  # PROT_NONE
             raise OSError(ctypes.get_errno(), "mprotect")
-    return start + PAGE + (pages * PAGE - size if side == "after" else 0)
+    return int(start) + PAGE + (pages * PAGE - size if side == "after" else 0)
+
+
+def release() -> None:
+    """Gives all regions back, into which nothing may point any more: a process may have so many alone."""
+    for start, size in _regions:
+        _libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(size))
+    _regions.clear()
 
 
 def guarded_copy(tensor: Tensor, side: str) -> Tensor:
@@ -57,6 +68,8 @@ def main(side: str) -> None:
                         code = 0 if dtype == torch.float32 else 1
                         native().matmul(handle.program, tier(isa), x.data_ptr(), rows, code, y.data_ptr(), 1)
                         check_same(y, kernels.matmul(handle, x, isa), "other bits beside a guard page")
+            del handle, sections, x, y
+            release()
     print("untouched")
 
 

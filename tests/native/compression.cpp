@@ -33,9 +33,9 @@ void fill(uint8_t* whole, bool keys, int64_t dim, Random& random) {
 
 void check_block(const Compression& how, bool keys, int64_t dim, Random& random) {
     describe("%s of %lld numbers, %d bits, rank %d, %d outliers", keys ? "keys" : "values", (long long)dim,
-             how.bits, how.rank, how.outliers(keys).count());
+             how.bits, how.rank, count_of(outliers_of(how, keys)));
     const int64_t wide = wide_of(dim), vectors = keys ? dim : kBlock, length = keys ? kBlock : dim;
-    const PackedBlock sizes(how, kBlock, int(wide), keys);
+    const PackedBlock sizes = packed_block(how, kBlock, int(wide), keys);
     const Buffer whole(whole_bytes(dim), random), packed(sizes.bytes, random), host(whole_bytes(dim), random);
     const Buffer start(std::max<int64_t>(4, 4 * how.rank * dim), random);
     for (int64_t i = 0; i < how.rank * dim; i++) start.as<float>()[i] = float(random.unit() * 2 - 1);
@@ -68,7 +68,7 @@ void check_block(const Compression& how, bool keys, int64_t dim, Random& random)
             CHECK(place < length && number(host, v, place) == number(whole, v, place),
                   "outlier %d of vector %lld is another number", n, (long long)v);
         }
-        if (how.outliers(keys).most)
+        if (outliers_of(how, keys).most)
             CHECK(number(whole, v, packed.data()[sizes.places + v]) == high, "not the largest of vector %lld",
                   (long long)v);
     }
@@ -95,7 +95,7 @@ void check_infinite(bool keys, Random& random) {
     const Compression how{4, 0, {1, 0}, {1, 0}};
     const int64_t dim = 20, wide = wide_of(dim);
     const Buffer whole(whole_bytes(dim), random),
-        packed(PackedBlock(how, kBlock, int(wide), keys).bytes, random);
+        packed(packed_block(how, kBlock, int(wide), keys).bytes, random);
     fill(whole.data(), keys, dim, random);
     at(whole.data(), keys, wide, 7, 3) = 0x7fc0;
     at(whole.data(), keys, wide, 7, 5) = 0xff80;
