@@ -59,15 +59,8 @@ int code_at(const uint8_t* codes, int bits, int64_t place) {
     return codes[pair / 32 * 16 + pair % 16] >> (pair / 16 % 2 * 4 + 2 * half) & 3;
 }
 
-void put_code(uint8_t* codes, int bits, int64_t place, int code) {
-    const int64_t pair = place / 2, half = place % 2;
-    if (bits == 4)
-        codes[pair] |= uint8_t(code << 4 * half);
-    else
-        codes[pair / 32 * 16 + pair % 16] |= uint8_t(code << (pair / 16 % 2 * 4 + 2 * half));
-}
-
-// A block as vectors: those of keys are channels, those of values positions.
+// A block as vectors: those of keys are channels, those of values positions. Each lies in runs of 16 numbers,
+// the first or the second ones of 16 pairs.
 struct Vectors {
     const bool keys;
     const int64_t dim, wide, count, length;
@@ -81,7 +74,25 @@ struct Vectors {
           length(keys ? kBlock : head) {}
 
     float* operator[](int64_t v) { return x + v * length; }
-    int64_t place(int64_t v, int64_t i) const { return place_of(keys, wide, keys ? i : v, keys ? v : i); }
+
+    // Run `k` of vector `v` is one half of the group of 16 pairs that is given.
+    int64_t group(int64_t v, int64_t k) const { return keys ? (k * wide + v) / 2 : v / 2 * (wide / 16) + k; }
+    int64_t run(int64_t k) const { return std::min<int64_t>(16, length - 16 * k); }
+
+    void read(const uint16_t* from, int64_t v) {
+        for (int64_t k = 0; 16 * k < length; k++) {
+            const uint16_t* numbers = from + 32 * group(v, k) + v % 2;
+            for (int64_t i = 0; i < run(k); i++) x[v * length + 16 * k + i] = float_of(numbers[2 * i]);
+        }
+    }
+    void put(const uint8_t* codes, int64_t v, int bits, uint8_t* to) const {
+        for (int64_t k = 0; 16 * k < length; k++) {
+            const int64_t g = group(v, k);
+            uint8_t* bytes = to + (bits == 4 ? 16 * g : g / 2 * 16);
+            const int shift = bits == 4 ? 4 * int(v % 2) : 4 * int(g % 2) + 2 * int(v % 2);
+            for (int64_t i = 0; i < run(k); i++) bytes[i] |= uint8_t(codes[16 * k + i] << shift);
+        }
+    }
 
     // to[i] = sum of x[v][i] * by[v]
     void across(const float* by, float* to) const {
@@ -103,24 +114,53 @@ struct Vectors {
     }
 };
 
+constexpr int kLanes = 8;  // sums and the largest are found in so many, which compilers make vectors of
+
+float largest_of(const float* x, int64_t length) {
+    float lanes[kLanes];
+    std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + kLanes <= length; i += kLanes)
+        for (int lane = 0; lane < kLanes; lane++)
+            lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    for (; i < length; i++) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    return *std::max_element(lanes, lanes + kLanes);
+}
+
+float sum_of(const float* x, int64_t length) {
+    float lanes[kLanes] = {}, sum = 0;
+    int64_t i = 0;
+    for (; i + kLanes <= length; i += kLanes)
+        for (int lane = 0; lane < kLanes; lane++) lanes[lane] += x[i + lane];
+    for (; i < length; i++) lanes[0] += x[i];
+    for (float lane : lanes) sum += lane;
+    return sum;
+}
+
 // Takes the outliers out of a vector, in whose places its mean stays.
 void take_out(float* x, int64_t length, const Outliers& how, int64_t apart, uint16_t* numbers,
               uint8_t* places) {
+<<<<<<< HEAD
     if (count_of(how) == 0) return;
     float sum = 0;
     for (int64_t i = 0; i < length; i++) sum += x[i];
     bool taken[kMostHead] = {};
     for (int n = 0; n < count_of(how); n++) {
+=======
+    if (how.count() == 0) return;
+    const float mean = sum_of(x, length) / float(length);
+    float left[kMostHead];
+    for (int n = 0; n < how.count(); n++) {
+>>>>>>> caches
         const float sign = n < how.most ? 1.0f : -1.0f;
-        int64_t best = -1;
-        for (int64_t i = 0; i < length; i++)
-            if (!taken[i] && (best < 0 || sign * x[i] > sign * x[best])) best = i;
-        taken[best] = true;
+        for (int64_t i = 0; i < length; i++) left[i] = sign * x[i];
+        for (int m = 0; m < n; m++) left[places[m * apart]] = -std::numeric_limits<float>::infinity();
+        const float top = largest_of(left, length);
+        const int64_t best = std::min<int64_t>(std::find(left, left + length, top) - left, length - 1);
         numbers[n * apart] = bfloat16_of(x[best]);
         places[n * apart] = uint8_t(best);
     }
-    for (int64_t i = 0; i < length; i++)
-        if (taken[i]) x[i] = sum / float(length);
+    for (int n = 0; n < how.count(); n++) x[places[n * apart]] = mean;
 }
 
 struct Scale {
@@ -128,26 +168,28 @@ struct Scale {
 };
 
 // Codes of a vector in equal steps from its least to its largest number; what they miss stays in it.
-Scale round_off(Vectors& rest, int64_t v, int bits, uint8_t* codes) {
-    float* x = rest[v];
-    float least = x[0], most = x[0], all = 0;
-    for (int64_t i = 0; i < rest.length; i++) {
-        least = std::min(least, x[i]);
-        most = std::max(most, x[i]);
-        all += 0 * x[i];
-    }
+Scale round_off(Vectors& rest, int64_t v, int bits, uint8_t* to) {
+    float *x = rest[v], other[kMostHead];
+    const int64_t length = rest.length;
+    for (int64_t i = 0; i < length; i++) other[i] = 0 * x[i];
+    const float all = sum_of(other, length);
     if (all != 0) return {half_of(all), half_of(all)};  // a number that is not finite spoils its vector
-    const int top = (1 << bits) - 1;
+    for (int64_t i = 0; i < length; i++) other[i] = -x[i];
+    const float least = -largest_of(other, length), most = largest_of(x, length);
+    const float top = float((1 << bits) - 1);
     const uint16_t low = half_of(std::min(kMostHalf, std::max(-kMostHalf, least)));
     const float from = float_of_half(low);
-    const uint16_t scale = half_of(std::min(kMostHalf, std::max(0.0f, (most - from) / float(top))));
-    const float step = float_of_half(scale);
-    for (int64_t i = 0; i < rest.length; i++) {
-        const float steps = rounded((x[i] - from) / (step > 0 ? step : 1));
-        const int code = int(std::min(float(top), std::max(0.0f, steps)));
-        put_code(codes, bits, rest.place(v, i), code);
-        x[i] -= float(code) * step + from;
+    const uint16_t scale = half_of(std::min(kMostHalf, std::max(0.0f, (most - from) / top)));
+    const float step = float_of_half(scale), by = step > 0 ? step : 1;
+    uint8_t codes[kMostHead];
+    for (int64_t i = 0; i < length; i++) {
+        float code = rounded((x[i] - from) / by);
+        code = code > 0 ? code : 0;
+        code = code < top ? code : top;
+        x[i] -= code * step + from;
+        codes[i] = uint8_t(int(code));
     }
+    rest.put(codes, v, bits, to);
     return {scale, low};
 }
 
@@ -227,8 +269,13 @@ void compress_block(const Compression& how, bool keys, int64_t dim, const uint8_
     const auto words = [&](int64_t offset) { return reinterpret_cast<uint16_t*>(to + offset); };
     std::memset(to, 0, size_t(at.bytes));
     for (int64_t v = 0; v < rest.count; v++) {
+<<<<<<< HEAD
         for (int64_t i = 0; i < rest.length; i++) rest[v][i] = float_of(from[rest.place(v, i)]);
         take_out(rest[v], rest.length, outliers_of(how, keys), at.vectors, words(at.outliers) + v,
+=======
+        rest.read(from, v);
+        take_out(rest[v], rest.length, how.outliers(keys), at.vectors, words(at.outliers) + v,
+>>>>>>> caches
                  to + at.places + v);
         const Scale scale = round_off(rest, v, how.bits, to);
         words(at.scales)[v] = scale.scale;

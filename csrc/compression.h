@@ -44,7 +44,8 @@ static inline bool compresses(const Compression& how, int64_t dim) {
     const bool few = keys.most >= 0 && keys.least >= 0 && values.most >= 0 && values.least >= 0 &&
                      count_of(keys) <= kMostOutliers && count_of(values) <= kMostOutliers &&
                      count_of(values) <= dim;
-    return (how.bits == 2 || how.bits == 4) && how.rank >= 0 && how.rank <= kMostRank && how.rank <= dim && few;
+    return (how.bits == 2 || how.bits == 4) && how.rank >= 0 && how.rank <= kMostRank && how.rank <= dim &&
+           few;
 }
 
 // Where the parts of a compressed block begin.

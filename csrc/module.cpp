@@ -78,7 +78,8 @@ NB_MODULE(_native, m) {
                 const gossamer::Compression compression{
                     bits, rank, {key_most, key_least}, {value_most, value_least}};
                 const bool packed = type == gossamer::kCachePacked;
-                if (type < 0 || type > gossamer::kCachePacked || (packed && !gossamer::compresses(compression, head_dim)) ||
+                if (type < 0 || type > gossamer::kCachePacked ||
+                    (packed && !gossamer::compresses(compression, head_dim)) ||
                     int64_t(start.size()) != (packed ? rank * head_dim : 0))
                     throw nb::value_error("no such type of cache");
                 new (self) gossamer::Cache(layers, kv_heads, head_dim, gossamer::CacheType(type), compression,

@@ -169,9 +169,15 @@ def quality(contender: Any, text: Tensor, last: int, dense: list[Tensor] | None)
 
 
 def one_window(
-    args: argparse.Namespace, model: Any, known: dict[str, Any], ids: Tensor, number: int
+    args: argparse.Namespace,
+    model: Any,
+    known: dict[str, Any],
+    ids: Tensor,
+    number: int,
+    save: Callable[[dict[str, dict[str, Any]]], None],
 ) -> dict[str, dict[str, Any]]:
-    """All contenders on one window: first their quality, one after the other, then steps in turn."""
+    """All contenders on one window: first their quality, one after the other, then steps in turn. What is
+    known so far is saved on the way."""
     text, later = ids[: args.tokens], ids[args.tokens :]
     prefix = text[: args.tokens - args.last]
     prompt = DynamicCache(config=model.config)
@@ -188,8 +194,9 @@ def one_window(
         result = quality(contender, text, args.last, dense)
         dense = result.pop("logits", dense)
         result["bytes"] = contender.nbytes / args.tokens
-        found[name] = result
         result["read_seconds"] = time.perf_counter() - start
+        found[name] = result
+        save({name: result})
         print(json.dumps({f"{name}, window {number}": result}), flush=True)
         if number == 0:
             contenders[name] = contender
@@ -199,6 +206,7 @@ def one_window(
         for each in later[: args.rounds * args.steps].split(args.steps):
             for name, contender in contenders.items():
                 found[name]["seconds"] += contender.steps(each)
+            save(found)
     return found
 
 
@@ -259,11 +267,8 @@ def main() -> None:
         known = {
             name: what for name, what in known.items() if name in (DENSE, PLAIN) or re.search(args.only, name)
         }
-        for number in range(args.windows):
-            begin = number * args.tokens
-            ids = text[begin : begin + args.tokens + later]
-            for name, result in one_window(args, model, known, ids, number).items():
-                found.setdefault(name, []).append(result)
+
+        def save(results: dict[str, dict[str, Any]]) -> None:
             protocol.update_json(
                 args.out,
                 {
@@ -271,9 +276,16 @@ def main() -> None:
                     "machine": protocol.machine(),
                     "threads": args.threads,
                     "tokens": args.tokens,
-                    "runs": found,
+                    "last": args.last,
+                    "runs": {name: [*found.get(name, []), result] for name, result in results.items()},
                 },
             )
+
+        for number in range(args.windows):
+            begin = number * args.tokens
+            ids = text[begin : begin + args.tokens + later]
+            for name, result in one_window(args, model, known, ids, number, save).items():
+                found.setdefault(name, []).append(result)
     table(found)
 
 
