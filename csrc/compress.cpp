@@ -140,18 +140,10 @@ float sum_of(const float* x, int64_t length) {
 // Takes the outliers out of a vector, in whose places its mean stays.
 void take_out(float* x, int64_t length, const Outliers& how, int64_t apart, uint16_t* numbers,
               uint8_t* places) {
-<<<<<<< HEAD
     if (count_of(how) == 0) return;
-    float sum = 0;
-    for (int64_t i = 0; i < length; i++) sum += x[i];
-    bool taken[kMostHead] = {};
-    for (int n = 0; n < count_of(how); n++) {
-=======
-    if (how.count() == 0) return;
     const float mean = sum_of(x, length) / float(length);
     float left[kMostHead];
-    for (int n = 0; n < how.count(); n++) {
->>>>>>> caches
+    for (int n = 0; n < count_of(how); n++) {
         const float sign = n < how.most ? 1.0f : -1.0f;
         for (int64_t i = 0; i < length; i++) left[i] = sign * x[i];
         for (int m = 0; m < n; m++) left[places[m * apart]] = -std::numeric_limits<float>::infinity();
@@ -160,7 +152,7 @@ void take_out(float* x, int64_t length, const Outliers& how, int64_t apart, uint
         numbers[n * apart] = bfloat16_of(x[best]);
         places[n * apart] = uint8_t(best);
     }
-    for (int n = 0; n < how.count(); n++) x[places[n * apart]] = mean;
+    for (int n = 0; n < count_of(how); n++) x[places[n * apart]] = mean;
 }
 
 struct Scale {
@@ -269,13 +261,8 @@ void compress_block(const Compression& how, bool keys, int64_t dim, const uint8_
     const auto words = [&](int64_t offset) { return reinterpret_cast<uint16_t*>(to + offset); };
     std::memset(to, 0, size_t(at.bytes));
     for (int64_t v = 0; v < rest.count; v++) {
-<<<<<<< HEAD
-        for (int64_t i = 0; i < rest.length; i++) rest[v][i] = float_of(from[rest.place(v, i)]);
-        take_out(rest[v], rest.length, outliers_of(how, keys), at.vectors, words(at.outliers) + v,
-=======
         rest.read(from, v);
-        take_out(rest[v], rest.length, how.outliers(keys), at.vectors, words(at.outliers) + v,
->>>>>>> caches
+        take_out(rest[v], rest.length, outliers_of(how, keys), at.vectors, words(at.outliers) + v,
                  to + at.places + v);
         const Scale scale = round_off(rest, v, how.bits, to);
         words(at.scales)[v] = scale.scale;
