@@ -74,7 +74,9 @@ def samples() -> dict[str, tuple[Tensor, Tensor | None]]:
 @pytest.mark.parametrize(
     ("name", "bound"), [("int8", 1.2), ("int4", 1.01), ("int3", 1.005), ("nl4", 1.02), ("nl3", 1.01)]
 )
-@pytest.mark.parametrize("kind", ["gauss", "weighted", "pruned", "tails"])
+@pytest.mark.parametrize(
+    "kind", ["gauss", "weighted", "pruned", pytest.param("tails", marks=pytest.mark.slow)]
+)
 def test_scales_near_the_exhaustive_optimum(name: str, bound: float, kind: str) -> None:
     values = value_type(name)
     w, importance = samples()[kind]
