@@ -49,11 +49,7 @@ class Point:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.activation_sparse",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("activation_sparse", __doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN")
     parser.add_argument(
         "--values", nargs="+", default=["int4"], choices=["float32", "bfloat16", "int8", "int4"]

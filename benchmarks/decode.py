@@ -33,11 +33,7 @@ READS = 3  # slices before each turn; the best counts, the first wakes threads
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("decode", __doc__)
     parser.add_argument("--model", metavar="DIR", help="Hugging Face folder of SmolLM2-135M")
     parser.add_argument(
         "--work", type=Path, default=Path("decode.work"), metavar="DIR", help="where files are kept"

@@ -62,11 +62,7 @@ class Facts:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("kernels", __doc__)
     add_arguments(parser)
     parser.add_argument("--structures", nargs="+", default=list(STRUCTURES), choices=list(STRUCTURES))
     parser.add_argument("--values", nargs="+", default=list(VALUES), choices=VALUES)

@@ -30,6 +30,15 @@ EVAL_WINDOWS, EVAL_SEQLEN = 20, 2048
 CALIBRATION_SEQLEN = 1024
 
 
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Of the command ``python -m benchmarks.MODULE``, which its module's own words describe."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that all scripts share: the dense model, the texts, the threads."""
     parser.add_argument(

@@ -44,11 +44,7 @@ DEPTH, READ = 512, 256 << 20
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("quality", __doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)

@@ -26,11 +26,7 @@ DEPTH, DECODED = 512, 64
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rival_llamacpp",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("rival_llamacpp", __doc__)
     protocol.add_model_arguments(parser)
     parser.add_argument(
         "--gguf", required=True, type=Path, metavar="FILE", help="source model, any GGUF type"

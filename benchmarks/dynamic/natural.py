@@ -25,11 +25,7 @@ CORRUPTED = (0.0, 0.05, 0.1)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic natural",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic natural", __doc__)
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)
     parser.add_argument("--percents", nargs="+", type=float, default=[1.0, 5.0])

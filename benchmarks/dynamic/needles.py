@@ -33,11 +33,7 @@ DIGITS = 5
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic needles",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic needles", __doc__)
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8064])

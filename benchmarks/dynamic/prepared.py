@@ -21,11 +21,7 @@ HEAD = ["", "dropped", "products", "perplexity", "KL"]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic prepared",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic prepared", __doc__)
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.65])

@@ -34,11 +34,7 @@ RANDOM |= {"num_hidden_layers": 6, "vocab_size": 1024, "max_position_embeddings"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic prompts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic prompts", __doc__)
     protocol.add_model_arguments(parser)
     parser.set_defaults(threads=2)
     parser.add_argument("--tokens", type=int, default=8064)

@@ -41,11 +41,7 @@ ORIGINAL = "bfloat16"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic quality",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic quality", __doc__)
     add_gate_arguments(parser)
     parser.add_argument("--levels", nargs="+", type=float, default=list(LEVELS))
     parser.add_argument(

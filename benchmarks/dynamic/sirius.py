@@ -25,11 +25,7 @@ HEAD = ["", "tokens/s", "beside dense", "agreement", "same", "advance"]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic sirius",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic sirius", __doc__)
     add_gate_arguments(parser)
     parser.set_defaults(methods=["teal"], allocations=["uniform"])
     parser.add_argument("--levels", nargs="+", type=float, default=[0.4, 0.6])

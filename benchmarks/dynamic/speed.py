@@ -49,11 +49,7 @@ HEAD = ["", "skipped", "in columns", "prompt, tokens/s", "tokens/s", "beside den
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dynamic speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = protocol.parser("dynamic speed", __doc__)
     add_gate_arguments(parser)
     parser.add_argument("--levels", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6])
     parser.add_argument("--imposed", nargs="+", type=float, default=[0.25, 0.4, 0.5, 0.6, 0.75, 0.9])
