@@ -19,7 +19,8 @@ from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import METHODS
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.shrink import DEPTH
-from gossamer.tune import TUNERS
+from gossamer.tune import TUNERS, WEIGHTS
+from gossamer.tune.losses import LOSSES
 from gossamer.version import VERSION
 from tiny import tiny_tokens
 
@@ -271,6 +272,8 @@ def test_methods_lists_the_registry() -> None:
         "prune": METHODS,
         "shrink": DEPTH,
         "tune": TUNERS,
+        "finetune": WEIGHTS,
+        "loss": LOSSES,
         "activations": ACTIVATIONS,
         "attention": POLICIES,
         "cache": CACHES,

@@ -23,7 +23,9 @@ def methods(as_json: AsJson = False) -> None:
     for family, title, what, notes in (
         ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
         ("shrink", "Removing whole blocks", "removes", ()),
-        ("tune", "Tuning of what was kept", "patterns", ()),
+        ("tune", "Tuning of what was kept, block by block", "patterns", ()),
+        ("finetune", "Fine-tuning of a whole checkpoint: which weights move", "patterns", ()),
+        ("loss", "What a checkpoint is tuned to, alone or together", "patterns", ()),
         ("activations", "Activation sparsity at run time", "drops", ()),
         ("attention", "Sparse attention at run time", "looks at", ()),
         ("cache", "Caches of keys and values", "keeps", ()),

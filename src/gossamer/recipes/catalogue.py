@@ -12,7 +12,8 @@ from gossamer.prune import ALIASES, METHODS, Claim
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
-from gossamer.tune import TUNERS
+from gossamer.tune import TUNERS, WEIGHTS
+from gossamer.tune.losses import LOSSES
 
 _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
 
@@ -54,6 +55,12 @@ def methods() -> list[MethodFacts]:
         found.append(_facts("shrink", DEPTH, name, ("calibration text",), ("blocks",), "model"))
     for name in TUNERS:
         found.append(_facts("tune", TUNERS, name, ("calibration text",), ("any, and dense",), "block"))
+    for name in WEIGHTS:
+        masks = "N:M, moving" if name == "ast" else "any, and dense"
+        found.append(_facts("finetune", WEIGHTS, name, ("text",), (masks,), "model"))
+    for name in LOSSES:
+        teacher = ("text", "teacher") if LOSSES[name].needs_teacher else ("text",)
+        found.append(_facts("loss", LOSSES, name, teacher, ("any, and dense",), "model"))
     for name in ACTIVATIONS:
         gating = ACTIVATIONS[name]
         thresholds = gating.selection == "threshold"

@@ -16,8 +16,10 @@ methods without a figure have not been run, or their claim is not data yet.
 """
 TITLES = {
     "prune": "Pruning",
-    "tune": "Tuning what was kept",
     "shrink": "Fewer blocks",
+    "tune": "Tuning what was kept, block by block",
+    "finetune": "Fine-tuning a whole checkpoint: which weights move",
+    "loss": "What a checkpoint is tuned to",
     "activations": "Activation sparsity at run time",
     "attention": "Sparse attention at run time",
     "cache": "Caches",
