@@ -21,7 +21,8 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 @dataclass(frozen=True)
 class MethodFacts:
     """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``shrink`` (whole
-    blocks), ``tune`` (what was kept), ``activations`` (inputs, at run time), ``attention`` (keys, at run
+    blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint move),
+    ``loss`` (what they are drawn to), ``activations`` (inputs, at run time), ``attention`` (keys, at run
     time) or ``cache`` (how keys and values are kept); ``needs``: what is calibrated, none for methods
     without data; ``patterns``: those it accepts, or what it drops, looks at or keeps; ``comparison_group``:
     what plain "unstructured" means, or where scores compete."""
