@@ -14,6 +14,7 @@ from gossamer.cli.app import app
 from gossamer.cli.reproduce import seconds_of
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.prune import Claim, Experiment
+from gossamer.recipes.catalogue import methods
 from gossamer.recipes.measure import quality
 from gossamer.report import Texts, claimed, reproduce, verdicts_in
 from gossamer.report.catalogue_page import page
@@ -109,6 +110,15 @@ def test_the_page_says_what_does_not_hold(model: str, tmp_path: Path) -> None:
     assert "**does not hold**" in row
     assert f"{found.ratio:.3g}" in row
     assert "| `wanda` |" in text
+
+
+def test_the_page_in_the_docs_has_every_method() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "catalogue.md").read_text(encoding="utf-8")
+    assert [m.name for m in methods() if f"| `{m.name}` | {m.says}".replace("|", "") not in plain(text)] == []
+
+
+def plain(text: str) -> str:
+    return text.replace("\\|", "|").replace("|", "")
 
 
 def test_damaged_verdicts_are_refused(tmp_path: Path) -> None:
