@@ -202,7 +202,7 @@ def test_no_thread_keeps_an_ended_process_alive(phase: str, number: signal.Signa
         assert child.returncode == 1
         assert b"the window is closed" in told
     else:
-        # where a library runs code as the interpreter ends, Python forgets that it was interrupted, and ends with 1
+        # where a library runs code as the interpreter ends, Python forgets that it was interrupted: code 1
         interrupted = number == signal.SIGINT and told.endswith(b"KeyboardInterrupt\n")
         assert child.returncode == -number or (interrupted and child.returncode == 1), told
 
