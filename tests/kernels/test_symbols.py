@@ -41,7 +41,11 @@ UNITS = [
     ("attention", "attention"),
     ("estimate", "estimate"),
 ]
-TIERS = [(*unit, tier) for unit in UNITS for tier in ("avx2", "avx512")]
+# without optimisation the largest unit alone compiles for half a minute
+SLOW = {"matmul_int": [pytest.mark.slow]}
+TIERS = [
+    pytest.param(*unit, tier, marks=SLOW.get(unit[0], [])) for unit in UNITS for tier in ("avx2", "avx512")
+]
 
 
 @pytest.mark.parametrize(
