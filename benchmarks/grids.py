@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import protocol
+from gossamer.matrices.values import NL3, NL4
 
 
 def offset(bits: int, twice_a: int) -> tuple[int, ...]:
@@ -30,8 +31,6 @@ def offset(bits: int, twice_a: int) -> tuple[int, ...]:
 
 
 INT3, INT4 = tuple(range(-4, 4)), tuple(range(-8, 8))
-NL3 = (-30, -19, -11, -5, 0, 6, 13, 23)
-NL4 = (-62, -48, -39, -31, -24, -17, -11, -5, 0, 6, 12, 19, 26, 34, 44, 58)
 SPARSE = {
     "int3": INT3,
     "3 bits, a = 0.5": offset(3, 1),

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 
+#include "halves.h"
 #include "ready.h"
 #include "threads.h"
 #include "workspace.h"
@@ -15,17 +16,8 @@ namespace {
 const float* floats_of(const void* array, int dtype, int64_t row, int64_t dim, float* room) {
     if (dtype == kF32) return static_cast<const float*>(array) + row * dim;
     const uint16_t* from = static_cast<const uint16_t*>(array) + row * dim;
-    for (int64_t i = 0; i < dim; i++) {
-        const uint32_t bits = uint32_t(from[i]) << 16;
-        std::memcpy(room + i, &bits, 4);
-    }
+    for (int64_t i = 0; i < dim; i++) room[i] = float_of_bfloat16(from[i]);
     return room;
-}
-
-uint16_t bfloat16_of(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return f != f ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace

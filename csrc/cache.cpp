@@ -4,6 +4,7 @@
 #include <new>
 
 #include "compress.h"
+#include "halves.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -35,13 +36,6 @@ void copy_block(const WholeBlocks& from, const WholeBlocks& to, int64_t block, i
     std::memcpy(to.keys + block % to.slots * bytes, from.keys + block % from.slots * bytes, size_t(bytes));
     std::memcpy(to.values + block % to.slots * bytes, from.values + block % from.slots * bytes,
                 size_t(bytes));
-}
-
-float wide_float(uint16_t half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
 }
 
 }  // namespace
@@ -103,7 +97,7 @@ void Cache::read_key(int64_t layer, int64_t head, int64_t position, float* to) c
         if (type_ == kCacheF32)
             to[i] = reinterpret_cast<const float*>(part)[at];
         else if (type_ == kCacheBF16)
-            to[i] = wide_float(reinterpret_cast<const uint16_t*>(part)[at]);
+            to[i] = float_of_bfloat16(reinterpret_cast<const uint16_t*>(part)[at]);
         else
             to[i] = scale * float(reinterpret_cast<const int8_t*>(part)[at]);
     }

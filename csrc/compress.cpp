@@ -7,24 +7,13 @@
 #include <cstring>
 #include <limits>
 
+#include "halves.h"
+
 namespace gossamer {
 namespace {
 
 constexpr int kLoops = 3;  // of power iteration
 constexpr float kMostHalf = 65504;
-
-float float_of(uint16_t bfloat16) {
-    const uint32_t bits = uint32_t(bfloat16) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-uint16_t bfloat16_of(float f) {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return f != f ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 // To the nearest whole number, ties to even; up to 2^22.
 float rounded(float f) { return (f + 12582912.0f) - 12582912.0f; }
@@ -38,14 +27,6 @@ uint16_t half_of(float f) {
     std::frexp(f, &exponent);
     const int unit = std::max(exponent - 11, -24);  // the exponent of the last bit
     return uint16_t(sign | (((unit + 24) << 10) + int(rounded(std::ldexp(std::fabs(f), -unit)))));
-}
-
-float float_of_half(uint16_t half) {
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
-    const float magnitude = exponent == 31  ? std::numeric_limits<float>::quiet_NaN()
-                            : exponent == 0 ? std::ldexp(float(fraction), -24)
-                                            : std::ldexp(float(1024 + fraction), exponent - 25);
-    return half >> 15 ? -magnitude : magnitude;
 }
 
 // Where number `c` of position `p` lies in a block as it is.
@@ -82,7 +63,8 @@ struct Vectors {
     void read(const uint16_t* from, int64_t v) {
         for (int64_t k = 0; 16 * k < length; k++) {
             const uint16_t* numbers = from + 32 * group(v, k) + v % 2;
-            for (int64_t i = 0; i < run(k); i++) x[v * length + 16 * k + i] = float_of(numbers[2 * i]);
+            for (int64_t i = 0; i < run(k); i++)
+                x[v * length + 16 * k + i] = float_of_bfloat16(numbers[2 * i]);
         }
     }
     void put(const uint8_t* codes, int64_t v, int bits, uint8_t* to) const {
@@ -236,12 +218,13 @@ struct Reader {
         const int64_t v = keys ? c : p, place = keys ? p : c;
         for (int n = 0; n < at.count; n++)
             if (from[at.places + n * at.vectors + v] == place)
-                return float_of(word(at.outliers, n * at.vectors + v));
+                return float_of_bfloat16(word(at.outliers, n * at.vectors + v));
         float x =
             float(code_at(from, how.bits, place_of(keys, wide, p, c))) * float_of_half(word(at.scales, v)) +
             float_of_half(word(at.lows, v));
         for (int r = 0; r < how.rank; r++)
-            x += float_of(word(at.left, r * kBlock + p)) * float_of(word(at.right, r * wide + c));
+            x += float_of_bfloat16(word(at.left, r * kBlock + p)) *
+                 float_of_bfloat16(word(at.right, r * wide + c));
         return x;
     }
 };
@@ -292,7 +275,7 @@ void read_packed_key(const Compression& how, int64_t dim, const uint8_t* from, i
 
 void read_whole_key(int64_t dim, const uint8_t* whole, int64_t p, float* to) {
     const uint16_t* from = reinterpret_cast<const uint16_t*>(whole);
-    for (int64_t c = 0; c < dim; c++) to[c] = float_of(from[place_of(true, wide_of(dim), p, c)]);
+    for (int64_t c = 0; c < dim; c++) to[c] = float_of_bfloat16(from[place_of(true, wide_of(dim), p, c)]);
 }
 
 }  // namespace gossamer

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 
+#include "halves.h"
 #include "ready.h"
 #include "threads.h"
 #include "workspace.h"
@@ -29,14 +30,6 @@ bool alike(const Packed& a, const Packed& b) {
            (a.layout == kColumns) == (b.layout == kColumns);
 }
 
-float half_to_float(uint16_t half) {
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
-    const float magnitude = exponent == 0    ? std::ldexp(float(fraction), -24)
-                            : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                             : std::ldexp(float(1024 + fraction), exponent - 25);
-    return half >> 15 ? -magnitude : magnitude;
-}
-
 // One row of an embedding as float32 (docs/architecture.md, "Geometry").
 void read_row(const Packed& w, int64_t row, float scale, float* to) {
     const int64_t panel = row / kPanel, output = row % kPanel, bytes = stored_bytes(w.values, kWeights);
@@ -45,7 +38,7 @@ void read_row(const Packed& w, int64_t row, float scale, float* to) {
         const uint16_t* scales = w.scales + (panel * w.groups + g) * w.parts * kPanel;
         float of_part[2] = {1, 1};
         for (int part = 0; w.scales && part < w.parts; part++)
-            of_part[part] = half_to_float(scales[part * kPanel + output]);
+            of_part[part] = float_of_half(scales[part * kPanel + output]);
         for (int64_t i = 0; i < kGroup && kGroup * g + i < w.in; i++) {
             const int64_t e = 64 * (i / 4) + 4 * output + i % 4;
             float value;
@@ -54,8 +47,7 @@ void read_row(const Packed& w, int64_t row, float scale, float* to) {
             } else if (w.values == kBFloat16) {
                 uint16_t half;
                 std::memcpy(&half, group + 2 * e, 2);
-                const uint32_t bits = uint32_t(half) << 16;
-                std::memcpy(&value, &bits, 4);
+                value = float_of_bfloat16(half);
             } else {
                 int code;
                 if (w.values == kInt8) {

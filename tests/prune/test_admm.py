@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from prune_layers import mixed_layer
 
 from gossamer.calibrate import Gram
 from gossamer.errors import CalibrationError, MethodError
@@ -17,14 +18,7 @@ from gossamer.sparse import NM, Unstructured, check_mask, count_pruned, parse_pa
 
 
 def make_layer(out: int = 48, cols: int = 128, tokens: int = 500, seed: int = 0) -> Layer:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(cols, cols, generator=generator) * 0.2 + torch.eye(cols)
-    inputs = torch.randn(tokens, cols, generator=generator) @ mixing
-    inputs *= torch.rand(cols, generator=generator) * 2 + 0.1
-    gram = Gram(cols)
-    gram.update(inputs)
-    gram.finish()
-    return Layer("layer", torch.randn(out, cols, generator=generator), {Gram: gram})
+    return mixed_layer(out, cols, tokens, seed)
 
 
 def errors_of(layer: Layer, weight: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prune_layers import mixed_layer
 
 from gossamer.calibrate import Gram
 from gossamer.errors import CalibrationError, MethodError
@@ -20,14 +21,7 @@ FLOAT = value_type("float32")
 
 
 def make_layer(out: int = 24, cols: int = 200, tokens: int = 600, seed: int = 0) -> Layer:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(cols, cols, generator=generator) * 0.2 + torch.eye(cols)
-    inputs = torch.randn(tokens, cols, generator=generator) @ mixing
-    inputs *= torch.rand(cols, generator=generator) * 2 + 0.1
-    gram = Gram(cols)
-    gram.update(inputs)
-    gram.finish()
-    return Layer("layer", torch.randn(out, cols, generator=generator), {Gram: gram})
+    return mixed_layer(out, cols, tokens, seed)
 
 
 def error_of(layer: Layer, weight: torch.Tensor) -> float:

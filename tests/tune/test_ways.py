@@ -19,8 +19,8 @@ from gossamer.recipes.compress import compress
 from gossamer.sparse import mask_from_scores, parse_pattern
 from gossamer.sparse.masks import check_mask
 from gossamer.tune import Loop, SparseTuning, train
-from gossamer.tune.ast import AstOptions, AstWeight
-from gossamer.tune.lora import LoraOptions, LoraWeight
+from gossamer.tune.ways.ast import AstOptions, AstWeight
+from gossamer.tune.ways.lora import LoraOptions, LoraWeight
 from tiny import tiny_folder, tiny_model, tiny_tokens
 
 TEXT = "".join(topics.values())[:20_000]

@@ -30,17 +30,15 @@ def shrink(
         typer.Option(
             metavar="TEXT",
             help="Text file, folder or jsonl to choose on.",
-            show_default="prose inside Python, a smoke test",
+            show_default=options.BUILT_IN,
         ),
     ] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens a calibration window.")] = 512,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Calibration windows.", show_default="64; 8 for loss")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the places that windows are cut from.")] = 0,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the method; repeatable.")
-    ] = None,
+    seed: options.WindowSeed = 0,
+    option: options.MethodOption = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:

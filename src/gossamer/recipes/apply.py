@@ -9,20 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gossamer import kernels
-from gossamer.calibrate import WorkFolder, fast_dtype
+from gossamer.calibrate import WorkFolder
 from gossamer.matrices.atomic import atomic_file, check_free, output_error, sync_folder
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.manifest import MANIFEST, read_manifest, render_manifest
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
+from gossamer.recipes.fingerprint import surroundings
 from gossamer.recipes.prepare import Prepared, needs_text, text_sha256
 from gossamer.recipes.sample import sample
 from gossamer.recipes.shrink import remove_blocks
-from gossamer.version import VERSION
 
 SAMPLES = "samples.jsonl"
 
@@ -85,18 +82,11 @@ def _run(prepared: Prepared, stage: str, before: Path, out: Path, progress: Prog
 
 def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     """All that the result depends on; each stage's own work says the same of itself."""
-    import transformers
-
     return {
         "recipe": prepared.record,
         "model": {path.name: checksums_of(path).sha256 for path in prepared.files.paths},
         "text": text_sha256(prepared.read) if needs_text(prepared.recipe) else None,
-        "gossamer": VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
-        "multiplied in": str(fast_dtype()),
+        **surroundings(),
     }
 
 

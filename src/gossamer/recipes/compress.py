@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from gossamer import kernels
-from gossamer.calibrate import Gradient, WorkFolder, fast_dtype, gather, gradient_file, walk
+from gossamer.calibrate import Gradient, WorkFolder, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
 from gossamer.errors import CheckpointError, GossamerError, ResumeError
 from gossamer.evaluate import reconstruction_error
@@ -37,11 +36,11 @@ from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs
+from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
 from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
-from gossamer.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,23 +164,11 @@ class _Job:
 
     def _fingerprint(self) -> dict[str, Any]:
         """All that the result depends on, so that resumed work is never mixed with other work."""
-        import transformers
-
-        tokens = None
-        if self.windows is not None:
-            import hashlib
-
-            tokens = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
         return {
             "settings": self.settings.model_dump(),
             "model": {p.name: checksums_of(p).sha256 for p in self.files.paths},
-            "calibration tokens": tokens,
-            "gossamer": VERSION,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
-            "multiplied in": str(fast_dtype()),
+            "calibration tokens": None if self.windows is None else sha256_of(self.windows),
+            **surroundings(),
         }
 
     def _gather(self) -> None:
@@ -292,7 +279,6 @@ class _Job:
                 raise ResumeError(f"block {index} in {self.work.path.name} is missing or damaged") from error
         weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
         zeros = sum(layer["shape"][0] * layer["shape"][1] * layer["sparsity"] for layer in layers)
-        fingerprint = self.work.fingerprint
         return {
             "job": "compress",
             "model": self.source.label,
@@ -311,7 +297,7 @@ class _Job:
                 "seqlen": self.settings.seqlen,
             },
             "layers": layers,
-            "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
+            "with": made_with(),
         }
 
     def _part(self, path: Path) -> dict[str, Matrix]:

@@ -7,7 +7,6 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer import kernels
 from gossamer.calibrate import WorkFolder, fast_dtype
 from gossamer.errors import CheckpointError, GossamerError, ModelError, TextError
 from gossamer.matrices import Matrix, Packed
@@ -30,10 +28,10 @@ from gossamer.models.text import TextSource, evaluation_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, train
-from gossamer.version import VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,19 +169,12 @@ class _Job:
 
     def _fingerprint(self) -> dict[str, Any]:
         """All that the result depends on, so that resumed work is never mixed with other work."""
-        import transformers
-
-        tokens = hashlib.sha256(self.windows.numpy().tobytes() + self.held_out.numpy().tobytes())
         return {
             "settings": self.settings.model_dump(),
             "checkpoint": self.contents.manifest.files[WEIGHTS_FILE].sha256,
             "teacher": self.teacher_label,
-            "tokens": tokens.hexdigest(),
-            "gossamer": VERSION,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
+            "tokens": sha256_of(self.windows, self.held_out),
+            **surroundings(),
             "multiplied in": str(self.dtype),
         }
 
@@ -193,14 +184,13 @@ class _Job:
         before."""
         before = self.contents.manifest.made
         told = {key: value for key, value in asdict(outcome).items() if key != "seconds"}
-        fingerprint = self.work.fingerprint
         record = {
             "job": "finetune",
             "teacher": self.teacher_label,
             "settings": self.settings.model_dump(),
             "text": {"text": self.text.label, "smoke_test": self.text.smoke, "windows": len(self.windows)},
             **told,
-            "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
+            "with": made_with(),
         }
         layers = [_retold(layer, tuned) for layer in before.get("layers") or []]
         return {**before, "layers": layers, "tuned": [*(before.get("tuned") or []), record]}

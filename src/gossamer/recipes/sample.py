@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from gossamer import kernels
 from gossamer.calibrate import WorkFolder
 from gossamer.engine import Decoder, NativeSession, why_not
-from gossamer.errors import GossamerError, TextError
+from gossamer.errors import TextError
 from gossamer.matrices.atomic import atomic_file, check_free, output_error
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.contents import open_checkpoint
@@ -31,10 +30,11 @@ from gossamer.models.skeleton import WeightFiles
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text, tokenize
 from gossamer.progress import Progress, silent
+from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.load import LoadedModel, load
+from gossamer.recipes.settings import checked
 from gossamer.tune.self_data import Continuations, Prompts, Rewrites
 from gossamer.tune.self_data import sample as sample_one
-from gossamer.version import VERSION
 
 _LOG = "samples.jsonl"
 
@@ -95,11 +95,7 @@ def sample(
     same machine. Raises a GossamerError for whatever a person can mend; an interrupted run leaves
     ``OUT.work``, and the same call resumes it.
     """
-    try:
-        chosen = SampleSettings(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise GossamerError(f"the setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    chosen = checked(SampleSettings, settings)
     sampling, out = chosen.sampling(), Path(out)
     if text is not None and rewrite is not None:
         raise TextError("prompts are cut from a text, or come from an instruction set: give one of them")
@@ -115,9 +111,8 @@ def sample(
         assert source is not None
         ids, label = tokenize(source, loaded.tokenizer), source.label
         prompts = Continuations(ids, loaded.tokenizer, chosen.prompt_tokens, chosen.seed)
-        told = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    fingerprint = _fingerprint(model, loaded, chosen, told)
-    work = WorkFolder(out.with_name(out.name + ".work"), fingerprint)
+        told = sha256_of(ids)
+    work = WorkFolder(out.with_name(out.name + ".work"), _fingerprint(model, loaded, chosen, told))
     log = _Log(work.path / _LOG)
     total, number, own = chosen.tokens, len(log.records), isinstance(prompts, Rewrites)
     while log.tokens < total:
@@ -139,7 +134,7 @@ def sample(
         "tokens": log.tokens,
         "seconds": round(log.seconds, 3),
         "settings": chosen.model_dump(),
-        "with": {k: fingerprint[k] for k in ("gossamer", "torch", "transformers", "instruction set")},
+        "with": made_with(),
     }
     _write(out, log.records, made)
     work.remove()
@@ -229,8 +224,6 @@ def _fingerprint(
     model: str | Path, loaded: LoadedModel, settings: SampleSettings, prompts: str
 ) -> dict[str, Any]:
     """All that the result depends on, so that resumed work is never mixed with other work."""
-    import transformers
-
     path = Path(model).expanduser()
     if is_checkpoint(path):
         files = {name: entry.sha256 for name, entry in open_checkpoint(path).manifest.files.items()}
@@ -241,9 +234,5 @@ def _fingerprint(
         "model": [loaded.label, files],
         "prompts": prompts,
         "engine": loaded.engine,
-        "gossamer": VERSION,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
+        **surroundings(),
     }

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from gossamer import kernels
-from gossamer.calibrate import WorkFolder, fast_dtype
+from gossamer.calibrate import WorkFolder
 from gossamer.matrices.atomic import check_free
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.shorter import write_shorter
@@ -20,10 +18,10 @@ from gossamer.models.text import TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
+from gossamer.recipes.fingerprint import sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
 from gossamer.shrink import DepthMethod, Subject, block_count, depth_method
-from gossamer.version import VERSION
 
 
 class ShrinkSettings(BaseModel):
@@ -86,12 +84,8 @@ def remove_blocks(
     fingerprint = {
         "settings": chosen.model_dump(),
         "model": {path.name: checksums_of(path).sha256 for path in files.paths},
-        "calibration tokens": _sha256(windows),
-        "gossamer": VERSION,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "instruction set": f"{kernels.isa()} / {torch.backends.cpu.get_cpu_capability()}",
-        "multiplied in": str(fast_dtype()),
+        "calibration tokens": sha256_of(windows),
+        **surroundings(),
     }
     work = WorkFolder(out.with_name(out.name + ".work"), fingerprint)
     choice = method.choose(Subject(bare, files, windows, work, progress), count)
@@ -112,9 +106,3 @@ def remove_blocks(
     write_shorter(bare, files, choice.removed, out, record, progress=progress)
     work.remove()
     return Shrunk(out, choice.removed, record)
-
-
-def _sha256(windows: torch.Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()

@@ -135,11 +135,9 @@ class _Run:
     def _batch(self) -> Tensor:
         """The next windows: every pass over them has an order of its own, drawn from the seed."""
         count, need = len(self.windows), self.loop.batch
-        chosen = []
-        first = self.now.step * need
-        for place in range(first, first + need):
-            chosen.append(_order(count, self.loop.seed, place // count)[place % count])
-        return self.windows[torch.tensor(chosen)]
+        places = range(self.now.step * need, (self.now.step + 1) * need)
+        orders = {turn: _order(count, self.loop.seed, turn) for turn in {place // count for place in places}}
+        return self.windows[torch.tensor([orders[place // count][place % count] for place in places])]
 
     def _token_share(self, more: float = 0) -> float:
         return 0.0 if self.loop.tokens is None else (self.now.tokens + more) / self.loop.tokens

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices import Matrix
+from gossamer.models.walk import find_parts
 from gossamer.tune.formats import Format
 from gossamer.tune.forward import run
 from gossamer.tune.logits import LogitHead, LogitLosses
@@ -232,8 +233,6 @@ class SparseTuning:
         ours, theirs = self.head.weight.shape[0], self.teacher_head.weight.shape[0]
         if ours != theirs:
             raise MethodError(f"the model knows {ours} tokens, and its teacher {theirs}: another vocabulary")
-        from gossamer.models.walk import find_parts
-
         blocks = len(find_parts(self.model).blocks), len(find_parts(self.teacher).blocks)
         states = [one.name for one, _ in self.losses if isinstance(one, StateLoss)]
         if states and blocks[0] != blocks[1]:
@@ -268,8 +267,6 @@ class SparseTuning:
         return named | {id(parameter): name for name, parameter in self.norms.items()}
 
     def _checkpoint_gradients(self) -> None:
-        from gossamer.models.walk import find_parts
-
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for block in find_parts(self.model).blocks:
             block.module.training = True  # of the block alone: what lies in it stays without dropout

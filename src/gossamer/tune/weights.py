@@ -22,7 +22,7 @@ from gossamer.registry import Registry
 
 WEIGHTS: Registry[TunedWeight] = Registry(
     "way to tune weights",
-    {"full": "gossamer.tune.weights", "lora": "gossamer.tune.lora", "ast": "gossamer.tune.ast"},
+    {"full": "gossamer.tune.weights", "lora": "gossamer.tune.ways.lora", "ast": "gossamer.tune.ways.ast"},
 )
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
