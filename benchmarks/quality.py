@@ -162,8 +162,8 @@ def judge(args: argparse.Namespace) -> None:
         wanted = {t: w for t, w in windows.items() if len(found.get(t, {}).get("loss", ())) != len(w)}
         if not wanted and not args.again:
             continue
-        if c.engine != "gossamer":
-            save(args, c.name, {"weight_bytes": rival_bytes(args, c)})
+        folder = job_of(args, c).file("gossamer-")
+        save(args, c.name, record_of(folder) if c.ours else {"weight_bytes": rival_bytes(args, c)})
         try:
             server = Server(pythons[c.engine], job_of(args, c), env, c.name)
         except GoneError as why:
