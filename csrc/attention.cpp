@@ -152,8 +152,8 @@ void attend(const Attention* a) {
         attend_blocks<uint16_t>(*a);
 }
 
-void open(const Compression* how, bool keys, int64_t dim, const uint8_t* from, uint8_t* to) {
-    open_packed(*how, keys, wide_of(dim), from, (uint16_t*)to);
+void open(const Compression* how, bool keys, int64_t dim, int64_t number, const uint8_t* from, uint8_t* to) {
+    open_packed(*how, keys, int(dim), number, from, (uint16_t*)to);
 }
 
 void finish(const float* state, int64_t dim, float* to) {

@@ -91,8 +91,9 @@ struct AttentionOps {
     // shares a word with it becomes zeros.
     void (*place_position)(const float* key, const float* value, int64_t dim, int type, int64_t in_chunk,
                            bool final, uint8_t* keys, uint8_t* values);
-    // The keys, or the values, of one head in a compressed block, into bfloat16.
-    void (*open)(const Compression* how, bool keys, int64_t dim, const uint8_t* from, uint8_t* to);
+    // The keys, or the values, of one head in compressed block `number`, into bfloat16.
+    void (*open)(const Compression* how, bool keys, int64_t dim, int64_t number, const uint8_t* from,
+                 uint8_t* to);
     void (*attend)(const Attention* a);
     void (*merge)(const float* from, int64_t dim, float* into);  // of chunks in order
     void (*finish)(const float* state, int64_t dim, float* to);  // to [dim]

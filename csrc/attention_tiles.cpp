@@ -156,8 +156,9 @@ void place_position(const float* key, const float* value, int64_t dim, int type,
     gossamer_attention_avx512.place_position(key, value, dim, type, in_chunk, final, keys, values);
 }
 
-void open_block(const Compression* how, bool keys, int64_t dim, const uint8_t* from, uint8_t* to) {
-    gossamer_attention_avx512.open(how, keys, dim, from, to);
+void open_block(const Compression* how, bool keys, int64_t dim, int64_t number, const uint8_t* from,
+                uint8_t* to) {
+    gossamer_attention_avx512.open(how, keys, dim, number, from, to);
 }
 
 void merge_states(const float* from, int64_t dim, float* into) {

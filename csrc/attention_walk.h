@@ -134,7 +134,7 @@ const uint16_t* seen_packed(const Attention& a, bool keys, int64_t number, uint1
     if (blocks.keys)
         return (const uint16_t*)((keys ? blocks.keys : blocks.values) +
                                  number % blocks.slots * whole_bytes(a.dim));
-    open_packed(a.how, keys, wide_of(a.dim), at_block(a, keys ? a.keys : a.values, number), room);
+    open_packed(a.how, keys, int(a.dim), number, at_block(a, keys ? a.keys : a.values, number), room);
     return room;
 }
 

@@ -1,5 +1,6 @@
 #include "cache.h"
 
+#include <cmath>
 #include <cstring>
 #include <new>
 
@@ -32,6 +33,11 @@ int64_t bytes_of_part(int64_t dim, CacheType type, const Compression& how, bool 
     return kChunk / kBlock * packed_block(how, kBlock, wide_of(dim), keys).bytes;
 }
 
+Compression with_rank(Compression how, int64_t rank) {
+    how.low.rank = int((rank + 15) / 16 * 16);
+    return how;
+}
+
 void copy_block(const WholeBlocks& from, const WholeBlocks& to, int64_t block, int64_t bytes) {
     std::memcpy(to.keys + block % to.slots * bytes, from.keys + block % from.slots * bytes, size_t(bytes));
     std::memcpy(to.values + block % to.slots * bytes, from.values + block % from.slots * bytes,
@@ -41,16 +47,49 @@ void copy_block(const WholeBlocks& from, const WholeBlocks& to, int64_t block, i
 }  // namespace
 
 Cache::Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type, const Compression& how,
-             std::vector<float> start)
+             std::vector<float> start, const KeyBasis& basis)
     : layers_(layers),
       kv_heads_(kv_heads),
       head_dim_(head_dim),
       type_(type),
-      how_(how),
+      how_(with_rank(how, basis.rank)),
       start_(std::move(start)),
-      key_bytes_(bytes_of_part(head_dim, type, how, true)),
-      value_bytes_(bytes_of_part(head_dim, type, how, false)),
-      chunk_bytes_(layers * kv_heads * (key_bytes_ + value_bytes_)) {}
+      key_bytes_(bytes_of_part(head_dim, type, how_, true)),
+      value_bytes_(bytes_of_part(head_dim, type, how_, false)),
+      layer_bytes_((how_.low.rank ? 1 : kv_heads) * key_bytes_ + kv_heads * value_bytes_),
+      chunk_bytes_(layers * layer_bytes_) {
+    if (!basis.rank) return;
+    const int64_t rank = how_.low.rank, half = head_dim / 2;
+    vectors_.resize(size_t(layers * kv_heads * head_dim * rank));
+    for (size_t i = 0; i < basis.vectors.size(); i++)
+        vectors_[i / size_t(basis.rank) * size_t(rank) + i % size_t(basis.rank)] =
+            bfloat16_of(basis.vectors[i]);
+    frequencies_ = basis.frequencies;
+    rotates_ = basis.rotates;
+    turns_.resize(size_t(half * 2 * kBlock));
+    for (int64_t i = 0; i < half; i++)
+        for (int64_t p = 0; p < kBlock; p++) {
+            const float angle = float(p) * frequencies_[size_t(i)];
+            turns_[size_t(i * 2 * kBlock + p)] = std::cos(angle) * basis.scale;
+            turns_[size_t((i * 2 + 1) * kBlock + p)] = std::sin(angle) * basis.scale;
+        }
+}
+
+Compression Cache::how(int64_t layer, int64_t head) const {
+    Compression how = how_;
+    if (how.low.rank) {
+        how.low.vectors = vectors_.data() + (layer * kv_heads_ + head) * head_dim_ * how.low.rank;
+        how.low.starts = rotates_[size_t(layer)] ? starts_.data() : nullptr;
+        how.low.turns = turns_.data();
+    }
+    return how;
+}
+
+int64_t Cache::place_in_chunk(int64_t layer, int64_t head, bool keys) const {
+    const int64_t at = layer * layer_bytes_;
+    if (how_.low.rank) return at + (keys ? 0 : key_bytes_ + head * value_bytes_);
+    return at + head * (key_bytes_ + value_bytes_) + (keys ? 0 : key_bytes_);
+}
 
 void Cache::truncate(int64_t length) {
     length = std::min(length_, std::max<int64_t>(0, length));
@@ -62,9 +101,10 @@ void Cache::truncate(int64_t length) {
                 const int64_t layer = i / kv_heads_, head = i % kv_heads_;
                 const WholeBlocks tail = tail_of(layer, head);
                 const int64_t at = block % tail.slots * whole_bytes(head_dim_);
-                open_block(how_, true, head_dim_, compressed_at(layer, head, true, block), tail.keys + at);
-                open_block(how_, false, head_dim_, compressed_at(layer, head, false, block),
-                           tail.values + at);
+                for (bool keys : {true, false})
+                    open_block(how(layer, head), keys, head_dim_, block,
+                               compressed_at(layer, head, keys, block),
+                               (keys ? tail.keys : tail.values) + at);
             }
     }
     length_ = length;
@@ -85,7 +125,8 @@ void Cache::read_key(int64_t layer, int64_t head, int64_t position, float* to) c
             read_whole_key(head_dim_, whole.keys + block % whole.slots * whole_bytes(head_dim_), p % kBlock,
                            to);
         else
-            read_packed_key(how_, head_dim_, compressed_at(layer, head, true, block), p % kBlock, to);
+            read_packed_key(how(layer, head), head_dim_, block, compressed_at(layer, head, true, block),
+                            p % kBlock, to);
         return;
     }
     const uint8_t* part = keys_of(layer, head)[position / kChunk];
@@ -134,7 +175,23 @@ void Cache::give_back(int64_t layer, int64_t head, int64_t length) {
         copy_block(whole_of(layer, head), tail_of(layer, head), block, whole_bytes(head_dim_));
 }
 
+void Cache::compress_keys(int64_t layer, int64_t block) const {
+    for (int64_t p = 0; p < kBlock; p++) {
+        float factors[kMostKeyRank] = {};
+        for (int64_t head = 0; head < kv_heads_; head++) {
+            const WholeBlocks whole = whole_of(layer, head);
+            add_factors(how(layer, head).low, head_dim_, block, p,
+                        whole.keys + block % whole.slots * whole_bytes(head_dim_), factors);
+        }
+        keep_factors(how_.low, p, factors, compressed_at(layer, 0, true, block));
+    }
+}
+
 void Cache::compress(int64_t layer, int64_t head, bool keys, int64_t block) const {
+    if (keys && how_.low.rank) {
+        if (head == 0) compress_keys(layer, block);
+        return;
+    }
     const WholeBlocks whole = whole_of(layer, head);
     compress_block(how_, keys, head_dim_,
                    (keys ? whole.keys : whole.values) + block % whole.slots * whole_bytes(head_dim_),
@@ -149,6 +206,11 @@ void Cache::grow(int64_t length) {
             tail_.reset(chunk_memory(tail_bytes()));
             if (!tail_) throw std::bad_alloc();
         }
+        for (int64_t p = int64_t(starts_.size() / size_t(head_dim_)) * kBlock;
+             how_.low.rank && p < wanted * kChunk; p += kBlock)
+            for (const bool sine : {false, true})
+                for (const float frequency : frequencies_)
+                    starts_.push_back(sine ? std::sin(float(p) * frequency) : std::cos(float(p) * frequency));
         while (int64_t(chunks_.size()) < wanted) {
             chunks_.emplace_back(chunk_memory(chunk_bytes_));
             if (!chunks_.back()) throw std::bad_alloc();
@@ -163,7 +225,8 @@ void Cache::grow(int64_t length) {
         for (int64_t part = 0; part < parts; part++)
             for (int64_t c = moved ? 0 : had; c < wanted; c++)
                 parts_[size_t(part * room_ + c)] =
-                    chunks_[size_t(c)].get() + part / 2 * (key_bytes_ + value_bytes_) + part % 2 * key_bytes_;
+                    chunks_[size_t(c)].get() +
+                    place_in_chunk(part / 2 / kv_heads_, part / 2 % kv_heads_, part % 2 == 0);
     } catch (...) {
         truncate(length_);
         throw;

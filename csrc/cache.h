@@ -12,6 +12,16 @@ namespace gossamer {
 
 constexpr int64_t kMostRows = 512;  // that are appended together, at fixed positions
 
+// Orthonormal vectors in which the keys of all heads of a layer, before rotation, lie nearly; and how they
+// are rotated.
+struct KeyBasis {
+    int64_t rank = 0;                // 0: there is none
+    std::vector<float> vectors;      // [layer][head][number][rank]
+    std::vector<float> frequencies;  // [head_dim / 2]
+    float scale = 1;
+    std::vector<char> rotates;  // [layer]
+};
+
 // Chunks of kChunk positions, each with the parts of all layers and heads. It grows by chunks, and nothing
 // that lies in it ever moves.
 //
@@ -21,9 +31,9 @@ constexpr int64_t kMostRows = 512;  // that are appended together, at fixed posi
 // between.
 class Cache {
   public:
-    // how, start (compress.h): of a packed cache.
+    // how, start (compress.h), and the basis of low-rank keys: of a packed cache.
     Cache(int64_t layers, int64_t kv_heads, int64_t head_dim, CacheType type, const Compression& how = {},
-          std::vector<float> start = {});
+          std::vector<float> start = {}, const KeyBasis& basis = {});
     Cache(const Cache&) = delete;
 
     int64_t layers() const { return layers_; }
@@ -34,7 +44,7 @@ class Cache {
     int64_t bytes() const { return int64_t(chunks_.size()) * chunk_bytes_ + (tail_ ? tail_bytes() : 0); }
     double token_bytes() const { return double(chunk_bytes_) / kChunk; }  // of one position, but for the tail
     bool packed() const { return type_ == kCachePacked; }
-    const Compression& how() const { return how_; }
+    Compression how(int64_t layer, int64_t head) const;
     CacheType type_of_rows() const { return packed() ? kCacheBF16 : type_; }  // in which positions are placed
 
     // Makes room for `length` positions; throws std::bad_alloc, and is as before then.
@@ -74,6 +84,8 @@ class Cache {
     static constexpr int64_t kTail = kWhole + 2;
     static constexpr int64_t kStaged = kMostRows / kBlock + kWhole + 1;
 
+    void compress_keys(int64_t layer, int64_t block) const;  // in low rank
+    int64_t place_in_chunk(int64_t layer, int64_t head, bool keys) const;
     int64_t tail_bytes() const { return 2 * layers_ * kv_heads_ * kTail * whole_bytes(head_dim_); }
     WholeBlocks tail_of(int64_t layer, int64_t head) const;
     int64_t number(int64_t layer, int64_t head, int which) const {
@@ -87,7 +99,10 @@ class Cache {
     const CacheType type_;
     const Compression how_;
     const std::vector<float> start_;
-    const int64_t key_bytes_, value_bytes_, chunk_bytes_;  // of parts, and a chunk
+    std::vector<uint16_t> vectors_;  // of low-rank keys: [layer][head][number][rank] bfloat16
+    std::vector<float> frequencies_, turns_, starts_;  // compression.h
+    std::vector<char> rotates_;
+    const int64_t key_bytes_, value_bytes_, layer_bytes_, chunk_bytes_;  // of parts, and of a chunk
     int64_t length_ = 0;
     int64_t compressed_ = 0;                 // blocks that are
     std::unique_ptr<uint8_t[], Free> tail_;  // [layer][head][keys, values][slot]

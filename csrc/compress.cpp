@@ -1,5 +1,5 @@
 // GEAR's algorithm 1 on the keys, or the values, of one head in a block; without rank and outliers it is
-// KIVI.
+// KIVI. And keys in low rank.
 #include "compress.h"
 
 #include <algorithm>
@@ -234,7 +234,68 @@ Reader reader_of(const Compression& how, bool keys, int64_t dim, const uint8_t* 
     return {how, keys, wide, packed_block(how, kBlock, int(wide), keys), from};
 }
 
+// ---- low rank of all heads' keys
+
+struct Turn {
+    float cos, sin;
+};
+
+// Of numbers i and dim / 2 + i at position `p` of a block.
+Turn turn_at(const LowRankKeys& low, int64_t dim, int64_t number, int64_t p, int64_t i) {
+    const float *start = low.starts + number * dim, *turn = low.turns + i * 2 * kBlock;
+    const float c = start[i], s = start[dim / 2 + i];
+    return {c * turn[p] - s * turn[kBlock + p], s * turn[p] + c * turn[kBlock + p]};
+}
+
+void turn_key(const LowRankKeys& low, int64_t dim, int64_t number, int64_t p, float* key) {
+    for (int64_t i = 0, half = dim / 2; low.starts && i < half; i++) {
+        const Turn turn = turn_at(low, dim, number, p, i);
+        const float a = key[i], b = key[half + i];
+        key[i] = a * turn.cos - b * turn.sin;
+        key[half + i] = b * turn.cos + a * turn.sin;
+    }
+}
+
+void turn_back(const LowRankKeys& low, int64_t dim, int64_t number, int64_t p, float* key) {
+    for (int64_t i = 0, half = dim / 2; low.starts && i < half; i++) {
+        const Turn turn = turn_at(low, dim, number, p, i);
+        const float size = turn.cos * turn.cos + turn.sin * turn.sin;
+        const float a = key[i] / size, b = key[half + i] / size;
+        key[i] = a * turn.cos + b * turn.sin;
+        key[half + i] = b * turn.cos - a * turn.sin;
+    }
+}
+
+void read_low_rank_key(const LowRankKeys& low, int64_t dim, int64_t number, const uint8_t* from, int64_t p,
+                       float* to) {
+    const uint16_t* factors = reinterpret_cast<const uint16_t*>(from);
+    for (int64_t c = 0; c < dim; c++) {
+        float sum = 0;
+        for (int64_t r = 0; r < low.rank; r++)
+            sum += float_of_bfloat16(factors[place_of(true, low.rank, p, r)]) *
+                   float_of_bfloat16(low.vectors[c * low.rank + r]);
+        to[c] = sum;
+    }
+    turn_key(low, dim, number, p, to);
+}
+
 }  // namespace
+
+void add_factors(const LowRankKeys& low, int64_t dim, int64_t number, int64_t p, const uint8_t* whole,
+                 float* factors) {
+    float key[kMostHead];
+    read_whole_key(dim, whole, p, key);
+    turn_back(low, dim, number, p, key);
+    for (int64_t c = 0; c < dim; c++) {
+        const uint16_t* vector = low.vectors + c * low.rank;
+        for (int64_t r = 0; r < low.rank; r++) factors[r] += key[c] * float_of_bfloat16(vector[r]);
+    }
+}
+
+void keep_factors(const LowRankKeys& low, int64_t p, const float* factors, uint8_t* to) {
+    for (int64_t r = 0; r < low.rank; r++)
+        reinterpret_cast<uint16_t*>(to)[place_of(true, low.rank, p, r)] = bfloat16_of(factors[r]);
+}
 
 void compress_block(const Compression& how, bool keys, int64_t dim, const uint8_t* whole, const float* start,
                     uint8_t* to) {
@@ -260,15 +321,27 @@ void compress_block(const Compression& how, bool keys, int64_t dim, const uint8_
             words(at.right)[r * rest.wide + c] = bfloat16_of(right[r * dim + c]);
 }
 
-void open_block(const Compression& how, bool keys, int64_t dim, const uint8_t* from, uint8_t* whole) {
+void open_block(const Compression& how, bool keys, int64_t dim, int64_t number, const uint8_t* from,
+                uint8_t* whole) {
     const Reader reader = reader_of(how, keys, dim, from);
     uint16_t* to = reinterpret_cast<uint16_t*>(whole);
+    if (keys && how.low.rank) {
+        for (int64_t p = 0; p < kBlock; p++) {
+            float key[kMostHead] = {};
+            read_low_rank_key(how.low, dim, number, from, p, key);
+            for (int64_t c = 0; c < reader.wide; c++)
+                to[place_of(true, reader.wide, p, c)] = bfloat16_of(key[c]);
+        }
+        return;
+    }
     for (int64_t p = 0; p < kBlock; p++)
         for (int64_t c = 0; c < reader.wide; c++)
             to[place_of(keys, reader.wide, p, c)] = c < dim ? bfloat16_of(reader.number(p, c)) : 0;
 }
 
-void read_packed_key(const Compression& how, int64_t dim, const uint8_t* from, int64_t p, float* to) {
+void read_packed_key(const Compression& how, int64_t dim, int64_t number, const uint8_t* from, int64_t p,
+                     float* to) {
+    if (how.low.rank) return read_low_rank_key(how.low, dim, number, from, p, to);
     const Reader reader = reader_of(how, true, dim, from);
     for (int64_t c = 0; c < dim; c++) to[c] = reader.number(p, c);
 }

@@ -12,6 +12,12 @@
 //   right     [rank][wide] bfloat16, by numbers of a head
 //   outliers  [count][vectors] bfloat16, then their places in the vector [count][vectors] bytes: instead
 //
+// Or keys, before rotation, in low rank (Sun et al. 2024, ShadowKV), those of all heads of a layer together:
+//
+//   factors   [block of 16 positions][rank / 2][16][2] bfloat16, as keys of `rank` numbers would lie
+//
+// A head's keys are factors times its vectors, rotated by their positions.
+//
 // This header is included by units of every instruction set: nothing in it may have external linkage.
 #pragma once
 #include <stdint.h>
@@ -28,11 +34,22 @@ struct Outliers {
 
 static inline int count_of(const Outliers& some) { return some.most + some.least; }
 
+// What opens low-rank keys of one head.
+struct LowRankKeys {
+    int rank = 0;                       // a multiple of 16; 0: keys are coded
+    const uint16_t* vectors = nullptr;  // [number of the head][rank] bfloat16
+    const float* starts = nullptr;  // [block][cos, sin][dim / 2]: of its first position; null: no rotation
+    const float* turns = nullptr;   // [dim / 2][cos, sin][kBlock]: from there on, and the rotation's scale
+};
+
 struct Compression {
     int bits = 0;  // of a code: 2 or 4; 0: nothing is compressed
     int rank = 0;
     Outliers keys{0, 0}, values{0, 0};
+    LowRankKeys low{};
 };
+
+constexpr int kMostKeyRank = 1024;
 
 static inline const Outliers& outliers_of(const Compression& how, bool keys) {
     return keys ? how.keys : how.values;
@@ -45,7 +62,7 @@ static inline bool compresses(const Compression& how, int64_t dim) {
                      count_of(keys) <= kMostOutliers && count_of(values) <= kMostOutliers &&
                      count_of(values) <= dim;
     return (how.bits == 2 || how.bits == 4) && how.rank >= 0 && how.rank <= kMostRank && how.rank <= dim &&
-           few;
+           few && how.low.rank >= 0 && how.low.rank <= kMostKeyRank && how.low.rank % 16 == 0;
 }
 
 // Where the parts of a compressed block begin.
@@ -55,7 +72,11 @@ struct PackedBlock {
 };
 
 static inline PackedBlock packed_block(const Compression& how, int block, int wide, bool keys) {
-    PackedBlock at;
+    PackedBlock at{};
+    if (keys && how.low.rank) {
+        at.bytes = 2 * int64_t(block) * how.low.rank;
+        return at;
+    }
     at.vectors = keys ? wide : block;
     at.count = count_of(outliers_of(how, keys));
     at.scales = int64_t(block) * wide * how.bits / 8;

@@ -450,7 +450,8 @@ class DecoderRun {
             const int64_t head = i / (2 * count), block = from + i / 2 % count;
             const bool keys = i % 2 == 0;
             const WholeBlocks opened = opened_of(head);
-            attention_.open(&cache_.how(), keys, m_.head_dim, cache_.compressed_at(number, head, keys, block),
+            const Compression how = cache_.how(number, head);
+            attention_.open(&how, keys, m_.head_dim, block, cache_.compressed_at(number, head, keys, block),
                             (keys ? opened.keys : opened.values) + block * whole_bytes(m_.head_dim));
         }
         barrier_.wait();
@@ -498,7 +499,7 @@ class DecoderRun {
         a.keys = cache_.keys_of(number, kv_head);
         a.values = cache_.values_of(number, kv_head);
         if (cache_.packed()) {
-            a.how = cache_.how();
+            a.how = cache_.how(number, kv_head);
             a.whole = cache_.whole_of(number, kv_head);
             a.opened = opened_of(kv_head);
         }

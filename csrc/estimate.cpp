@@ -58,7 +58,7 @@ void score_packed(const Weighing& w) {
     for (int64_t block = 0; block * kBlock < w.first + w.count; block++) {
         const uint16_t* keys = (const uint16_t*)(w.whole.keys + block % w.whole.slots * whole_bytes(w.dim));
         if (block < w.compressed) {
-            open_packed(w.how, true, wide,
+            open_packed(w.how, true, int(w.dim), block,
                         w.keys[block * kBlock / kChunk] + block % (kChunk / kBlock) * bytes, opened);
             keys = opened;
         }

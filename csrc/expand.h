@@ -103,8 +103,63 @@ GOSSAMER_INLINE void open_bits(int rank, bool keys, const PackedBlock& at, int w
     }
 }
 
-// The keys, or the values, of one head in a block.
-void open_packed(const Compression& how, bool keys, int wide, const uint8_t* from, uint16_t* to) {
+// Sums to [N][kBlock] of factors times N of the vectors.
+template <int N>
+GOSSAMER_INLINE void sum_up(const uint16_t* vectors, int rank, const uint16_t* factors, float* to) {
+    for (int j = 0; j < kBlock / 16; j++, factors += 16 * rank) {
+        Floats sum[N];
+        GOSSAMER_UNROLL(8)
+        for (int n = 0; n < N; n++) sum[n] = floats(0);
+        for (int r = 0; r < rank; r += 2) {
+            const Bytes some = load(factors + 16 * r);
+            GOSSAMER_UNROLL(8)
+            for (int n = 0; n < N; n++) sum[n] = dot_pairs(sum[n], some, pair(vectors + n * rank + r));
+        }
+        GOSSAMER_UNROLL(8)
+        for (int n = 0; n < N; n++) store_floats(to + n * kBlock + 16 * j, sum[n], 16);
+    }
+}
+
+// Numbers i and half + i of the positions of a block turn against each other.
+GOSSAMER_INLINE void turn_block(const LowRankKeys& low, int half, int64_t number, float* x) {
+    const float* start = low.starts + number * 2 * half;
+    for (int i = 0; i < half; i++) {
+        const Floats c = floats(start[i]), s = floats(start[half + i]), minus = floats(-start[half + i]);
+        for (int p = 0; p < kBlock; p += 16) {
+            float *low_half = x + i * kBlock + p, *high_half = low_half + half * kBlock;
+            const float* turn = low.turns + i * 2 * kBlock + p;
+            const Floats tc = load_floats(turn, 16), ts = load_floats(turn + kBlock, 16);
+            const Floats cos = mul_add(minus, ts, mul(c, tc)), sin = mul_add(c, ts, mul(s, tc));
+            const Floats a = load_floats(low_half, 16), b = load_floats(high_half, 16);
+            store_floats(low_half, mul_add(mul(b, floats(-1)), sin, mul(a, cos)), 16);
+            store_floats(high_half, mul_add(a, sin, mul(b, cos)), 16);
+        }
+    }
+}
+
+void open_low_rank(const LowRankKeys& low, int dim, int64_t number, const uint8_t* from, uint16_t* to) {
+    constexpr int kSome = kRegisters == 32 ? 8 : 4;
+    alignas(64) float x[kMostHead * kBlock];
+    const int wide = wide_of(dim);
+    int c = 0;
+    for (; c + kSome <= dim; c += kSome)
+        sum_up<kSome>(low.vectors + c * low.rank, low.rank, (const uint16_t*)from, x + c * kBlock);
+    for (; c < dim; c++)
+        sum_up<1>(low.vectors + c * low.rank, low.rank, (const uint16_t*)from, x + c * kBlock);
+    for (int i = dim * kBlock; i < wide * kBlock; i += 16) store_floats(x + i, floats(0), 16);
+    if (low.starts) turn_block(low, dim / 2, number, x);
+    for (int j = 0; j < kBlock / 16; j++)
+        for (int w = 0; w < wide / 2; w++, to += 32) {
+            const float* both = x + 2 * w * kBlock + 16 * j;
+            store_mixed(to, load_floats(both, 16), load_floats(both + kBlock, 16));
+        }
+}
+
+// The keys, or the values, of one head in block `number`.
+void open_packed(const Compression& how, bool keys, int dim, int64_t number, const uint8_t* from,
+                 uint16_t* to) {
+    if (keys && how.low.rank) return open_low_rank(how.low, dim, number, from, to);
+    const int wide = wide_of(dim);
     const PackedBlock at = packed_block(how, kBlock, wide, keys);
     if (how.bits == 4)
         open_bits<4>(how.rank, keys, at, wide, from, to);

@@ -134,7 +134,7 @@ void Policy::weigh(const PolicyRows& r, int64_t head, int64_t part, float* score
     const int64_t kv_head = head / (heads_ / r.cache.kv_heads());
     w.keys = r.cache.keys_of(r.layer, kv_head);
     if (r.cache.packed()) {
-        w.how = r.cache.how();
+        w.how = r.cache.how(r.layer, kv_head);
         w.compressed = r.cache.due(r.start);
         w.whole = r.cache.whole_of(r.layer, kv_head);
     }

@@ -14,6 +14,7 @@ PARTS = {
     "blocks": "the block-sparse attention kernel beside dense attention",
     "prompts": "time and perplexity of attention policies on long prompts",
     "needles": "pass keys found in long texts by attention policies",
+    "bases": "what keys lose in low rank, by where the directions were found",
     "caches": "bytes, perplexity and decode speed of compressed and selectively read caches",
 }
 

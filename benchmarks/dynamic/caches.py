@@ -4,8 +4,8 @@ Windows of a novel (8,064 tokens, from its 20,001st on): the last ones (``--last
 the others were read. In transformers those were read densely once for all, and pieces of 64 follow, each
 token choosing for itself where a method chooses. The native decoder reads them through its cache too; where
 it chooses, tokens follow one by one. Perplexity of the last tokens, and KL to transformers with its own cache
-in bfloat16, are of the same pass. Then steps follow, contenders in turn, round by round. Label channels come
-from another novel. Model and caches in bfloat16 unless said.
+in bfloat16, are of the same pass. Then steps follow, contenders in turn, round by round. Label channels and
+the native decoder's basis of keys come from another novel. Model and caches in bfloat16 unless said.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from benchmarks.dynamic.contenders import MEASURED, SEARCHED, tokens_of
 from gossamer.dynamic.cache import CacheMethod, reading
 from gossamer.dynamic.cache.double_sparsity import DoubleSparsity, label_channels
 from gossamer.dynamic.cache.gear import Gear
+from gossamer.dynamic.cache.key_basis import key_basis
 from gossamer.dynamic.cache.low_rank_keys import LowRankKeys
-from gossamer.engine import Decoder, Looks, NativeSession
-from gossamer.engine.caches import PACKED
+from gossamer.engine import Decoder, Looks, NativeSession, PackedCache
+from gossamer.engine.caches import PACKED, CacheKind
 from gossamer.models.attention import decoding
 
 PIECE = 64  # tokens of the measured text that go in together
@@ -123,17 +124,19 @@ def timed(step: Callable[[Tensor], object], ids: Tensor) -> list[float]:
     return found
 
 
-def natives(decoder: Decoder, labels: Tensor) -> dict[str, Callable[[Tensor], Native]]:
+def natives(decoder: Decoder, labels: Tensor, basis: Tensor) -> dict[str, Callable[[Tensor], Native]]:
     """Contenders of the native decoder by name; Double Sparsity there reads blocks of 64 tokens."""
 
-    def made(prompt: Tensor, cache: str, looks: Looks | None = None) -> Native:
+    def made(prompt: Tensor, cache: CacheKind, looks: Looks | None = None) -> Native:
         return Native(NativeSession(decoder, cache, looks), prompt, looks is not None)
 
     names = ("bfloat16", "int8", *PACKED)
     found: dict[str, Callable[[Tensor], Native]] = {
         f"native, {cache}": partial(made, cache=cache) for cache in names
     }
-    for cache, count, tokens in (
+    low = {f"low-rank keys {rank}": PackedCache(4, keys=basis[:, :rank]) for rank in (144, 96, 48)}
+    found |= {f"native, {name}": partial(made, cache=cache) for name, cache in low.items()}
+    choosing: tuple[tuple[str, int, int], ...] = (
         ("bfloat16", 16, 2048),
         ("bfloat16", 16, 1024),
         ("bfloat16", 16, 512),
@@ -141,11 +144,13 @@ def natives(decoder: Decoder, labels: Tensor) -> dict[str, Callable[[Tensor], Na
         ("int8", 16, 2048),
         ("int8", 16, 1024),
         ("gear4", 16, 1024),
-    ):
+        ("low-rank keys 96", 16, 1024),
+    )
+    for cache, count, tokens in choosing:
         policy = DoubleSparsity(labels[..., :count], tokens).policy(decoder.model)
         looks = policy.native(len(decoder.windows), decoder.heads)
         name = f"native, {cache}, Double Sparsity {count}, {tokens} tokens"
-        found[name] = partial(made, cache=cache, looks=looks)
+        found[name] = partial(made, cache=low.get(cache, cache), looks=looks)
     return found
 
 
@@ -259,7 +264,8 @@ def main() -> None:
     with torch.no_grad():
         decoder = Decoder(model)
         labels = label_channels(model, other.reshape(-1, 1024), 16)
-        known: dict[str, Any] = {DENSE: None, **methods(labels), **natives(decoder, labels)}
+        basis = key_basis(model, other.reshape(-1, 1024), 144)
+        known: dict[str, Any] = {DENSE: None, **methods(labels), **natives(decoder, labels, basis)}
         known = {
             name: what for name, what in known.items() if name in (DENSE, PLAIN) or re.search(args.only, name)
         }

@@ -101,13 +101,24 @@ std::vector<float> start_of(CacheType type) {
     return start;
 }
 
+// Vectors along numbers of a head, of which each one has some.
+KeyBasis basis_of(const DecoderModel& model) {
+    KeyBasis basis;
+    basis.rank = 7;
+    basis.rotates = {1, 1};
+    basis.frequencies.assign(model.frequencies, model.frequencies + kHead / 2);
+    for (int64_t i = 0; i < 2 * kKvHeads * kHead * basis.rank; i++)
+        basis.vectors.push_back(i / basis.rank % basis.rank == i % basis.rank ? 0.4f : 0.0f);
+    return basis;
+}
+
 // One sequence: logits of what is appended, all rows or the last.
 class Sequence {
   public:
     Sequence(const DecoderModel& model, const Tier& tier, CacheType type, int threads, const Gates* gates,
-             Random& random)
+             Random& random, bool low_rank = false)
         : cache(int64_t(model.layers.size()), model.kv_heads, model.head_dim, type, how_of(type),
-                start_of(type)),
+                start_of(type), low_rank ? basis_of(model) : KeyBasis{}),
           model_(model),
           tier_(tier),
           threads_(threads),
@@ -200,6 +211,7 @@ void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens
 void check_policies(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
                     CacheType type, int threads, Random& random) {
     describe("%s, policies, cache type %d, %d threads", tier.name, int(type), threads);
+    const bool packed = type == kCachePacked;  // with keys in low rank here, coded ones above
     std::vector<float> gate(2 * kHead * kHead);
     for (float& number : gate) number = float(2 * random.unit() - 1);
     const auto made = [&](int64_t few) {
@@ -214,8 +226,8 @@ void check_policies(const DecoderModel& model, const std::vector<int64_t>& token
     CHECK(made(2)->check().empty(), "a good policy is refused: %s", made(2)->check().c_str());
     for (int64_t few : {int64_t(2), int64_t(99)}) {
         const auto one = made(few), other = made(few);
-        Sequence whole(model, tier, type, 1, nullptr, random),
-            parts(model, tier, type, threads, nullptr, random);
+        Sequence whole(model, tier, type, 1, nullptr, random, packed),
+            parts(model, tier, type, threads, nullptr, random, packed);
         Rows want = whole.append(tokens, kPrompt, true, one.get());
         parts.append(tokens, 512, false, other.get());
         parts.append(tokens, 40, false, other.get());
@@ -229,7 +241,7 @@ void check_policies(const DecoderModel& model, const std::vector<int64_t>& token
         CHECK((one->looked() < one->there()) == (few == 2), "%lld of %lld blocks were looked at",
               (long long)one->looked(), (long long)one->there());
         if (few == 2) continue;
-        Sequence dense(model, tier, type, threads, nullptr, random);
+        Sequence dense(model, tier, type, threads, nullptr, random, packed);
         check_same(dense.append(tokens, kPrompt, true), 0, want, 0, kPrompt, kVocabulary,
                    "all blocks, and dense");
     }

@@ -61,7 +61,7 @@ def bench(
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
-    cache: options.Cache = options.CacheName.bfloat16,
+    cache: options.Cache = "bfloat16",
     attention: options.Attention = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -83,7 +83,7 @@ def bench(
     if refresh or any(given is not None for given in (values, pattern, sparsity, zeros)):
         raise EvaluationError("--values, --pattern, --sparsity, --zeros and --refresh are for --plan: add it")
     settings: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "threads": threads}
-    settings |= {"dtype": dtype.value, "huge_pages": huge_pages, "cache": cache.value}
+    settings |= {"dtype": dtype.value, "huge_pages": huge_pages, "cache": cache}
     if profile:
         if engine is options.EngineName.transformers:
             raise EvaluationError("--profile is of the native decoder: leave --engine transformers out")

@@ -37,7 +37,7 @@ def chat(
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
-    cache: options.Cache = options.CacheName.bfloat16,
+    cache: options.Cache = "bfloat16",
     attention: options.Attention = None,
 ) -> None:
     """Chat with a model; /reset begins anew, /exit ends, Ctrl-C stops an answer.
@@ -56,7 +56,7 @@ def chat(
             dtype=dtype.value,
             huge_pages=huge_pages,
             engine=engine.value,
-            cache=cache.value,
+            cache=cache,
             attention=attention,
             progress=report,
         )

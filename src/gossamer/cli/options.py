@@ -42,18 +42,13 @@ Engine = Annotated[
 ]
 
 
-class CacheName(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-    kivi4 = "kivi4"
-    gear4 = "gear4"
-    kivi2 = "kivi2"
-    gear2 = "gear2"
-
-
 Cache = Annotated[
-    CacheName, typer.Option("--cache", help="What the native decoder keeps keys and values in.")
+    str,
+    typer.Option(
+        "--cache",
+        help="What the native decoder keeps keys and values in: float32, bfloat16, int8, kivi4, gear4, "
+        "kivi2, gear2, or the file of a cache.",
+    ),
 ]
 Attention = Annotated[
     str | None,

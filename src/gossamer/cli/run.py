@@ -42,7 +42,7 @@ def run(
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,
-    cache: options.Cache = options.CacheName.bfloat16,
+    cache: options.Cache = "bfloat16",
     attention: options.Attention = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -60,7 +60,7 @@ def run(
             dtype=dtype.value,
             huge_pages=huge_pages,
             engine=engine.value,
-            cache=cache.value,
+            cache=cache,
             attention=attention,
             progress=report,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import kernels
-from gossamer.engine.caches import CacheKind, new_cache
+from gossamer.engine.caches import CacheKind, Shape, new_cache
 from gossamer.engine.gates import ActivationGate, NativeGates
 from gossamer.engine.policy import Looks, new_policy
 from gossamer.errors import ModelError
@@ -99,7 +99,11 @@ class Decoder:
     def new_cache(self, kind: CacheKind = torch.bfloat16) -> Any:
         """An empty cache of keys and values: see `new_cache`."""
         body: Any = self.model.model
-        return new_cache(kind, len(body.layers), self.kv_heads, self.head_dim)
+        frequencies, scale = body.rotary_emb.inv_freq.tolist(), float(body.rotary_emb.attention_scaling)
+        rotates = [bool(getattr(layer.self_attn, "use_rope", True)) for layer in body.layers]
+        return new_cache(
+            kind, Shape(len(body.layers), self.kv_heads, self.head_dim, frequencies, scale, rotates)
+        )
 
     def new_policy(self, looks: Looks) -> Any:
         """What the attention of one sequence looks at, for `append`. Raises ModelError."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from gossamer.engine import Decoder, NativeSession, why_not
-from gossamer.engine.caches import CacheName
+from gossamer.engine.caches import CacheKind, cache_of
 from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.generate import generate, room, stop_tokens
@@ -161,7 +161,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     huge_pages: bool = False,
     engine: Engine = "auto",
-    cache: CacheName = "bfloat16",
+    cache: CacheKind | Path = "bfloat16",
     attention: str | Path | Policy | None = None,
     progress: Progress = silent,
 ) -> LoadedModel:
@@ -173,7 +173,8 @@ def load(
     they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
     C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
     families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
-    and values in (``kivi4``, ``gear4``, ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`);
+    and values in (``kivi4``, ``gear4``, ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`, or
+    one of these, or the file of one);
     ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or itself) that
     chooses which keys are looked at (None: all). Where gates were saved with the model (``activations.json``)
     it runs gated, in either engine, and ``engine`` says so. Raises ModelError, CheckpointError or
@@ -214,18 +215,20 @@ def _in_transformers(loaded: LoadedModel, reason: str, policy: Policy | None) ->
     return _says(loaded, f"transformers: {reason}")
 
 
-def _with_engine(loaded: LoadedModel, engine: Engine, cache: CacheName, policy: Policy | None) -> LoadedModel:
+def _with_engine(
+    loaded: LoadedModel, engine: Engine, cache: CacheKind | Path, policy: Policy | None
+) -> LoadedModel:
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
-    if cache not in get_args(CacheName):
-        raise ModelError(f"unknown cache {cache!r}; there are: {', '.join(get_args(CacheName))}")
+    kept = cache_of(cache)
     if engine == "transformers":
         return _in_transformers(loaded, "asked for", policy)
     reason = why_not(loaded.model)
     if reason is None:
         decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
         looks = None if policy is None else policy.native(len(decoder.windows), decoder.heads)
-        new_session = partial(NativeSession, decoder, cache, looks)
+        decoder.new_cache(kept)  # says what does not suit
+        new_session = partial(NativeSession, decoder, kept, looks)
         return _says(replace(loaded, new_session=new_session), "the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")

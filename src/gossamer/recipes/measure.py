@@ -14,7 +14,7 @@ from gossamer.bench import Plan, Profile, SpeedComparison, compare_speed
 from gossamer.bench import plan as _plan
 from gossamer.bench import profile as _profile
 from gossamer.engine import NativeSession
-from gossamer.engine.caches import CacheName
+from gossamer.engine.caches import CacheKind
 from gossamer.errors import EvaluationError
 from gossamer.evaluate import Quality, compare
 from gossamer.models.manifest import is_checkpoint
@@ -91,7 +91,7 @@ def speed(
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
     engine: Engine = "auto",
-    cache: CacheName = "bfloat16",
+    cache: CacheKind | Path = "bfloat16",
     attention: str | Path | None = None,
     progress: Progress = silent,
 ) -> SpeedComparison:
@@ -130,7 +130,7 @@ def profile(
     threads: int | None = None,
     dtype: torch.dtype | str = "bfloat16",
     huge_pages: bool = False,
-    cache: CacheName = "bfloat16",
+    cache: CacheKind | Path = "bfloat16",
     progress: Progress = silent,
 ) -> Profile:
     """Where a token's time goes in the native decoder, of the prompt and after it; see

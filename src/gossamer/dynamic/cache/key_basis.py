@@ -1,0 +1,70 @@
+"""A basis for keys before rotation, found on other text: what the native decoder keeps them in (ShadowKV).
+
+Sun et al. 2024 find the basis of each prompt anew, as `low_rank_keys` does. One found once, on another text,
+loses hardly more (docs/figures.md, "Caches"), costs nothing while a prompt is read, and leaves what a token
+is kept as to its position alone, whatever comes after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.dynamic.attention.plug import Attend, attention
+from gossamer.dynamic.cache.parts import split
+from gossamer.dynamic.cache.rotation import Rotation
+from gossamer.errors import MethodError
+
+
+class _Grams(Attend):
+    """Dense attention that sums, layer by layer, the products of keys before rotation on its way."""
+
+    def __init__(self, rotations: list[Rotation]) -> None:
+        super().__init__(None)
+        self.rotations = rotations
+        self.grams: dict[int, Tensor] = {}
+
+    def one(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> Tensor:
+        plain = self.rotations[layer].undo(keys.float(), torch.arange(keys.shape[1]))
+        rows = plain.transpose(0, 1).flatten(1)  # (n, kv_heads x dim)
+        self.grams[layer] = self.grams.get(layer, 0) + (rows.mT @ rows).double()
+        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
+
+
+@torch.no_grad()
+def key_basis(model: Any, windows: Tensor, rank: int) -> Tensor:
+    """Orthonormal vectors that keep most of all heads' keys together, float32 ``(layers, rank, kv_heads,
+    head_dim)``, the first one most: the leading right singular vectors of the keys before rotation in the
+    calibration ``windows``, int64 ``(windows, n)``. For `gossamer.engine.PackedCache`.
+
+    Raises MethodError for a rank of more numbers than a token's keys have, and for models whose keys rotate
+    otherwise (`Rotation.of`).
+    """
+    layers = model.config.num_hidden_layers
+    sums = _Grams([Rotation.of(model, number) for number in range(layers)])
+    most, heads = _numbers(model)
+    if not 1 <= rank <= most:
+        raise MethodError(f"the keys of a token are {most} numbers: no rank of {rank}")
+    with attention(model, sums):
+        for ids in windows:
+            model(ids[None], use_cache=False, logits_to_keep=1)
+    if len(sums.grams) != layers:
+        raise MethodError("this model's layers do not go through the attention interface")
+    found = []
+    for number in range(layers):
+        if not bool(sums.grams[number].isfinite().all()):
+            raise MethodError(f"the keys of layer {number} are not finite on the calibration text")
+        vectors = torch.linalg.eigh(sums.grams[number]).eigenvectors[:, -rank:].flip(-1)
+        found.append(split(vectors.mT.float(), 1, heads, -1))
+    return torch.stack(found)
+
+
+def _numbers(model: Any) -> tuple[int, int]:
+    """Numbers of a token's keys, and heads of keys."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads * model.model.layers[0].self_attn.head_dim, heads
