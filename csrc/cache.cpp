@@ -175,12 +175,12 @@ void Cache::give_back(int64_t layer, int64_t head, int64_t length) {
         copy_block(whole_of(layer, head), tail_of(layer, head), block, whole_bytes(head_dim_));
 }
 
-void Cache::compress_keys(int64_t layer, int64_t block) const {
-    for (int64_t p = 0; p < kBlock; p++) {
+void Cache::compress_keys(int64_t layer, int64_t head, int64_t block) const {
+    for (int64_t p = kBlock * head / kv_heads_; p < kBlock * (head + 1) / kv_heads_; p++) {
         float factors[kMostKeyRank] = {};
-        for (int64_t head = 0; head < kv_heads_; head++) {
-            const WholeBlocks whole = whole_of(layer, head);
-            add_factors(how(layer, head).low, head_dim_, block, p,
+        for (int64_t one = 0; one < kv_heads_; one++) {
+            const WholeBlocks whole = whole_of(layer, one);
+            add_factors(how(layer, one).low, head_dim_, block, p,
                         whole.keys + block % whole.slots * whole_bytes(head_dim_), factors);
         }
         keep_factors(how_.low, p, factors, compressed_at(layer, 0, true, block));
@@ -188,10 +188,7 @@ void Cache::compress_keys(int64_t layer, int64_t block) const {
 }
 
 void Cache::compress(int64_t layer, int64_t head, bool keys, int64_t block) const {
-    if (keys && how_.low.rank) {
-        if (head == 0) compress_keys(layer, block);
-        return;
-    }
+    if (keys && how_.low.rank) return compress_keys(layer, head, block);
     const WholeBlocks whole = whole_of(layer, head);
     compress_block(how_, keys, head_dim_,
                    (keys ? whole.keys : whole.values) + block % whole.slots * whole_bytes(head_dim_),

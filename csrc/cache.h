@@ -84,7 +84,8 @@ class Cache {
     static constexpr int64_t kTail = kWhole + 2;
     static constexpr int64_t kStaged = kMostRows / kBlock + kWhole + 1;
 
-    void compress_keys(int64_t layer, int64_t block) const;  // in low rank
+    // In low rank: of all heads' keys, the positions that are this one's to do.
+    void compress_keys(int64_t layer, int64_t head, int64_t block) const;
     int64_t place_in_chunk(int64_t layer, int64_t head, bool keys) const;
     int64_t tail_bytes() const { return 2 * layers_ * kv_heads_ * kTail * whole_bytes(head_dim_); }
     WholeBlocks tail_of(int64_t layer, int64_t head) const;

@@ -286,10 +286,18 @@ void add_factors(const LowRankKeys& low, int64_t dim, int64_t number, int64_t p,
     float key[kMostHead];
     read_whole_key(dim, whole, p, key);
     turn_back(low, dim, number, p, key);
-    for (int64_t c = 0; c < dim; c++) {
-        const uint16_t* vector = low.vectors + c * low.rank;
-        for (int64_t r = 0; r < low.rank; r++) factors[r] += key[c] * float_of_bfloat16(vector[r]);
+    const int64_t rank = low.rank;
+    int64_t c = 0;
+    for (; c + 4 <= dim; c += 4) {  // four numbers for each factor that is loaded and stored
+        const uint16_t* v = low.vectors + c * rank;
+        for (int64_t r = 0; r < rank; r++)
+            factors[r] += (key[c] * float_of_bfloat16(v[r]) + key[c + 1] * float_of_bfloat16(v[rank + r])) +
+                          (key[c + 2] * float_of_bfloat16(v[2 * rank + r]) +
+                           key[c + 3] * float_of_bfloat16(v[3 * rank + r]));
     }
+    for (; c < dim; c++)
+        for (int64_t r = 0; r < rank; r++)
+            factors[r] += key[c] * float_of_bfloat16(low.vectors[c * rank + r]);
 }
 
 void keep_factors(const LowRankKeys& low, int64_t p, const float* factors, uint8_t* to) {

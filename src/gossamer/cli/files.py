@@ -25,6 +25,14 @@ class ExportDtype(str, Enum):
     float32 = "float32"
 
 
+class ExportFormat(str, Enum):
+    """How an export stores linear layers with zeros."""
+
+    dense = "dense"
+    sparse_bitmask = "sparse-bitmask"
+    sparse_24_bitmask = "sparse-24-bitmask"
+
+
 @guarded
 def info(model: options.AnyModel, as_json: options.AsJson = False) -> None:
     """Say what a checkpoint or model is made of, without loading its weights."""
@@ -69,19 +77,25 @@ def export(
     checkpoint: options.Checkpoint,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make; must not exist.")],
     dtype: Annotated[ExportDtype, typer.Option("--dtype", help="Of every weight.")] = ExportDtype.bfloat16,
+    form: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="dense, or one of compressed-tensors' (0.9 to 0.14) sparse formats."),
+    ] = ExportFormat.dense,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a checkpoint as a dense folder that transformers loads unchanged, zeros where pruned."""
+    """Write a checkpoint as a folder that transformers loads unchanged, zeros where pruned."""
     from gossamer.models.export import export_dense
     from gossamer.recipes.describe import weight_bytes
 
     with progress() as report:
-        path = export_dense(checkpoint, out, dtype.value, progress=report)
+        sparse = None if form is ExportFormat.dense else form.value
+        path = export_dense(checkpoint, out, dtype.value, sparse=sparse, progress=report)
     size = weight_bytes(path)
     if as_json:
-        show.document({"out": str(path), "dtype": dtype.value, "weight_file_bytes": size})
+        found = {"out": str(path), "dtype": dtype.value, "format": form.value, "weight_file_bytes": size}
+        show.document(found)
     else:
-        print(f"{path}: {show.size(size)} of {dtype.value}")
+        print(f"{path}: {show.size(size)} of {dtype.value}, {form.value}")
         print(f"next: AutoModelForCausalLM.from_pretrained({str(path)!r})")
 
 

@@ -1,4 +1,4 @@
-"""Dense export: a plain Hugging Face folder that transformers loads unchanged, zeros where pruned."""
+"""Export: a Hugging Face folder that transformers loads, zeros where pruned or none of them stored."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gossamer.errors import ModelError, OutputError
 from gossamer.matrices.atomic import atomic_file, atomic_folder, check_free
 from gossamer.matrices.storage import LazyTensor, nbytes, write_tensors
+from gossamer.models.bitmask import FORMATS, config_of, squeezed
 from gossamer.models.checkpoint import load_checkpoint
 from gossamer.models.checkpoint_writer import copy_companions
 from gossamer.models.naming import state_of
@@ -35,6 +36,7 @@ def export_dense(
     dtype: str = "bfloat16",
     *,
     base: str | Path | None = None,
+    sparse: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = silent,
 ) -> Path:
@@ -42,23 +44,33 @@ def export_dense(
 
     ``source``: the folder of a checkpoint, or a model in memory, structured or not; ``dtype``: float32,
     bfloat16 or float16, of every floating tensor; ``base``: where tokenizer files come from (the checkpoint
-    by default). One matrix is unpacked at a time. Files past ``shard_bytes`` are split as transformers
-    splits them. Nothing is left under ``out`` unless all is there. Returns ``out``. Raises OutputError where
-    ``out`` is taken or cannot be written, CheckpointError where the checkpoint is damaged.
+    by default); ``sparse``: linear layers with zeros are stored in one of compressed-tensors' formats
+    (`models.bitmask`), "sparse-bitmask" or "sparse-24-bitmask", which transformers reads with that library
+    beside it. One matrix is unpacked at a time. Files past ``shard_bytes`` are split as transformers splits
+    them. Nothing is left under ``out`` unless all is there. Returns ``out``. Raises OutputError where ``out``
+    is taken or cannot be written, or weights are not 2:4 that should be, CheckpointError where the
+    checkpoint is damaged.
     """
     out = Path(out)
     check_free(out)
     if dtype not in _DTYPES:
         raise OutputError(f"the dtype of an export is one of {', '.join(_DTYPES)}, not {dtype!r}")
+    if sparse is not None and sparse not in FORMATS:
+        raise OutputError(f"the sparse format of an export is one of {', '.join(FORMATS)}, not {sparse!r}")
     if isinstance(source, (str, Path)):
         model, base = load_checkpoint(source), base or source
     else:
         model = source
     tensors, tied = _dense_tensors(model, _DTYPES[dtype])
+    compression = None
+    if sparse is not None:
+        tensors, compression = _squeezed(model, tensors, sparse)
     with atomic_folder(out) as folder:
         if base is not None:
             copy_companions(Path(base), folder, without=("config.json",))
         _write_config(model, folder, dtype, tied)
+        if compression is not None:
+            _add_to_config(folder / "config.json", {"quantization_config": compression})
         write_shards(folder, tensors, shard_bytes, progress)
     return out
 
@@ -81,6 +93,44 @@ def _dense_tensors(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str
         kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
         tensors[name] = LazyTensor(kind, shape, partial(_load, held, turned, kind))
     return tensors, tied
+
+
+def _squeezed(
+    model: PreTrainedModel, tensors: dict[str, LazyTensor], kind: str
+) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """The tensors with the weights of linear layers that have zeros in a format of compressed-tensors, and
+    what ``config.json`` says of it."""
+    found: dict[str, LazyTensor] = {}
+    kinds = (StructuredLinear, nn.Linear)
+    whole = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    zeros = places = 0
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        weight = tensor.load() if module in whole and module != name else None
+        missing = 0 if weight is None else int((weight == 0).sum())
+        places += 0 if weight is None else weight.numel()
+        if weight is None or not missing:
+            found[name] = tensor
+            continue
+        zeros += missing
+        whole.remove(module)
+        try:
+            parts = squeezed(weight, kind)
+        except OutputError as error:
+            raise OutputError(f"{name} {error}") from error
+        for part, value in parts.items():
+            load = partial(_part, tensor, kind, part)
+            found[f"{module}.{part}"] = LazyTensor(value.dtype, tuple(value.shape), load)
+    return found, config_of(kind, zeros / max(1, places), sorted(whole))
+
+
+def _part(weight: LazyTensor, kind: str, part: str) -> Tensor:
+    return squeezed(weight.load(), kind)[part]
+
+
+def _add_to_config(path: Path, more: dict[str, Any]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8")) | more
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _dense_twin(model: PreTrainedModel) -> PreTrainedModel:

