@@ -57,8 +57,7 @@ def methods() -> list[MethodFacts]:
     for name in TUNERS:
         found.append(_facts("tune", TUNERS, name, ("calibration text",), ("any, and dense",), "block"))
     for name in WEIGHTS:
-        masks = "N:M, moving" if name == "ast" else "any, and dense"
-        found.append(_facts("finetune", WEIGHTS, name, ("text",), (masks,), "model"))
+        found.append(_facts("finetune", WEIGHTS, name, ("text",), (WEIGHTS[name].accepts,), "model"))
     for name in LOSSES:
         teacher = ("text", "teacher") if LOSSES[name].needs_teacher else ("text",)
         found.append(_facts("loss", LOSSES, name, teacher, ("any, and dense",), "model"))

@@ -22,7 +22,12 @@ from gossamer.registry import Registry
 
 WEIGHTS: Registry[TunedWeight] = Registry(
     "way to tune weights",
-    {"full": "gossamer.tune.weights", "lora": "gossamer.tune.ways.lora", "ast": "gossamer.tune.ways.ast"},
+    {
+        "full": "gossamer.tune.weights",
+        "lora": "gossamer.tune.ways.lora",
+        "ast": "gossamer.tune.ways.ast",
+        "maskllm": "gossamer.tune.ways.maskllm",
+    },
 )
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
@@ -44,6 +49,7 @@ class TunedWeight(nn.Module):
     """
 
     name: ClassVar[str] = ""
+    accepts: ClassVar[str] = "any, and dense"  # masks, in a word, for lists of methods
     Options: ClassVar[type[Any]] = NoOptions
     latent: Tensor
     mask: Tensor | None

@@ -51,6 +51,7 @@ class AstWeight(TunedWeight):
     """
 
     Options: ClassVar[type[Any]] = AstOptions
+    accepts = "N:M, moving"
     steps: Tensor
 
     def __init__(

@@ -1,0 +1,150 @@
+"""MaskLLM: which of a group's N:M masks is best is learned, by Gumbel softmax, while weights stand still."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import MethodError
+from gossamer.matrices.values import Quantized
+from gossamer.sparse import parse_pattern
+from gossamer.sparse.masks import check_mask
+from gossamer.sparse.patterns import NM
+from gossamer.tune.weights import WEIGHTS, TunedWeight
+
+MOST_CANDIDATES = 70  # masks of a group: those of 4:8
+SPREAD = 0.01  # standard deviation of logits at the start
+
+
+@dataclass(frozen=True)
+class MaskLlmOptions:
+    """``pattern``: the N:M of masks; ``hot``, ``cold``: the temperature τ at the start and at the end of the
+    run; ``scale``, ``last_scale``: κ, what logits count, the same; ``prior``: α, how much the masks that the
+    weights come with count at the start; ``keep``: λ of the reward for large weights that are kept."""
+
+    pattern: str = "2:4"
+    hot: float = 4.0
+    cold: float = 0.05
+    scale: float = 100.0
+    last_scale: float = 500.0
+    prior: float = 3.0
+    keep: float = 1e-5
+
+    def __post_init__(self) -> None:
+        pattern = parse_pattern(self.pattern)
+        if not isinstance(pattern, NM) or comb(pattern.m, pattern.n) > MOST_CANDIDATES:
+            raise MethodError(
+                f"maskllm learns N:M masks, at most {MOST_CANDIDATES} a group (2:4, 4:8), not {self.pattern}"
+            )
+        if min(self.hot, self.cold, self.scale, self.last_scale) <= 0 or min(self.prior, self.keep) < 0:
+            raise MethodError("maskllm takes temperatures and scales above 0, a prior and keep of at least 0")
+
+
+@WEIGHTS.register(
+    "maskllm",
+    cite="Fang et al. 2024, MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
+)
+class MaskLlmWeight(TunedWeight):
+    """``W = W0 ⊙ Σ y S`` while it is trained: S are all masks of a group within the pattern, and
+    ``y = softmax((κ logits + gumbel) / τ)`` with noise anew in each step. τ falls and κ rises linearly over
+    the run. Only ``logits`` ``(out, groups, masks)`` are trained, at a rate of their own order (1e-4 in the
+    paper, of thousands of steps). Without gradients, and at the end, each group has its likeliest mask.
+
+    W0 are the dense model's weights where they are known (`fill`): give it as the teacher. The gradient has
+    ``-λ ∇ ||W||²`` besides. Floats only: learn masks first, then quantize.
+    """
+
+    Options: ClassVar[type[Any]] = MaskLlmOptions
+    accepts = "N:M, learned"
+    steps: Tensor
+    done: Tensor
+    masks: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        mask: Tensor | None,
+        quantized: Quantized | None = None,
+        options: MaskLlmOptions | None = None,
+    ) -> None:
+        super().__init__(weight, None, None, options)
+        pattern = parse_pattern(self.options.pattern)
+        assert isinstance(pattern, NM)
+        if quantized is not None:
+            raise MethodError("maskllm learns masks of floats: tune first, and quantize what it gives")
+        if mask is None:
+            raise MethodError("maskllm begins with masks, and this weight has none")
+        check_mask(mask, pattern)
+        out, width = weight.shape
+        if width % pattern.m:
+            raise MethodError(f"{width} inputs are no whole groups of {pattern}")
+        first = self.latent.detach()
+        del self.latent
+        self.register_buffer("latent", first, persistent=False)
+        kept = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
+        self.register_buffer(
+            "masks", torch.zeros(len(kept), pattern.m).scatter_(1, kept, 1), persistent=False
+        )
+        self._seed = zlib.crc32(first.contiguous().numpy().data)  # a layer's noise depends on no other
+        start = torch.randn(
+            (out, width // pattern.m, len(kept)), generator=torch.Generator().manual_seed(self._seed)
+        )
+        alike = mask.reshape(out, -1, pattern.m).float() @ self.masks.mT
+        # σ(logits) α (similarity - its mean)
+        near = self.options.prior * (alike - alike.mean(-1, keepdim=True))
+        self.logits = nn.Parameter(SPREAD * (start + near))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("done", torch.zeros((), dtype=torch.float64))
+        self._noise: tuple[int, Tensor] | None = None
+        self._learns = False
+
+    @torch.no_grad()
+    def fill(self, dense: Tensor) -> None:
+        self.latent.copy_(dense.float())
+
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._learns != torch.is_grad_enabled():
+            self._kept, self._learns = None, torch.is_grad_enabled()
+        return super().forward(dtype)
+
+    def dense(self) -> Tensor:
+        if not self._learns:
+            return self.latent * self.likeliest()
+        done, options = float(self.done), self.options
+        heat = options.hot + done * (options.cold - options.hot)
+        scale = options.scale + done * (options.last_scale - options.scale)
+        shares = ((scale * self.logits + self._gumbel()) / heat).softmax(-1)
+        return self.latent * (shares @ self.masks).reshape(self.latent.shape)
+
+    def likeliest(self) -> Tensor:
+        """The mask of the largest logit in each group, bool ``(out, in)``."""
+        chosen = self.masks[self.logits.detach().argmax(-1)].reshape(self.latent.shape)
+        return chosen.bool()
+
+    def gradients(self, grad: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+        to_dense, _ = super().gradients(grad, latent)
+        return to_dense.add_(latent, alpha=-2 * self.options.keep), None
+
+    def after_step(self, fraction: float) -> None:
+        self.steps += 1
+        self.done.fill_(min(max(fraction, 0.0), 1.0))
+
+    @torch.no_grad()
+    def finished(self) -> tuple[Tensor, Quantized | None]:
+        self.mask = self.likeliest()
+        return self.latent * self.mask, None
+
+    def _gumbel(self) -> Tensor:
+        """The noise of this step, the same however often it is asked for."""
+        step = int(self.steps)
+        if self._noise is None or self._noise[0] != step:
+            generator = torch.Generator().manual_seed(self._seed + 1_000_003 * (step + 1))
+            uniform = torch.rand(self.logits.shape, generator=generator).clamp_(1e-10, 1 - 1e-7)
+            self._noise = step, uniform.log_().neg_().log_().neg_()
+        return self._noise[1]
