@@ -119,7 +119,7 @@ class MaskLlmWeight(TunedWeight):
         done, options = float(self.done), self.options
         heat = options.hot + done * (options.cold - options.hot)
         scale = options.scale + done * (options.last_scale - options.scale)
-        shares = ((scale * self.logits + self._gumbel()) / heat).softmax(-1)
+        shares: Tensor = ((scale * self.logits + self._gumbel()) / heat).softmax(-1)
         return self.latent * (shares @ self.masks).reshape(self.latent.shape)
 
     def likeliest(self) -> Tensor:
