@@ -81,11 +81,58 @@ def test_no_claim_is_begun_past_the_budget(tmp_path: Path) -> None:
     assert list(run_all(["magnitude", "wanda"], tmp_path, budget=-1.0)) == []
 
 
-def test_every_claim_names_methods_that_exist() -> None:
+def test_every_claim_names_contenders_that_exist() -> None:
     from gossamer.prune import METHODS
+    from gossamer.recipes.finetune_settings import FinetuneSettings
 
     for name, one in claimed().items():
-        assert {one.than, *one.experiment.against} - {"dense"} <= set(METHODS), name
+        experiment = one.experiment
+        known = {*METHODS, *experiment.tuned}
+        assert {name, one.than, *experiment.against} - {"dense"} <= known, name
+        assert experiment.start in METHODS
+        for contender in experiment.tuned:
+            FinetuneSettings(**(experiment.tuning_of(contender) or {})).check()
+            assert contender not in METHODS
+
+
+def tuned_claim(model: str) -> Claim:
+    experiment = Experiment(
+        model=model,
+        pattern="2:4",
+        sparsity=None,
+        values="float32",
+        windows=2,
+        seqlen=64,
+        against=("random",),
+        start="magnitude",
+        tuning={"tokens": 512, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3},
+        tuned={"ast": {"method": "ast", "options": {"every": 1}}, "full": {}},
+    )
+    return Claim("masks that move end below", experiment, "perplexity", "full")
+
+
+def test_contenders_may_be_tuned_from_one_start(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = reproduce("ast", tmp_path, claim=tuned_claim(model), texts=TEXTS)
+    assert set(found.figures) == {"ast", "full", "random", "dense"}
+    assert found.ratio == pytest.approx(
+        found.figures["ast"]["perplexity"] / found.figures["full"]["perplexity"]
+    )
+    assert found.figures["ast"]["perplexity"] != found.figures["full"]["perplexity"]
+    for name in ("ast", "full"):
+        folder = next(path for path in tmp_path.glob(f"{name}-*") if path.is_dir())
+        made = json.loads((folder / "gossamer.json").read_text())["made"]
+        assert (made["method"], made["tuned"][0]["tokens"]) == ("magnitude", 512)
+    assert len(list(tmp_path.glob("magnitude-*.json"))) == 1
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("tuned again")
+
+    monkeypatch.setattr("gossamer.report.one_shot.finetune", never)
+    assert reproduce("ast", tmp_path, claim=tuned_claim(model), texts=TEXTS).figures == found.figures
+    row = next(line for line in page({"ast": found.to_dict()}).splitlines() if line.startswith("| `ast` |"))
+    assert f"{found.ratio:.3g}" in row
 
 
 def test_a_method_without_a_claim_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The published pruning methods, one small file each, and what they share."""
 
-from gossamer.prune.claim import Claim, Experiment
+from gossamer.claim import Claim, Experiment
 from gossamer.prune.method import (
     ALIASES,
     METHODS,

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import Gram
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import Quantized, ValueType
-from gossamer.prune.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, Method, Pruned, round_values
 from gossamer.prune.obs import OBS, Rounder, inverse_factor, sweep
 from gossamer.sparse import NM, Block, Pattern, Unstructured, mask_from_scores

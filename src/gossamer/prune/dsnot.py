@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import InputMoments, InputNorm
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import ValueType
-from gossamer.prune.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, Method, Pruned, method, round_values
 from gossamer.sparse import NM, Pattern, Unstructured, mask_from_scores
 

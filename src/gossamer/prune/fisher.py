@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gossamer.calibrate import Gradient
-from gossamer.prune.claim import Claim, Experiment
+from gossamer.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, ScoreMethod
 
 

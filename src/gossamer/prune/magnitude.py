@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gossamer.prune.claim import Claim, Experiment
+from gossamer.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, ScoreMethod
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import InputNorm, Statistic
+from gossamer.claim import Claim
 from gossamer.errors import MethodError, ModelError
 from gossamer.matrices.values import Quantized, ValueType, quantize, value_type
-from gossamer.prune.claim import Claim
 from gossamer.registry import Registry
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
 from gossamer.sparse.allocate import allocation

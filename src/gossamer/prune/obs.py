@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import Gram
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import Quantized, ValueType, choose_scales, quantize_codes
-from gossamer.prune.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, Method, Pruned
 from gossamer.sparse import NM, Pattern, Unstructured, mask_from_scores
 

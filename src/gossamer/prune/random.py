@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.prune.claim import Claim, Experiment
+from gossamer.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, ScoreMethod
 
 

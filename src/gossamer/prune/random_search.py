@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import Gram
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import ValueType
-from gossamer.prune.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, Method, Pruned, round_values
 from gossamer.sparse import Pattern, mask_from_scores
 

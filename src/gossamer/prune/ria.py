@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import InputNorm
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
-from gossamer.prune.claim import Claim, Experiment
 from gossamer.prune.method import METHODS, Layer, ScoreMethod
 
 

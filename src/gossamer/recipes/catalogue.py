@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gossamer.claim import Claim
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
-from gossamer.prune import ALIASES, METHODS, Claim
+from gossamer.prune import ALIASES, METHODS
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
@@ -51,7 +52,7 @@ def methods() -> list[MethodFacts]:
         patterns = tuple(_WORDS[kind] for kind in pruning.accepts)
         aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
         group = pruning.comparison_group
-        found.append(_facts("prune", METHODS, name, needs, patterns, group, aliases, pruning.claim))
+        found.append(_facts("prune", METHODS, name, needs, patterns, group, aliases))
     for name in DEPTH:
         found.append(_facts("shrink", DEPTH, name, ("calibration text",), ("blocks",), "model"))
     for name in TUNERS:
@@ -82,8 +83,7 @@ def _facts(
     patterns: tuple[str, ...],
     within: str,
     aliases: tuple[str, ...] = (),
-    claim: Claim | None = None,
 ) -> MethodFacts:
     says = (registry[name].__doc__ or "").partition("\n")[0]
-    cite = registry.citations[name]
+    cite, claim = registry.citations[name], getattr(registry[name], "claim", None)
     return MethodFacts(name, aliases, family, says, needs, patterns, within, cite, claim)

@@ -1,4 +1,4 @@
-"""A miniature experiment of one-shot pruning: compress, measure, keep the figures."""
+"""A miniature experiment: compress, tune where that is the matter, measure, keep the figures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.claim import Experiment
 from gossamer.matrices.atomic import atomic_file
 from gossamer.models.text import TextSource
 from gossamer.progress import Progress, silent
-from gossamer.prune import Experiment
 from gossamer.recipes.compress import compress
+from gossamer.recipes.finetune import finetune
 from gossamer.recipes.load import load
 from gossamer.recipes.measure import quality
 from gossamer.version import VERSION
@@ -36,14 +37,18 @@ def figures(
     """Perplexity, its windows, KL to the dense model, and seconds of one contender.
 
     They are kept in the folder ``work`` by all that they depend on, and read from there the next time; an
-    interrupted compression goes on. Raises a GossamerError for whatever a person can mend.
+    interrupted compression or tuning goes on. Raises a GossamerError for whatever a person can mend.
     """
     asked: dict[str, Any] = {"method": name, "model": experiment.model, "version": VERSION}
     asked |= {"settings": None if name == "dense" else experiment.settings(), "texts": _named(texts)}
+    tuning = experiment.tuning_of(name)
+    if tuning is not None:
+        asked |= {"start": experiment.start, "tuning": tuning}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     file = work / f"{name}-{key}.json"
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
+    begun = None if tuning is None else figures(experiment.start, experiment, texts, work, progress)
     start = time.perf_counter()
     dense = load(experiment.model, dtype="bfloat16", engine="transformers", progress=progress)
     if name == "dense":
@@ -51,7 +56,10 @@ def figures(
         seconds = 0.0
     else:
         out = work / f"{name}-{key}"
-        if not out.exists():
+        if not out.exists() and tuning is not None and begun is not None:
+            finetune(work / begun["checkpoint"], out, text=texts.calibration, teacher=experiment.model,
+                     progress=progress, **tuning)  # fmt: skip
+        elif not out.exists():
             compress(experiment.model, out, calibration=texts.calibration, progress=progress, method=name,
                      **experiment.settings())  # fmt: skip
         seconds = time.perf_counter() - start
@@ -66,6 +74,7 @@ def figures(
     )
     result = {
         "asked": asked,
+        "checkpoint": None if name == "dense" else f"{name}-{key}",
         "perplexity": found.quality.perplexity,
         "kl": found.quality.mean_kl,
         "nll": list(found.quality.nll),

@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.claim import Claim
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.evaluate import paired_difference
 from gossamer.progress import Progress, silent
-from gossamer.prune import METHODS, Claim
+from gossamer.prune import METHODS
+from gossamer.registry import Registry
 from gossamer.report.one_shot import Texts, figures
+from gossamer.tune import WEIGHTS
+from gossamer.tune.losses import LOSSES
 
 __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 
@@ -38,7 +42,7 @@ class Verdict:
         """Plain values for JSON; the values of each window are left out."""
         plain = {**asdict(self), "claim": self.claim.to_dict()}
         plain["figures"] = {
-            name: {key: value for key, value in found.items() if key not in ("nll", "asked")}
+            name: {key: value for key, value in found.items() if key not in ("nll", "asked", "checkpoint")}
             for name, found in self.figures.items()
         }
         return plain
@@ -46,7 +50,10 @@ class Verdict:
 
 def claimed() -> dict[str, Claim]:
     """The methods that have a claim which runs, by name."""
-    return {name: claim for name in METHODS if (claim := METHODS[name].claim) is not None}
+    families: tuple[Registry[Any], ...] = (METHODS, WEIGHTS, LOSSES)
+    return {
+        name: family[name].claim for family in families for name in family if family[name].claim is not None
+    }
 
 
 def reproduce(

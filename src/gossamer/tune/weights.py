@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gossamer.claim import Claim
 from gossamer.errors import MethodError
 from gossamer.matrices.values import (
     LARGEST_SCALE,
@@ -50,6 +51,7 @@ class TunedWeight(nn.Module):
 
     name: ClassVar[str] = ""
     accepts: ClassVar[str] = "any, and dense"  # masks, in a word, for lists of methods
+    claim: ClassVar[Claim | None] = None
     Options: ClassVar[type[Any]] = NoOptions
     latent: Tensor
     mask: Tensor | None

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from gossamer.claim import Claim
 from gossamer.errors import MethodError
 from gossamer.registry import Registry
 
@@ -18,6 +19,7 @@ class Loss:
 
     name: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = True
+    claim: ClassVar[Claim | None] = None
 
 
 class LogitLoss(Loss):

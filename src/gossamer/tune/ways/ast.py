@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import Quantized
 from gossamer.sparse import mask_from_scores, parse_pattern
@@ -52,6 +53,18 @@ class AstWeight(TunedWeight):
 
     Options: ClassVar[type[Any]] = AstOptions
     accepts = "N:M, moving"
+    claim = Claim(
+        says="Distillation in which 2:4 masks may still move ends below distillation with fixed ones.",
+        experiment=Experiment(
+            pattern="2:4",
+            sparsity=None,
+            against=("obs",),
+            tuning={"tokens": 65_536, "seqlen": 256, "losses": {"kl": 1}},
+            tuned={"ast": {"method": "ast", "options": {"pattern": "2:4"}}, "full": {}},
+        ),
+        metric="perplexity",
+        than="full",
+    )
     steps: Tensor
 
     def __init__(

