@@ -105,7 +105,7 @@ def tuned_claim(model: str) -> Claim:
         seqlen=64,
         against=("random",),
         start="magnitude",
-        tuning={"tokens": 512, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3},
+        tuning={"tokens": 512, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "patience": 99},
         tuned={"ast": {"method": "ast", "options": {"every": 1}}, "full": {}},
     )
     return Claim("masks that move end below", experiment, "perplexity", "full")
