@@ -24,6 +24,7 @@ def run(argument: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_no_kernel_leaves_its_buffers(side: str) -> None:
     done = run(side)

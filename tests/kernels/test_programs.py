@@ -82,6 +82,7 @@ ROWS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 17, 64]) | st.integers(1, 64)
 WIDTHS = st.sampled_from([1, 4, 63, 64, 66, 128, 192]) | st.integers(1, 200)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(width=WIDTHS, rows=ROWS, seed=st.integers(0, 2**32 - 1))
 def test_any_program_is_its_weights_one_by_one(width: int, rows: int, seed: int) -> None:

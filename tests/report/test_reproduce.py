@@ -105,7 +105,7 @@ def tuned_claim(model: str) -> Claim:
         seqlen=64,
         against=("random",),
         start="magnitude",
-        tuning={"tokens": 512, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "patience": 99},
+        tuning={"tokens": 256, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "patience": 99},
         tuned={"ast": {"method": "ast", "options": {"every": 1}}, "full": {}},
     )
     return Claim("masks that move end below", experiment, "perplexity", "full")
@@ -123,7 +123,7 @@ def test_contenders_may_be_tuned_from_one_start(
     for name in ("ast", "full"):
         folder = next(path for path in tmp_path.glob(f"{name}-*") if path.is_dir())
         made = json.loads((folder / "gossamer.json").read_text())["made"]
-        assert (made["method"], made["tuned"][0]["tokens"]) == ("magnitude", 512)
+        assert (made["method"], made["tuned"][0]["tokens"]) == ("magnitude", 256)
     assert len(list(tmp_path.glob("magnitude-*.json"))) == 1
 
     def never(*args: Any, **options: Any) -> None:
