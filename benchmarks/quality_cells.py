@@ -18,7 +18,9 @@ from benchmarks.decode_protocol import Contender, Job
 
 LEVELS = ("one-shot", "blockwise", "distilled")
 CELLS = {
+    "int8": "--sparsity 0 --values int8",
     "int4": "--sparsity 0 --values int4",
+    "int4 by 32": "--sparsity 0 --values int4 --group 32",
     "int3": "--sparsity 0 --values int3",
     "nl4": "--sparsity 0 --values nl4",
     "nl3": "--sparsity 0 --values nl3",

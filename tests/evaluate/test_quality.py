@@ -11,6 +11,7 @@ from torch import nn
 
 from gossamer.errors import EvaluationError
 from gossamer.evaluate import Quality, compare, evaluate
+from gossamer.evaluate.confidence import confidence
 from gossamer.evaluate.logits import LogitReader
 from tiny import VOCABULARY, tiny_model
 
@@ -189,3 +190,14 @@ def test_a_model_that_gives_no_logits_is_refused() -> None:
 
 def test_a_hopeless_loss_gives_infinite_perplexity_not_an_overflow() -> None:
     assert Quality(2, (1000.0,)).perplexity == math.inf
+
+
+def test_the_calibration_error_is_that_of_the_whole_text() -> None:
+    dense, other = tiny_llama(0), tiny_llama(1)
+    quality = evaluate(other, WINDOWS, reference=dense, chunk=7)
+    assert quality.calibration_error == pytest.approx(confidence(other, WINDOWS).calibration_error)
+    assert quality.reference_calibration_error == pytest.approx(confidence(dense, WINDOWS).calibration_error)
+    assert quality.to_dict()["calibration_error"] == quality.calibration_error
+    alone = evaluate(dense, WINDOWS)
+    assert alone.calibration_error == pytest.approx(quality.reference_calibration_error)
+    assert alone.reference_calibration_error is None

@@ -140,6 +140,10 @@ def _rows(measured: MeasuredQuality) -> list[tuple[str, str]]:
             ("KL to dense", figure(found.mean_kl, intervals.get("kl"), 4) + " nats a token"),
             ("top-1 agreement", figure(100 * found.top1_agreement, None, 2) + " %" + _range(intervals)),
         ]
+    if found.calibration_error is not None:
+        beside = found.reference_calibration_error
+        of = "" if beside is None else f" ({measured.against}: {beside:.4f})"
+        rows.append(("calibration error", f"{found.calibration_error:.4f}{of}"))
     if intervals:
         rows.append(("in brackets", "95 % bootstrap interval over windows"))
     return rows

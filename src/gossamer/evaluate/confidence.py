@@ -12,6 +12,33 @@ from gossamer.errors import EvaluationError
 from gossamer.evaluate.logits import LogitReader, eval_mode
 
 CHUNK = 256  # positions whose logits are held at once
+BINS = 15
+
+
+class Bins:
+    """Tokens by how likely the likeliest one was, in equal bins of that probability."""
+
+    def __init__(self, bins: int = BINS) -> None:
+        self.sums = torch.zeros(3, bins, dtype=torch.float64)  # tokens, right ones, probabilities
+
+    def add(self, logp: Tensor, targets: Tensor) -> None:
+        """``logp (..., vocab)``: log-probabilities of ``targets (...)``."""
+        best, found = logp.max(-1)
+        sure, bins = best.exp().double().flatten(), self.sums.shape[1]
+        place = (sure * bins).long().clamp(max=bins - 1)
+        right = (found == targets).double().flatten()
+        self.sums.index_add_(1, place, torch.stack([torch.ones_like(sure), right, sure]))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of tokens whose likeliest prediction is right."""
+        return float(self.sums[1].sum() / self.sums[0].sum())
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: how far a bin's accuracy lies from its mean probability, averaged
+        over tokens (Guo et al. 2017, On Calibration of Modern Neural Networks)."""
+        return float((self.sums[1] - self.sums[2]).abs().sum() / self.sums[0].sum())
 
 
 @dataclass(frozen=True)
@@ -25,14 +52,13 @@ class Confidence:
 
 
 def confidence(
-    model: nn.Module, windows: Tensor, *, inputs: Tensor | None = None, bins: int = 15
+    model: nn.Module, windows: Tensor, *, inputs: Tensor | None = None, bins: int = BINS
 ) -> Confidence:
     """Measures ``model`` on ``windows``, token ids ``(n, seqlen)``; with ``inputs`` of that shape it reads
     those, and the true tokens are still asked for (robustness: see `corrupted`).
 
-    The error is the expected calibration error over ``bins`` equal bins of the likeliest token's probability:
-    Guo et al. 2017, On Calibration of Modern Neural Networks. Raises EvaluationError for other shapes, bins
-    below 1, NaN or infinite logits.
+    The error is that of `Bins`. Raises EvaluationError for other shapes, bins below 1, NaN or infinite
+    logits.
     """
     inputs = windows if inputs is None else inputs
     if windows.ndim != 2 or windows.shape[1] < 2 or inputs.shape != windows.shape or bins < 1:
@@ -40,8 +66,7 @@ def confidence(
             f"confidence takes windows (n, seqlen >= 2), inputs of the same shape and at least one bin, got "
             f"{tuple(windows.shape)}, {tuple(inputs.shape)} and {bins}"
         )
-    reader, loss = LogitReader(model), 0.0
-    sums = torch.zeros(3, bins, dtype=torch.float64)  # tokens, right ones, probabilities
+    reader, loss, sure = LogitReader(model), 0.0, Bins(bins)
     with eval_mode(model):
         for ids, read in zip(windows, inputs, strict=True):
             rows = reader(read[None])
@@ -50,14 +75,9 @@ def confidence(
                 logp = rows(first, last)[0].log_softmax(-1)
                 targets = ids[first + 1 : last + 1]
                 loss -= float(logp.gather(1, targets[:, None]).double().sum())
-                best, found = logp.max(-1)
-                sure = best.exp().double()
-                place = (sure * bins).long().clamp(max=bins - 1)
-                each = torch.stack([torch.ones_like(sure), (found == targets).double(), sure])
-                sums.index_add_(1, place, each)
-    tokens = float(sums[0].sum())
-    apart = float((sums[1] - sums[2]).abs().sum()) / tokens
-    return Confidence(math.exp(loss / tokens), float(sums[1].sum()) / tokens, apart)
+                sure.add(logp, targets)
+    tokens = float(sure.sums[0].sum())
+    return Confidence(math.exp(loss / tokens), sure.accuracy, sure.error)
 
 
 def corrupted(windows: Tensor, share: float, vocabulary: int, seed: int = 0) -> Tensor:

@@ -18,6 +18,7 @@ from gossamer.evaluate.bootstrap import (
     perplexity_interval,
     perplexity_ratio_interval,
 )
+from gossamer.evaluate.confidence import Bins
 from gossamer.evaluate.logits import LogitReader, eval_mode
 from gossamer.progress import Progress, silent
 
@@ -31,7 +32,8 @@ class Quality:
     ``nll``: mean negative log-likelihood of each window, nats per token. With a reference model also
     ``reference_nll`` (its own), ``kl``: mean KL(reference || model) of each window, nats per token, and
     ``agreement``: the fraction of positions where both models rank the same token first.
-    All windows are equally long, so the mean over windows is the mean over tokens.
+    All windows are equally long, so the mean over windows is the mean over tokens. ``calibration_error``, of
+    all tokens, and that of the reference: `evaluate.confidence.Bins`.
     """
 
     seqlen: int
@@ -39,6 +41,8 @@ class Quality:
     reference_nll: tuple[float, ...] | None = None
     kl: tuple[float, ...] | None = None
     agreement: tuple[float, ...] | None = None
+    calibration_error: float | None = None
+    reference_calibration_error: float | None = None
 
     @property
     def windows(self) -> int:
@@ -100,6 +104,8 @@ class Quality:
             "perplexity_ratio": self.perplexity_ratio,
             "kl": self.mean_kl,
             "agreement": self.top1_agreement,
+            "calibration_error": self.calibration_error,
+            "reference_calibration_error": self.reference_calibration_error,
             "tokens": self.tokens,
             "windows": self.windows,
             "seqlen": self.seqlen,
@@ -187,6 +193,8 @@ def compare(
             reference_nll=reference_nll,
             kl=None if base is None else tally.mean("kl", seqlen - 1),
             agreement=None if base is None else tally.mean("agreement", seqlen - 1),
+            calibration_error=tally.sure.error,
+            reference_calibration_error=None if base is None else base_tally.sure.error,
         )
         for name, tally in tallies.items()
     }
@@ -197,6 +205,7 @@ class _Tally:
     """Sums of one model: a float64 total per finished or open window."""
 
     sums: dict[str, list[float]] = field(default_factory=lambda: {"nll": [], "kl": [], "agreement": []})
+    sure: Bins = field(default_factory=Bins)
     opened: int = 0
 
     def open(self, windows: int) -> None:
@@ -207,6 +216,7 @@ class _Tally:
     def add(self, logp: Tensor, targets: Tensor, expected: Tensor | None) -> None:
         """``logp``, ``expected``: float32 log-probabilities ``(windows, positions, vocab)``."""
         self._add("nll", -logp.gather(-1, targets[..., None])[..., 0])
+        self.sure.add(logp, targets)
         if expected is not None:
             kl = torch.sub(expected, logp).mul_(expected.exp()).sum(dim=-1)
             self._add("kl", kl)
