@@ -152,6 +152,24 @@ def equal_quality(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def plainly(rows: list[Row]) -> str:
+    """Which of ours stand on a front, sparse ones and dense ones, and which do not."""
+
+    def some(sparse: bool, on: bool) -> str:
+        chosen = [r.name for r in rows if r.ours and is_sparse(r) == sparse and bool(front(r, rows)) == on]
+        return "; ".join(chosen) or "none"
+
+    return (
+        f"On a front: of ours that are sparse, {some(True, True)}; of ours that are dense, "
+        f"{some(False, True)}. "
+        f"On none: sparse, {some(True, False)}; dense, {some(False, False)}."
+    )
+
+
+def is_sparse(row: Row) -> bool:
+    return any(word in row.name for word in ("32:64", "2:4", "70 %", "3/4 of blocks"))
+
+
 def markdown(table: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]])
@@ -170,6 +188,7 @@ def write(results: Path, page: Path) -> None:
         )
         parts += [
             markdown(equal_bytes(rows)) + "\n",
+            plainly(rows) + "\n",
             "### At equal quality\n",
             markdown(equal_quality(rows)) + "\n",
         ]
