@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
+from benchmarks.quality_cells import CELLS, SHRUNK
 
 DENSE = "dense bfloat16"
 RATIOS, KLS = (1.02, 1.05, 1.10), (0.05, 0.10, 0.20)  # the bars, fixed beforehand
@@ -134,7 +135,7 @@ def equal_bytes(rows: list[Row]) -> list[list[str]]:
 
 def equal_quality(rows: list[Row]) -> list[list[str]]:
     """For each bar, every engine's fastest contender that passes."""
-    engines = sorted({row.engine for row in rows}, key=lambda name: name != "ours")
+    engines = sorted({row.engine for row in rows}, key=lambda name: (name != "ours", name.lower()))
     table = [["bar", *engines]]
     bars = [(f"perplexity within {100 * (r - 1):.0f} %", "ratio", r) for r in RATIOS]
     bars += [(f"KL at most {kl:.2f}", "kl", kl) for kl in KLS]
@@ -152,8 +153,21 @@ def equal_quality(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def made_by(model: dict[str, Any]) -> str:
+    """The command behind one of ours, and how speed was timed."""
+    words = next(one["made"]["command"] for one in model.values() if "made" in one).split()
+    command = " ".join([*words[:2], "MODEL", *words[3:]])
+    timed = next((one["speed"] for one in model.values() if "speed" in one), None)
+    if timed is None:
+        return f"Ours were made as by `{command}`."
+    return (
+        f"Ours were made as by `{command}`. Tokens a second: after {timed['depth']} tokens, "
+        f"{timed['threads']} threads, {timed['isa']}, the median of {len(timed['decode'])} rounds in turn."
+    )
+
+
 def plainly(rows: list[Row]) -> str:
-    """Which of ours stand on a front, sparse ones and dense ones, and which do not."""
+    """Which of ours stand on a front, sparse ones (or with fewer blocks) and dense ones, and which do not."""
 
     def some(sparse: bool, on: bool) -> str:
         chosen = [r.name for r in rows if r.ours and is_sparse(r) == sparse and bool(front(r, rows)) == on]
@@ -167,7 +181,8 @@ def plainly(rows: list[Row]) -> str:
 
 
 def is_sparse(row: Row) -> bool:
-    return any(word in row.name for word in ("32:64", "2:4", "70 %", "3/4 of blocks"))
+    name = row.name.rpartition(", ")[0]
+    return name in SHRUNK or not CELLS[name].startswith("--sparsity 0 ")
 
 
 def markdown(table: list[list[str]]) -> str:
@@ -187,6 +202,7 @@ def write(results: Path, page: Path) -> None:
             f"## {name}\n\nDense perplexity {perplexity:.2f} on WikiText-2 ({len(text)} windows of 2,048).\n"
         )
         parts += [
+            made_by(model) + "\n",
             markdown(equal_bytes(rows)) + "\n",
             plainly(rows) + "\n",
             "### At equal quality\n",
