@@ -195,6 +195,18 @@ void Cache::compress(int64_t layer, int64_t head, bool keys, int64_t block) cons
                    start_.data(), compressed_at(layer, head, keys, block));
 }
 
+void Cache::turn_starts(int64_t blocks) {
+    const int64_t half = head_dim_ / 2;
+    int64_t block = int64_t(starts_.size()) / head_dim_;
+    if (block < blocks) starts_.resize(size_t(blocks * head_dim_));
+    for (; block < blocks; block++)
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = float(block * kBlock) * frequencies_[size_t(i)];
+            starts_[size_t(block * head_dim_ + i)] = std::cos(angle);
+            starts_[size_t(block * head_dim_ + half + i)] = std::sin(angle);
+        }
+}
+
 void Cache::grow(int64_t length) {
     const int64_t wanted = (length + kChunk - 1) / kChunk, had = int64_t(chunks_.size());
     if (wanted <= had) return;
@@ -203,11 +215,7 @@ void Cache::grow(int64_t length) {
             tail_.reset(chunk_memory(tail_bytes()));
             if (!tail_) throw std::bad_alloc();
         }
-        for (int64_t p = int64_t(starts_.size() / size_t(head_dim_)) * kBlock;
-             how_.low.rank && p < wanted * kChunk; p += kBlock)
-            for (const bool sine : {false, true})
-                for (const float frequency : frequencies_)
-                    starts_.push_back(sine ? std::sin(float(p) * frequency) : std::cos(float(p) * frequency));
+        if (how_.low.rank) turn_starts(wanted * kChunk / kBlock);
         while (int64_t(chunks_.size()) < wanted) {
             chunks_.emplace_back(chunk_memory(chunk_bytes_));
             if (!chunks_.back()) throw std::bad_alloc();

@@ -86,6 +86,7 @@ class Cache {
 
     // In low rank: of all heads' keys, the positions that are this one's to do.
     void compress_keys(int64_t layer, int64_t head, int64_t block) const;
+    void turn_starts(int64_t blocks);  // low-rank keys: of so many, at least
     int64_t place_in_chunk(int64_t layer, int64_t head, bool keys) const;
     int64_t tail_bytes() const { return 2 * layers_ * kv_heads_ * kTail * whole_bytes(head_dim_); }
     WholeBlocks tail_of(int64_t layer, int64_t head) const;

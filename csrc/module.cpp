@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
+
 #include "block_attention.h"
 #include "clock.h"
 #include "decoder.h"
@@ -73,7 +75,7 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](gossamer::Cache* self, int64_t layers, int64_t kv_heads, int64_t head_dim, int type,
-               std::array<int, 6> how, std::vector<float> start, int64_t key_rank, std::vector<float> vectors,
+               std::array<int, 6> how, std::vector<float> start, int64_t key_rank, const nb::bytes& vectors,
                std::vector<float> frequencies, float scale, std::vector<bool> rotates) {
                 const auto [bits, rank, key_most, key_least, value_most, value_least] = how;
                 const gossamer::Compression compression{
@@ -85,24 +87,27 @@ NB_MODULE(_native, m) {
                     throw nb::value_error("no such type of cache");
                 const bool low = packed && key_rank > 0;
                 if ((!packed && key_rank) || key_rank < 0 || key_rank > gossamer::kMostKeyRank ||
-                    int64_t(vectors.size()) != layers * kv_heads * head_dim * key_rank ||
+                    int64_t(vectors.size()) != 4 * layers * kv_heads * head_dim * key_rank ||
                     (low && (head_dim % 2 || int64_t(frequencies.size()) != head_dim / 2 ||
                              int64_t(rotates.size()) != layers)))
                     throw nb::value_error("no such basis of keys");
+                std::vector<float> numbers(vectors.size() / 4);
+                if (!numbers.empty()) std::memcpy(numbers.data(), vectors.c_str(), vectors.size());
                 new (self) gossamer::Cache(layers, kv_heads, head_dim, gossamer::CacheType(type), compression,
                                            std::move(start),
-                                           {key_rank, std::move(vectors), std::move(frequencies), scale,
+                                           {key_rank, std::move(numbers), std::move(frequencies), scale,
                                             std::vector<char>(rotates.begin(), rotates.end())});
             },
             nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("type"),
             nb::arg("how") = std::array<int, 6>{}, nb::arg("start") = std::vector<float>(),
-            nb::arg("key_rank") = 0, nb::arg("vectors") = std::vector<float>(),
+            nb::arg("key_rank") = 0, nb::arg("vectors") = nb::bytes("", 0),
             nb::arg("frequencies") = std::vector<float>(), nb::arg("scale") = 1.0f,
             nb::arg("rotates") = std::vector<bool>(),
             "Of layers, heads of keys, and numbers of a head; type 0: float32, 1: bfloat16, 2: int8, 3: "
             "packed, "
             "with bits, rank, and outliers of keys (most, least) and of values, and where power iteration "
-            "starts, [rank][head_dim]; and keys in low rank, with vectors [layer][head][number][rank], the "
+            "starts, [rank][head_dim]; and keys in low rank, with float32 vectors "
+            "[layer][head][number][rank], the "
             "frequencies and scale of rotations, and which layers rotate.")
         .def_prop_ro("length", &gossamer::Cache::length)
         .def_prop_ro("nbytes", &gossamer::Cache::bytes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ways import RUN, masked
+from tuned_models import RUN, masked
 
 import gossamer as gs
 from gossamer.errors import GossamerError, MethodError, PatternError

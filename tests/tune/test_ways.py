@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tuned_models import RUN, masked
 
 import gossamer as gs
 from gossamer.errors import GossamerError, MethodError, PatternError
@@ -22,24 +21,6 @@ from gossamer.tune import Loop, SparseTuning, train
 from gossamer.tune.ways.ast import AstOptions, AstWeight
 from gossamer.tune.ways.lora import LoraOptions, LoraWeight
 from tiny import tiny_folder, tiny_model, tiny_tokens
-
-TEXT = "".join(topics.values())[:20_000]
-RUN: dict[str, Any] = {
-    "text": [TEXT],
-    "seqlen": 32,
-    "batch": 2,
-    "held_out": 2,
-    "tokens": 4 * 64,
-    "rate": 1e-3,
-}
-
-
-def masked(pattern: str = "2:4") -> tuple[Any, dict[str, torch.Tensor | None]]:
-    model = tiny_model(num_hidden_layers=2)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
-    return model, {
-        n: mask_from_scores(m.weight.detach().abs(), parse_pattern(pattern)) for n, m in layers.items()
-    }
 
 
 @pytest.mark.parametrize("bits", [None, 4])

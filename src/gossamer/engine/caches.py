@@ -93,8 +93,8 @@ class PackedCache:
             )
         if not bool(vectors.isfinite().all()):
             raise ModelError("the vectors of a cache's keys are not finite")
-        numbers = vectors.float().permute(0, 2, 3, 1).flatten().tolist()
-        return got[1], numbers, list(frequencies), scale, list(rotates)
+        numbers = vectors.float().permute(0, 2, 3, 1).contiguous().numpy()
+        return got[1], numbers.tobytes(), list(frequencies), scale, list(rotates)
 
     def save(self, path: str | Path) -> None:
         """Writes it as a file (safetensors), which `load` and ``--cache`` take. Raises OutputError."""

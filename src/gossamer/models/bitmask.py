@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.errors import GossamerError, ModelError, OutputError
-from gossamer.matrices.storage import LazyTensor, TensorFile, open_tensors, write_tensors
+from gossamer.errors import ModelError, OutputError
+from gossamer.matrices.storage import LazyTensor, write_tensors
+from gossamer.models.skeleton import SINGLE_FILE, WeightFiles
 from gossamer.progress import Progress, silent
 
 FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
@@ -138,45 +139,21 @@ def convert(source: Path, folder: Path, progress: Progress = silent) -> None:
         )
     if kind not in (*FORMATS, "dense"):
         raise ModelError(f"{source.name} is in compressed-tensors' format {kind!r}, which is not read")
-    tensors = dict(_plain(_files(source), progress))
-    write_tensors(folder / "model.safetensors", tensors, metadata={"format": "pt"})
+    tensors = dict(_plain(WeightFiles(source), progress))
+    write_tensors(folder / SINGLE_FILE, tensors, metadata={"format": "pt"})
     for key in _KEYS:
         config.pop(key, None)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder, by its index where it has one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / Path(name).name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index.name} of {folder.name} is damaged: {error}") from error
-
-
-def _files(folder: Path) -> dict[str, TensorFile]:
-    """Where each tensor of the model lies."""
-    found: dict[str, TensorFile] = {}
-    for path in weight_files(folder):
-        if not path.is_file():
-            raise ModelError(f"the weight file {path.name} of {folder.name} is missing")
-        try:
-            file = open_tensors(path)
-        except GossamerError as error:
-            raise ModelError(f"{folder.name} is damaged: {error}") from error
-        found |= dict.fromkeys(file.names, file)
-    return found
-
-
-def _plain(files: Mapping[str, TensorFile], progress: Progress) -> Iterator[tuple[str, LazyTensor]]:
+def _plain(files: WeightFiles, progress: Progress) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of the dense model by name."""
-    modules = [name.removesuffix(".bitmask") for name in files if name.endswith(".bitmask")]
-    parts = {f"{module}.{part}": module for module in modules for part in _PARTS}
-    total, done = len(modules) + sum(name not in parts for name in files), 0
+    names = files.names()
+    modules = [name.removesuffix(".bitmask") for name in names if name.endswith(".bitmask")]
+    parts = {f"{module}.{part}" for module in modules for part in _PARTS}
+    others = [name for name in names if name not in parts]
+    total, done = len(modules) + len(others), 0
 
     def counted(load: Callable[[], Tensor]) -> Tensor:
         nonlocal done
@@ -184,22 +161,21 @@ def _plain(files: Mapping[str, TensorFile], progress: Progress) -> Iterator[tupl
         progress("convert", done, total)
         return load()
 
-    for name, file in files.items():
-        if name not in parts:
-            stored = file.lazy(name)
-            yield name, LazyTensor(stored.dtype, stored.shape, partial(counted, stored.load))
+    for name in others:
+        load = partial(counted, partial(files.tensor, name))
+        yield name, LazyTensor(files.dtype(name), files.shape(name), load)
     for module in modules:
         weight = module if module.endswith(".weight") else f"{module}.weight"
         some = {part: f"{module}.{part}" for part in _PARTS if f"{module}.{part}" in files}
         if "shape" not in some or "compressed" not in some:
             raise ModelError(f"{weight} has a bitmask, and no shape or numbers")
-        shape = tuple(files[some["shape"]].tensor(some["shape"]).flatten().tolist())
-        dtype = files[some["compressed"]].dtype(some["compressed"])
-        yield weight, LazyTensor(dtype, shape, partial(counted, partial(_weight, files, weight, some)))
+        shape = tuple(files.tensor(some["shape"]).flatten().tolist())
+        load = partial(counted, partial(_weight, files, weight, some))
+        yield weight, LazyTensor(files.dtype(some["compressed"]), shape, load)
 
 
-def _weight(files: Mapping[str, TensorFile], weight: str, names: Mapping[str, str]) -> Tensor:
+def _weight(files: WeightFiles, weight: str, names: Mapping[str, str]) -> Tensor:
     try:
-        return expanded({part: files[name].tensor(name) for part, name in names.items()})
+        return expanded({part: files.tensor(name) for part, name in names.items()})
     except ModelError as error:
         raise ModelError(f"{weight} is damaged: {error}") from error

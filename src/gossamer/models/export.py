@@ -68,9 +68,7 @@ def export_dense(
     with atomic_folder(out) as folder:
         if base is not None:
             copy_companions(Path(base), folder, without=("config.json",))
-        _write_config(model, folder, dtype, tied)
-        if compression is not None:
-            _add_to_config(folder / "config.json", {"quantization_config": compression})
+        _write_config(model, folder, dtype, tied, compression)
         write_shards(folder, tensors, shard_bytes, progress)
     return out
 
@@ -128,11 +126,6 @@ def _part(weight: LazyTensor, kind: str, part: str) -> Tensor:
     return squeezed(weight.load(), kind)[part]
 
 
-def _add_to_config(path: Path, more: dict[str, Any]) -> None:
-    config = json.loads(path.read_text(encoding="utf-8")) | more
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
@@ -167,12 +160,16 @@ def _load(held: Any, turned: bool, dtype: torch.dtype) -> Tensor:
     return (dense.T if turned else dense).to(dtype)
 
 
-def _write_config(model: PreTrainedModel, folder: Path, dtype: str, tied: bool) -> None:
+def _write_config(
+    model: PreTrainedModel, folder: Path, dtype: str, tied: bool, compression: dict[str, Any] | None
+) -> None:
     config = deepcopy(model.config)
     config.dtype = _DTYPES[dtype]
     config.architectures = [type(model).__name__]
     if not tied:
         config.tie_word_embeddings = False
+    if compression is not None:
+        config.quantization_config = compression
     config.save_pretrained(folder)
     if not (folder / "generation_config.json").exists() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

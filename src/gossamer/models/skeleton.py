@@ -59,10 +59,12 @@ class WeightFiles:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{_INDEX} in {self.folder.name} is damaged: {error}") from error
+            raise ModelError(f"{_INDEX} of {self.folder.name} is damaged: {error}") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
                 raise ModelError(f"{_INDEX} in {self.folder.name} names {name!r}, which is no file beside it")
+            if not (self.folder / name).exists():
+                raise ModelError(f"the weight file {name} of {self.folder.name} is missing")
         return [self.folder / name for name in sorted(names)]
 
     def names(self) -> list[str]:

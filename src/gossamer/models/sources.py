@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def resolve(source: str | Path, cache: Path | None = None, progress: Progress = 
 def _from_folder(folder: Path, label: str, cache: Path, progress: Progress) -> ModelFolder:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     if is_model(names):
-        return _described(_plain(folder, names, label, cache, progress), label)
+        return _described(_plain(folder, label, cache, progress), label)
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return _from_file(folder / ggufs[0], label, cache, progress)
@@ -87,7 +88,7 @@ def _from_file(path: Path, label: str, cache: Path, progress: Progress) -> Model
     return _described(made, label)
 
 
-def _plain(folder: Path, names: Sequence[str], label: str, cache: Path, progress: Progress) -> Path:
+def _plain(folder: Path, label: str, cache: Path, progress: Progress) -> Path:
     """``folder``, or what is made of it where compressed-tensors has written it."""
     text = (folder / "config.json").read_bytes()
     if b"sparsity_config" not in text and b"compressed-tensors" not in text:
@@ -100,15 +101,16 @@ def _plain(folder: Path, names: Sequence[str], label: str, cache: Path, progress
     except (ValueError, AttributeError):
         return folder  # whoever loads the model says what is wrong
 
+    sources = [path for path in sorted(folder.iterdir()) if is_wanted(path.name) and path.is_file()]
+
     def fill(made: Path, key: str) -> None:
-        for name in names:
-            if is_wanted(name) and not name.endswith((".safetensors", ".safetensors.index.json")):
-                (made / name).write_bytes((folder / name).read_bytes())
+        for path in sources:
+            if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+                shutil.copyfile(path, made / path.name)
         bitmask.convert(folder, made, progress)
         write_about(made, key, label, None)
 
-    files = [path for path in bitmask.weight_files(folder) if path.is_file()]
-    return _converted([folder / "config.json", *files], cache, progress, fill)
+    return _converted(sources, cache, progress, fill)
 
 
 def _converted(
@@ -136,8 +138,7 @@ def _from_hub(name: str, cache: Path, progress: Progress) -> ModelFolder:
         converted = _from_file(folder, name, cache, progress)
         folder, license_ = converted.folder, converted.license or license_
     elif folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-        folder = _plain(folder, names, name, cache, progress)
+        folder = _plain(folder, name, cache, progress)
     return ModelFolder(folder, name, license_, f"https://huggingface.co/{name}")
 
 

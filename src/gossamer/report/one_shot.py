@@ -39,29 +39,28 @@ def figures(
     They are kept in the folder ``work`` by all that they depend on, and read from there the next time; an
     interrupted compression or tuning goes on. Raises a GossamerError for whatever a person can mend.
     """
-    asked: dict[str, Any] = {"method": name, "model": experiment.model, "version": VERSION}
-    asked |= {"settings": None if name == "dense" else experiment.settings(), "texts": _named(texts)}
-    tuning = experiment.tuning_of(name)
-    if tuning is not None:
-        asked |= {"start": experiment.start, "tuning": tuning}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    file = work / f"{name}-{key}.json"
+    asked = _asked(name, experiment, texts)
+    out = work / _label(asked)
+    file = out.with_name(f"{out.name}.json")
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    begun = None if tuning is None else figures(experiment.start, experiment, texts, work, progress)
+    tuning = experiment.tuning_of(name)
+    if tuning is not None:
+        figures(experiment.start, experiment, texts, work, progress)
     start = time.perf_counter()
     dense = load(experiment.model, dtype="bfloat16", engine="transformers", progress=progress)
     if name == "dense":
         measured: Any = dense
         seconds = 0.0
     else:
-        out = work / f"{name}-{key}"
-        if not out.exists() and tuning is not None and begun is not None:
-            finetune(work / begun["checkpoint"], out, text=texts.calibration, teacher=experiment.model,
-                     progress=progress, **tuning)  # fmt: skip
-        elif not out.exists():
-            compress(experiment.model, out, calibration=texts.calibration, progress=progress, method=name,
-                     **experiment.settings())  # fmt: skip
+        if not out.exists():
+            if tuning is None:
+                compress(experiment.model, out, calibration=texts.calibration, progress=progress, method=name,
+                         **experiment.settings())  # fmt: skip
+            else:
+                begun = work / _label(_asked(experiment.start, experiment, texts))
+                finetune(begun, out, text=texts.calibration, teacher=experiment.model, progress=progress,
+                         **tuning)  # fmt: skip
         seconds = time.perf_counter() - start
         measured = load(out, engine="transformers", progress=progress)
     found = quality(
@@ -74,7 +73,6 @@ def figures(
     )
     result = {
         "asked": asked,
-        "checkpoint": None if name == "dense" else f"{name}-{key}",
         "perplexity": found.quality.perplexity,
         "kl": found.quality.mean_kl,
         "nll": list(found.quality.nll),
@@ -86,6 +84,21 @@ def figures(
     with atomic_file(file) as beside:
         beside.write(text.encode())
     return dict(json.loads(text))
+
+
+def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
+    """All that the figures of a contender depend on."""
+    settings = None if name == "dense" else experiment.settings()
+    asked = {"method": name, "model": experiment.model, "version": VERSION, "settings": settings}
+    tuning = experiment.tuning_of(name)
+    tuned = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
+    return {**asked, "texts": _named(texts), **tuned}
+
+
+def _label(asked: dict[str, Any]) -> str:
+    """What a contender's files are called."""
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{asked['method']}-{key}"
 
 
 def _named(texts: Texts) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Verdict:
         """Plain values for JSON; the values of each window are left out."""
         plain = {**asdict(self), "claim": self.claim.to_dict()}
         plain["figures"] = {
-            name: {key: value for key, value in found.items() if key not in ("nll", "asked", "checkpoint")}
+            name: {key: value for key, value in found.items() if key not in ("nll", "asked")}
             for name, found in self.figures.items()
         }
         return plain

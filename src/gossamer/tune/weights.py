@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -83,6 +84,13 @@ class TunedWeight(nn.Module):
             return cls.Options(**options)
         except TypeError as error:
             raise MethodError(f"tuning by {cls.name} does not take these options: {error}") from None
+
+    def freeze(self) -> Tensor:
+        """Takes ``latent`` from what is tuned, for a method that tunes something else; gives it."""
+        first = self.latent.detach()
+        del self.latent
+        self.register_buffer("latent", first, persistent=False)
+        return first
 
     def dense(self) -> Tensor:
         """The weight before it is masked and rounded, float32 ``(out, in)``."""
@@ -215,6 +223,11 @@ class _Finish(torch.autograd.Function):
             ctx.weight.leave(grads[0])
             return None, None, None, None
         return *ctx.weight.gradients(grads[0], latent), None, None
+
+
+def seed_of(weight: Tensor) -> int:
+    """A seed drawn from ``weight`` itself, so that a layer's start depends on no other."""
+    return zlib.crc32(weight.contiguous().numpy().data)
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.dynamic.attention.block_topk import BlockTopK
-from gossamer.dynamic.attention.plug import Attend, attention
+from gossamer.dynamic.attention.plug import Watch
 from gossamer.dynamic.attention.policy import POLICIES, Policy, causal, for_heads, numbers
 from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.engine import Look
@@ -122,19 +122,16 @@ def search(
     return {(layer, head): policies[int(best[head])] for head in range(len(queries))}
 
 
-class _Search(Attend):
-    """Dense attention that keeps what `search` finds in every layer on its way."""
+class _Search(Watch):
+    """Keeps what `search` finds in every layer."""
 
     def __init__(self, budget: int) -> None:
-        super().__init__(None)
+        super().__init__()
         self.budget = budget
         self.heads: dict[tuple[int, int], Policy] = {}
 
-    def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
-    ) -> Tensor:
+    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
         self.heads |= search(queries, keys, values, scaling=scaling, layer=layer, budget=self.budget)
-        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
 
 
 @torch.no_grad()
@@ -142,8 +139,7 @@ def searched(model: Any, ids: Tensor, budget: int) -> MInference:
     """The policy for a transformers ``model``: the patterns that serve its heads best on one text, ``ids``
     int64 ``(n,)``, with about ``budget`` blocks for each block of queries."""
     searching = _Search(budget)
-    with attention(model, searching):
-        model(ids[None], use_cache=False, logits_to_keep=1)
+    searching.read(model, ids[None])
     return MInference(searching.heads, candidates(budget)[2])
 
 

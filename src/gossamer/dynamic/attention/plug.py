@@ -97,6 +97,29 @@ class Attend:
         return blocks
 
 
+class Watch(Attend):
+    """Dense attention that shows queries, keys and values of every layer on its way, for calibration."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
+        """One text in one layer; shapes of `block_attention`."""
+        raise NotImplementedError
+
+    def one(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> Tensor:
+        self.see(queries, keys, values, scaling=scaling, layer=layer)
+        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
+
+    def read(self, model: Any, windows: Tensor) -> None:
+        """Runs the transformers ``model`` over ``windows``, int64 ``(windows, n)``."""
+        with torch.no_grad(), attention(model, self):
+            for ids in windows:
+                model(ids[None], use_cache=False, logits_to_keep=1)
+
+
 @contextmanager
 def attention(model: Any, policy: Policy | Attend | str | None) -> Iterator[Attend]:
     """Within it the transformers ``model`` attends by ``policy`` (or one of `POLICIES` by name).

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.dynamic.attention.plug import Attend, attention
+from gossamer.dynamic.attention.plug import Watch
 from gossamer.dynamic.attention.policy import Policy, block_means, for_heads, largest
 from gossamer.engine import Look
 from gossamer.errors import MethodError
@@ -123,20 +123,17 @@ def loss(gates: Tensor, one: Sample, scaling: float) -> Tensor:
     return (target * (target.clamp(min=1e-30).log() - logs)).sum(-1).mean()
 
 
-class _Gather(Attend):
-    """Dense attention that keeps a `Sample` of every layer on its way."""
+class _Gather(Watch):
+    """Keeps a `Sample` of every layer."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__()
         self.samples: dict[int, list[Sample]] = {}
         self.scaling: dict[int, float] = {}
 
-    def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
-    ) -> Tensor:
+    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
         self.samples.setdefault(layer, []).append(sample(queries, keys, scaling))
         self.scaling[layer] = scaling
-        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
 
 
 @torch.no_grad()
@@ -144,8 +141,6 @@ def learned(model: Any, windows: Tensor, count: int = 16, steps: int = STEPS) ->
     """The policy for a transformers ``model``, whose gates are learned on texts, int64 ``(windows, n)``; the
     model itself stays as it is."""
     gather = _Gather()
-    with attention(model, gather):
-        for ids in windows:
-            model(ids[None], use_cache=False, logits_to_keep=1)
+    gather.read(model, windows)
     layers = range(len(gather.samples))
     return Seer(torch.stack([fit(gather.samples[i], gather.scaling[i], steps) for i in layers]), count)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gossamer.dynamic.attention.label_blocks import LabelBlocks
-from gossamer.dynamic.attention.plug import Attend, attention
-from gossamer.dynamic.cache.method import CACHES, CacheMethod
+from gossamer.dynamic.attention.plug import Watch
+from gossamer.dynamic.cache.method import CACHES, CacheMethod, kv_heads
 from gossamer.dynamic.cache.parts import Grown, split
 from gossamer.dynamic.cache.select import SelectiveLayer
 from gossamer.errors import MethodError
@@ -53,9 +53,7 @@ class DoubleSparsity(CacheMethod):
     def check(self, model: Any) -> None:
         if self.labels is None:
             raise MethodError("double_sparsity needs label channels: see `label_channels`")
-        config = model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        wanted = (config.num_hidden_layers, heads)
+        wanted = (model.config.num_hidden_layers, kv_heads(model))
         if self.labels.ndim != 3 or self.labels.shape[:2] != wanted or not self.labels.shape[2]:
             raise MethodError(f"labels must be {wanted} times a count, not {tuple(self.labels.shape)}")
 
@@ -112,21 +110,18 @@ class DoubleSparsityLayer(SelectiveLayer):
         return self.channels[None, :, None].expand(len(x), -1, x.shape[2], -1)
 
 
-class _Sizes(Attend):
-    """Dense attention that sums the sizes of queries and keys, channel by channel, on its way."""
+class _Sizes(Watch):
+    """Sums the sizes of queries and keys, channel by channel."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__()
         self.queries: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
 
-    def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
-    ) -> Tensor:
+    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
         sizes = queries.float().abs().sum(1), keys.float().abs().sum(1)
         for total, size in zip((self.queries, self.keys), sizes, strict=True):
             total[layer] = total.get(layer, 0) + size
-        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
 
 
 @torch.no_grad()
@@ -135,9 +130,7 @@ def label_channels(model: Any, windows: Tensor, count: int) -> Tensor:
     count)``, the first one most: those of the largest mean ``|q_c k_c|`` over all pairs of a query and a key
     in the calibration ``windows``, int64 ``(windows, n)``, of all heads that share the keys."""
     sizes = _Sizes()
-    with attention(model, sizes):
-        for ids in windows:
-            model(ids[None], use_cache=False, logits_to_keep=1)
+    sizes.read(model, windows)
     found = []
     for number in range(model.config.num_hidden_layers):
         if number not in sizes.keys:

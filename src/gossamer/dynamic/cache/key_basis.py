@@ -12,27 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.dynamic.attention.plug import Attend, attention
+from gossamer.dynamic.attention.plug import Watch
+from gossamer.dynamic.cache.method import head_dim, kv_heads
 from gossamer.dynamic.cache.parts import split
 from gossamer.dynamic.cache.rotation import Rotation
 from gossamer.errors import MethodError
 
 
-class _Grams(Attend):
-    """Dense attention that sums, layer by layer, the products of keys before rotation on its way."""
+class _Grams(Watch):
+    """Sums, layer by layer, the products of keys before rotation."""
 
     def __init__(self, rotations: list[Rotation]) -> None:
-        super().__init__(None)
+        super().__init__()
         self.rotations = rotations
         self.grams: dict[int, Tensor] = {}
 
-    def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
-    ) -> Tensor:
+    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
         plain = self.rotations[layer].undo(keys.float(), torch.arange(keys.shape[1]))
         rows = plain.transpose(0, 1).flatten(1)  # (n, kv_heads x dim)
         self.grams[layer] = self.grams.get(layer, 0) + (rows.mT @ rows).double()
-        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
 
 
 @torch.no_grad()
@@ -46,12 +44,11 @@ def key_basis(model: Any, windows: Tensor, rank: int) -> Tensor:
     """
     layers = model.config.num_hidden_layers
     sums = _Grams([Rotation.of(model, number) for number in range(layers)])
-    most, heads = _numbers(model)
+    heads = kv_heads(model)
+    most = heads * head_dim(model)
     if not 1 <= rank <= most:
         raise MethodError(f"the keys of a token are {most} numbers: no rank of {rank}")
-    with attention(model, sums):
-        for ids in windows:
-            model(ids[None], use_cache=False, logits_to_keep=1)
+    sums.read(model, windows)
     if len(sums.grams) != layers:
         raise MethodError("this model's layers do not go through the attention interface")
     found = []
@@ -61,10 +58,3 @@ def key_basis(model: Any, windows: Tensor, rank: int) -> Tensor:
         vectors = torch.linalg.eigh(sums.grams[number]).eigenvectors[:, -rank:].flip(-1)
         found.append(split(vectors.mT.float(), 1, heads, -1))
     return torch.stack(found)
-
-
-def _numbers(model: Any) -> tuple[int, int]:
-    """Numbers of a token's keys, and heads of keys."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads * model.model.layers[0].self_attn.head_dim, heads

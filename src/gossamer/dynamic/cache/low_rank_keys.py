@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gossamer.dynamic.cache.method import CACHES, CacheMethod, head_dim
+from gossamer.dynamic.cache.method import CACHES, CacheMethod, head_dim, kv_heads
 from gossamer.dynamic.cache.parts import split
 from gossamer.dynamic.cache.quantize import Quantized, of_values
 from gossamer.dynamic.cache.rotation import Rotation
@@ -67,8 +67,7 @@ class LowRankKeys(CacheMethod):
 
     def check(self, model: Any) -> None:
         Rotation.of(model, 0)
-        config = model.config
-        most = config.num_key_value_heads * head_dim(model)
+        most = kv_heads(model) * head_dim(model)
         if self.rank > most:
             raise MethodError(f"the keys of a token are {most} numbers: no rank of {self.rank}")
         if head_dim(model) % max(1, 8 // self.value_bits):

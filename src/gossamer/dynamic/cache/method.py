@@ -150,3 +150,9 @@ def head_dim(model: Any) -> int:
     """Numbers of a head of keys."""
     config = model.config
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kv_heads(model: Any) -> int:
+    """Heads of keys."""
+    config = model.config
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

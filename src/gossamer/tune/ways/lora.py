@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import MethodError
 from gossamer.matrices.values import Quantized
-from gossamer.tune.weights import WEIGHTS, TunedWeight
+from gossamer.tune.weights import WEIGHTS, TunedWeight, seed_of
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,10 @@ class LoraWeight(TunedWeight):
         options: LoraOptions | None = None,
     ) -> None:
         super().__init__(weight, mask, quantized, options)
-        first = self.latent.detach()
-        del self.latent
-        self.register_buffer("latent", first, persistent=False)
+        first = self.freeze()
         out, width = first.shape
         rank = min(self.options.rank, out, width)
-        # drawn from the weight itself, so that a layer's start depends on no other
-        generator = torch.Generator().manual_seed(zlib.crc32(first.contiguous().numpy().data))
+        generator = torch.Generator().manual_seed(seed_of(first))
         self.A = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
         self.B = nn.Parameter(torch.zeros(out, rank))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -17,7 +16,7 @@ from gossamer.matrices.values import Quantized
 from gossamer.sparse import parse_pattern
 from gossamer.sparse.masks import check_mask
 from gossamer.sparse.patterns import NM
-from gossamer.tune.weights import WEIGHTS, TunedWeight
+from gossamer.tune.weights import WEIGHTS, TunedWeight, seed_of
 
 MOST_CANDIDATES = 70  # masks of a group: those of 4:8
 SPREAD = 0.01  # standard deviation of logits at the start
@@ -98,14 +97,11 @@ class MaskLlmWeight(TunedWeight):
         out, width = weight.shape
         if width % pattern.m:
             raise MethodError(f"{width} inputs are no whole groups of {pattern}")
-        first = self.latent.detach()
-        del self.latent
-        self.register_buffer("latent", first, persistent=False)
+        self._seed = seed_of(self.freeze())  # of the noise too
         kept = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
         self.register_buffer(
             "masks", torch.zeros(len(kept), pattern.m).scatter_(1, kept, 1), persistent=False
         )
-        self._seed = zlib.crc32(first.contiguous().numpy().data)  # a layer's noise depends on no other
         start = torch.randn(
             (out, width // pattern.m, len(kept)), generator=torch.Generator().manual_seed(self._seed)
         )
