@@ -115,7 +115,8 @@ class PackedCache:
         except OSError as error:
             raise CheckpointError(f"cannot read {Path(path).name}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{Path(path).name} is no file of a cache: {error}") from error
+            reason = f"it does not say {error}" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{Path(path).name} is no file of a cache: {reason}") from error
 
 
 PACKED = {
