@@ -6,7 +6,9 @@ zero-shot questions of ours, `speed` times decoding after 512 tokens in interlea
 docs page.
 Everything is compared with the dense model in bfloat16 on two texts; no tuning saw either. Weights of
 SmolLM2 lie on a 4-bit grid of llama.cpp's (Q4_1): formats near it are flattered; `--name small --model DIR`
-measures a model of float weights instead (`examples/train_small.py`).
+measures a model of float weights instead (`examples/train_small.py`). With `--tuned-first` the dense model is
+tuned on its task first, and ours and the rivals' are made of that one; they are still held against the model
+as it was.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from benchmarks.decode_processes import GoneError, Server, make, python_of
 from benchmarks.decode_protocol import Contender
 from benchmarks.kernel_protocol import PAST_CACHE, Reader, last_level_cache
 from benchmarks.kernels import environment, progress
-from benchmarks.quality_cells import CELLS, LEVELS, RIVALS, Cell, job_of, record_of, rival_bytes
+from benchmarks.quality_cells import CELLS, LEVELS, PLAIN, RIVALS, Cell, job_of, record_of, rival_bytes
 from gossamer.bench.machine import OtherWork, machine_facts, use_threads
 
 PARTS = ("make", "judge", "tasks", "speed", "table")
@@ -57,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=32, help="windows of 1,024 (default 32)")
     parser.add_argument("--epochs", type=int, default=4, help="of blockwise tuning (default 4)")
     parser.add_argument("--tokens", type=int, default=200_000, help="of distillation (default 200,000)")
+    parser.add_argument("--tuned-first", action="store_true", help="make all of the dense model tuned")
     parser.add_argument("--tune", default="--loss kl", help="further options of `gossamer tune`")
     parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
     parser.add_argument("--novel-windows", type=int, default=8)
@@ -68,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, default=protocol.RESULTS.parents[1] / "docs/quality.md")
     parser.set_defaults(huge_pages=False, isa=None, make=False)
     args = parser.parse_args()
-    args.model = Path(args.model).resolve()
+    args.model = args.reference = Path(args.model).resolve()
     return args
 
 
@@ -95,7 +98,7 @@ def ready(args: argparse.Namespace) -> list[Contender]:
     ours = [cell.contender for cell in cells(args)]
     found = [c for c in ours if (job_of(args, c).file("gossamer-") / "gossamer.json").exists()]
     pythons, env = python_of(args), environment(args)
-    for c in RIVALS:
+    for c in RIVALS if args.model == args.reference else (PLAIN, *RIVALS):
         if c.engine in pythons and re.search(args.rivals, c.name):
             try:
                 make(args, pythons[c.engine], job_of(args, c), env)
@@ -134,7 +137,7 @@ def references(args: argparse.Namespace) -> dict[str, list[Path]]:
             folder = (args.work / args.name / "windows" / f"{text}-{i:02d}").absolute()
             found.setdefault(text, []).append(folder)
             if not (folder / "ids.npy").exists():
-                model = model or protocol.load_model(str(args.model), "bfloat16")
+                model = model or protocol.load_model(str(args.reference), "bfloat16")
                 folder.mkdir(parents=True, exist_ok=True)
                 logp = _dense(model, window)
                 np.save(folder / "logp.npy", logp)
@@ -143,7 +146,7 @@ def references(args: argparse.Namespace) -> dict[str, list[Path]]:
             loss = -float(logp[np.arange(len(logp)), ids_[1:]].mean(dtype=np.float64))
             losses.setdefault(text, []).append(loss)
     plain = {text: {"loss": values} for text, values in losses.items()}
-    weights = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in args.reference.glob("*.safetensors"))
     save(args, "dense bfloat16", {"judged": plain, "weight_bytes": weights, "bits_all_in": 16.0})
     return found
 
@@ -250,6 +253,9 @@ def main() -> None:
         raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
     args.data = Path(args.data).resolve()
     protocol.set_threads(args.threads)
+    if args.tuned_first:
+        args.model = quality_cells.tuned_dense(args)
+        args.name = f"{args.name}, tuned first"
     (args.work / args.name).mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         if part == "table":

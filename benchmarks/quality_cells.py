@@ -40,6 +40,8 @@ RIVALS = (
     ),
     *(Contender("openvino", variant, "") for variant in ("int8", "int4", "int4 all")),
 )
+PLAIN = Contender("transformers", "bfloat16", "")
+"""The tuned dense model itself, where contenders are made of one."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,27 @@ def shrunk(args: argparse.Namespace, cell: Cell) -> Path:
     return out
 
 
-def _run(args: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+def tuned_dense(args: argparse.Namespace) -> Path:
+    """The dense model tuned on its task by as many tokens as are distilled: a folder of transformers'."""
+    folder = (args.work / args.name).absolute()
+    packed, tuned, out = (folder / f"dense-{step}" for step in ("packed", "tuned", "tuned-exported"))
+    text = str(Path(args.data) / protocol.CALIBRATION_TEXT)
+    if not packed.exists() and not tuned.exists():
+        options = ["--method", "magnitude", "--sparsity", "0", "--values", "bf16"]
+        options += ["--head-values", "bf16"]
+        _run(args, ["compress", str(args.model), *options, "--out", str(packed)])
+    if not tuned.exists():
+        options = ["--loss", "task", "--tokens", str(args.tokens), "--text", text]
+        _run(args, ["tune", str(packed), *options, "--out", str(tuned)])
+    if not out.exists():
+        _run(args, ["export", str(tuned), "--out", str(out)], threads=False)
+    return out
+
+
+def _run(args: argparse.Namespace, command: list[str], threads: bool = True) -> dict[str, Any]:
     """One command in a process of its own: seconds of the clock and of the processor."""
     start, before = time.perf_counter(), os.times()
-    full = [sys.executable, "-c", GOSSAMER, *command, "--threads", str(args.threads)]
+    full = [sys.executable, "-c", GOSSAMER, *command, *(["--threads", str(args.threads)] if threads else [])]
     done = subprocess.run(full, stdout=subprocess.PIPE, env=limited(args.threads), check=False)
     if done.returncode:
         raise SystemExit(f"gossamer {command[0]} failed: {' '.join(command)}")
@@ -129,6 +148,8 @@ def record_of(folder: Path) -> dict[str, Any]:
 def rival_bytes(args: argparse.Namespace, c: Contender) -> int:
     """Bytes of a rival's file of weights."""
     job = job_of(args, c)
+    if c.engine == "transformers":
+        return sum(path.stat().st_size for path in Path(job.model).glob("*.safetensors"))
     if c.engine == "openvino":
         return (job.file("openvino-") / "openvino_model.bin").stat().st_size
     return job.file("", ".gguf").stat().st_size

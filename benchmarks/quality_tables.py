@@ -61,7 +61,7 @@ def rows_of(model: dict[str, Any]) -> list[Row]:
         rows.append(
             Row(
                 name,
-                not name.startswith(("llama.cpp", "OpenVINO")),
+                not name.startswith(("llama.cpp", "OpenVINO", "transformers")),
                 found["weight_bytes"],
                 ratios["wikitext"],
                 judged["wikitext"]["kl"],

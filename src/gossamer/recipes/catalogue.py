@@ -15,6 +15,7 @@ from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
 from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
+from gossamer.tune.self_data import PROMPTS
 
 _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
 
@@ -22,11 +23,13 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 @dataclass(frozen=True)
 class MethodFacts:
     """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``shrink`` (whole
-    blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint move),
-    ``loss`` (what they are drawn to), ``activations`` (inputs, at run time), ``attention`` (keys, at run
-    time) or ``cache`` (how keys and values are kept); ``needs``: what is calibrated, none for methods
-    without data; ``patterns``: those it accepts, or what it drops, looks at or keeps; ``comparison_group``:
-    what plain "unstructured" means, or where scores compete."""
+    blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint
+    move), ``loss`` (what they are drawn to), ``text`` (what they are tuned on), ``activations`` (inputs,
+    at run time), ``attention`` (keys, at run time) or ``cache`` (how keys and values are kept);
+    ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what
+    it drops, looks at or keeps; ``comparison_group``: what plain "unstructured" means, or where scores
+    compete.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -62,6 +65,8 @@ def methods() -> list[MethodFacts]:
     for name in LOSSES:
         teacher = ("text", "teacher") if LOSSES[name].needs_teacher else ("text",)
         found.append(_facts("loss", LOSSES, name, teacher, ("any, and dense",), "model"))
+    for name in PROMPTS:
+        found.append(_facts("text", PROMPTS, name, ("prompts", "teacher"), ("any, and dense",), "model"))
     for name in ACTIVATIONS:
         gating = ACTIVATIONS[name]
         thresholds = gating.selection == "threshold"

@@ -20,6 +20,7 @@ TITLES = {
     "tune": "Tuning what was kept, block by block",
     "finetune": "Fine-tuning a whole checkpoint: which weights move",
     "loss": "What a checkpoint is tuned to",
+    "text": "Text that the dense model writes for its copy",
     "activations": "Activation sparsity at run time",
     "attention": "Sparse attention at run time",
     "cache": "Caches",

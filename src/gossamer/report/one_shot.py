@@ -17,6 +17,8 @@ from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
 from gossamer.recipes.load import load
 from gossamer.recipes.measure import quality
+from gossamer.recipes.sample import sample
+from gossamer.recipes.shrink import remove_blocks
 from gossamer.version import VERSION
 
 
@@ -55,11 +57,13 @@ def figures(
     else:
         if not out.exists():
             if tuning is None:
-                compress(experiment.model, out, calibration=texts.calibration, progress=progress, method=name,
+                model = _shrunk(experiment, texts, work, progress)
+                compress(model, out, calibration=texts.calibration, progress=progress, method=name,
                          **experiment.settings())  # fmt: skip
             else:
                 begun = work / _label(_asked(experiment.start, experiment, texts))
-                finetune(begun, out, text=texts.calibration, teacher=experiment.model, progress=progress,
+                text = _written(name, experiment, texts, work, progress)
+                finetune(begun, out, text=text, teacher=experiment.model, progress=progress,
                          **tuning)  # fmt: skip
         seconds = time.perf_counter() - start
         measured = load(out, engine="transformers", progress=progress)
@@ -86,12 +90,46 @@ def figures(
     return dict(json.loads(text))
 
 
+def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress) -> str | Path:
+    """The model that contenders are made of."""
+    if not experiment.blocks:
+        return experiment.model
+    asked = {"method": "shrunk", "model": experiment.model, "blocks": experiment.blocks, "version": VERSION}
+    out = work / _label({**asked, "texts": _named(texts)})
+    if not out.exists():
+        remove_blocks(
+            experiment.model,
+            out,
+            calibration=texts.calibration,
+            blocks=experiment.blocks,
+            seqlen=min(experiment.seqlen, 512),
+            progress=progress,
+        )
+    return out
+
+
+def _written(name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress) -> TextSource:
+    """What a contender is tuned on: the calibration text, or what the dense model makes of its beginnings."""
+    tokens = experiment.sampled.get(name)
+    if tokens is None:
+        return texts.calibration
+    asked = {"method": "sampled", "model": experiment.model, "tokens": tokens, "version": VERSION}
+    out = work / f"{_label({**asked, 'texts': _named(texts)})}.jsonl"
+    if not out.exists():
+        sample(experiment.model, out, text=texts.calibration, tokens=tokens, progress=progress)
+    return out
+
+
 def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     """All that the figures of a contender depend on."""
     settings = None if name == "dense" else experiment.settings()
     asked = {"method": name, "model": experiment.model, "version": VERSION, "settings": settings}
     tuning = experiment.tuning_of(name)
-    tuned = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
+    tuned: dict[str, Any] = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
+    if name in experiment.sampled:
+        tuned["sampled"] = experiment.sampled[name]
+    if experiment.blocks and name != "dense":
+        tuned["blocks"] = experiment.blocks
     return {**asked, "texts": _named(texts), **tuned}
 
 

@@ -19,6 +19,7 @@ from gossamer.registry import Registry
 from gossamer.report.one_shot import Texts, figures
 from gossamer.tune import WEIGHTS
 from gossamer.tune.losses import LOSSES
+from gossamer.tune.self_data import PROMPTS
 
 __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 
@@ -50,9 +51,12 @@ class Verdict:
 
 def claimed() -> dict[str, Claim]:
     """The methods that have a claim which runs, by name."""
-    families: tuple[Registry[Any], ...] = (METHODS, WEIGHTS, LOSSES)
+    families: tuple[Registry[Any], ...] = (METHODS, WEIGHTS, LOSSES, PROMPTS)
     return {
-        name: family[name].claim for family in families for name in family if family[name].claim is not None
+        name: claim
+        for family in families
+        for name in family
+        if (claim := getattr(family[name], "claim", None)) is not None
     }
 
 

@@ -14,16 +14,18 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import TextError
 from gossamer.models.generate import generate, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import PrefixSession, SessionFactory
 from gossamer.models.tokenizer import StreamDecoder, encode_prompt
+from gossamer.registry import Registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,17 @@ class Prompts(Protocol):
         """What is kept of its ``answer``: ``text``, the document to tune on, and what is worth knowing."""
 
 
+PROMPTS: Registry[Prompts] = Registry(
+    "source of prompts",
+    dict.fromkeys(("continuations", "rewrites"), "gossamer.tune.self_data"),
+)
+
+
+@PROMPTS.register(
+    "continuations",
+    cite="Thangarasa et al. 2024, Self-Data Distillation for Recovering Quality in Pruned Large Language "
+    "Models",
+)
 @dataclass(frozen=True)
 class Continuations:
     """Prompts of ``length`` tokens from random places of a text, int64 ``ids``, which the model continues.
@@ -53,6 +66,22 @@ class Continuations:
     Places are drawn for each record anew, from ``seed`` and its number. Raises TextError for a text shorter
     than a prompt.
     """
+
+    claim: ClassVar[Claim | None] = Claim(
+        says="Tuned on what the dense model itself writes, a model that lost blocks stays nearer to it than "
+        "when tuned on other people's text.",
+        experiment=Experiment(
+            sparsity=0.0,
+            blocks=0.2,
+            start="magnitude",
+            against=("magnitude",),
+            tuning={"tokens": 65_536, "seqlen": 256, "losses": {"task": 1}},
+            tuned={"continuations": {}, "ordinary": {}},
+            sampled={"continuations": 32_768},
+        ),
+        metric="kl",
+        than="ordinary",
+    )
 
     ids: Tensor
     tokenizer: PreTrainedTokenizerBase
@@ -77,6 +106,10 @@ class Continuations:
         return {"text": prompt + answer}
 
 
+@PROMPTS.register(
+    "rewrites",
+    cite="Yang et al. 2024, Self-Distillation Bridges Distribution Gap in Language Model Fine-Tuning",
+)
 @dataclass(frozen=True)
 class Rewrites:
     """Answers of an instruction set, ``pairs`` of prompt and response, in the model's own words.
