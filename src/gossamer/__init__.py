@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.recipe import read_recipe
     from gossamer.recipes.sample import sample
     from gossamer.recipes.shrink import remove_blocks
+    from gossamer.recipes.sparsify import Sparsified, sparsify
 
 __all__ = [
     "BlockDiagonal",
@@ -48,6 +49,7 @@ __all__ = [
     "Packed",
     "Product",
     "Sparse",
+    "Sparsified",
     "StructuredEmbedding",
     "StructuredLinear",
     "Sum",
@@ -71,6 +73,7 @@ __all__ = [
     "read_recipe",
     "remove_blocks",
     "sample",
+    "sparsify",
     "speed",
     "verify_checkpoint",
 ]
@@ -107,6 +110,7 @@ _PLACES = {
     "gossamer.recipes.quickstart": ("quickstart",),
     "gossamer.recipes.recipe": ("read_recipe",),
     "gossamer.recipes.shrink": ("remove_blocks",),
+    "gossamer.recipes.sparsify": ("Sparsified", "sparsify"),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 

@@ -1,0 +1,204 @@
+"""Weights of any module as matrices ``(out, in)``, and what each of them multiplies while a model runs.
+
+Linear layers (GPT-2's transposed ones too), convolutions (a kernel's patches are its inputs) and recurrent
+layers (of every layer and direction the weights of its inputs and those of its states).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.errors import CalibrationError, ModelError
+
+Inputs = Callable[[nn.Module, tuple[Any, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """The parameter ``parameter`` of ``module`` as a matrix; ``name`` is that of the parameter in the model
+    without a last ``.weight``.
+
+    ``inputs``: what the matrix multiplies when the module is called with arguments, float ``(tokens, in)``,
+    ``in`` the matrix's own. Views that ``read`` alike read the same of the same tensor.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    inputs: Inputs
+    reads: tuple[Any, ...]
+    turned: bool = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        found = getattr(self.module, self.parameter)
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix."""
+        out, features = self.matrix_of(self.weight).shape
+        return out, features
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """That of the weight itself, (out, in) or (out, in, ..kernel)."""
+        return self.shape if self.turned else tuple(self.weight.shape)
+
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape, its gradient for one, as a matrix."""
+        return weight.T if self.turned else weight.flatten(1)
+
+    def matrix(self) -> Tensor:
+        """float32 ``(out, in)``, a copy."""
+        return self.matrix_of(self.weight.detach()).float().clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def replace(self, matrix: Tensor) -> None:
+        """Puts ``matrix`` ``(out, in)`` into the parameter, rounded to its dtype."""
+        if tuple(matrix.shape) != self.shape:
+            raise ModelError(f"{self.name}: a matrix {tuple(matrix.shape)} in place of one {self.shape}")
+        self.weight.copy_(matrix.T if self.turned else matrix.reshape(self.weight.shape))
+
+
+def weight_views(model: nn.Module) -> tuple[list[WeightView], dict[str, str]]:
+    """All weights of ``model`` that are matrices, in the order of its modules, shared ones once; and the
+    names of modules that have weights of the kind but are left as they are, with the reason."""
+    found: list[WeightView] = []
+    left: dict[str, str] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        why = _why_not(module)
+        if why:
+            left[name] = why
+            continue
+        for view in _views(name, module):
+            if id(view.weight) not in seen:
+                seen.add(id(view.weight))
+                found.append(view)
+    return found, left
+
+
+def _why_not(module: nn.Module) -> str:
+    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+        return "a convolution in groups: each group has a few inputs of its own"
+    if isinstance(module, nn.modules.conv._ConvNd) and (module.transposed or len(module.kernel_size) > 2):
+        return "a transposed or three-dimensional convolution"
+    if isinstance(module, nn.RNNBase) and module.proj_size:
+        return "recurrent with projected states"
+    if isinstance(module, nn.MultiheadAttention):
+        return "PyTorch's fused attention, whose projections are one parameter"
+    return ""
+
+
+def _views(name: str, module: nn.Module) -> Iterator[WeightView]:
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return  # inside nn.MultiheadAttention, which never calls it
+    if isinstance(module, nn.Linear):
+        yield WeightView(name, module, "weight", _rows, ("rows",))
+    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed linear
+        yield WeightView(name, module, "weight", _rows, ("rows",), turned=True)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        places = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
+        yield WeightView(name, module, "weight", _patches, ("patches", *places))
+    elif isinstance(module, nn.RNNBase):
+        for layer in range(module.num_layers):
+            for suffix in _suffixes(module):
+                at = (layer, suffix)
+                for kind in ("ih", "hh"):
+                    parameter = f"weight_{kind}_l{layer}{suffix}"
+                    full = f"{name}.{parameter}" if name else parameter
+                    yield WeightView(full, module, parameter, _Recurrent(at, kind), (full,))
+
+
+def _rows(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    x: Tensor = args[0]
+    return x.reshape(-1, x.shape[-1])
+
+
+def _patches(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """The patches that a convolution's kernel lies on, ``(batch x places, channels x kernel)``."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    x: Tensor = args[0]
+    flat = isinstance(module, nn.Conv1d)
+    sizes = len(module.kernel_size)
+    x = x if x.dim() == sizes + 2 else x[None]
+    # ``_reversed_padding_repeated_twice`` holds what every mode of padding comes to, the last axis first
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+
+    def pair(given: tuple[int, ...]) -> tuple[int, int]:
+        return (1, given[0]) if flat else (given[0], given[1])
+
+    x = x[:, :, None] if flat else x
+    found = nn.functional.unfold(
+        x, pair(module.kernel_size), dilation=pair(module.dilation), stride=pair(module.stride)
+    )
+    return found.transpose(1, 2).reshape(-1, found.shape[1])
+
+
+@dataclass(frozen=True)
+class _Recurrent:
+    """What one layer and direction of a recurrent module reads: its inputs (``ih``), or its states one step
+    before (``hh``)."""
+
+    at: tuple[int, str]
+    kind: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+        assert isinstance(module, nn.RNNBase)
+        x = args[0]
+        if not isinstance(x, Tensor):
+            raise CalibrationError("a recurrent layer is calibrated on plain tensors, not packed sequences")
+        x = x if x.dim() == 3 else x.unsqueeze(0 if module.batch_first else 1)
+        x = x if module.batch_first else x.transpose(0, 1)
+        given = args[1] if len(args) > 1 else None
+        first = given[0] if isinstance(given, tuple) else given
+        for layer in range(module.num_layers):
+            outs = []
+            for direction, suffix in enumerate(_suffixes(module)):
+                read = x.flip(1) if suffix else x
+                if (layer, suffix) == self.at and self.kind == "ih":
+                    return read.reshape(-1, read.shape[2])
+                index = layer * len(_suffixes(module)) + direction
+                states = _run(module, layer, suffix, read, given, index)
+                if (layer, suffix) == self.at:
+                    start = torch.zeros_like(states[:, :1])
+                    if first is not None:
+                        start = first[index].reshape(-1, 1, states.shape[2]).to(states.dtype)
+                    before = torch.cat([start, states[:, :-1]], dim=1)
+                    return before.reshape(-1, before.shape[2])
+                outs.append(states.flip(1) if suffix else states)
+            x = torch.cat(outs, dim=2)
+        raise AssertionError(self.at)
+
+
+def _suffixes(module: nn.RNNBase) -> tuple[str, ...]:
+    return ("", "_reverse") if module.bidirectional else ("",)
+
+
+def _run(module: nn.RNNBase, layer: int, suffix: str, x: Tensor, given: Any, index: int) -> Tensor:
+    """The states ``(batch, steps, hidden)`` of one layer and direction by itself."""
+    options: dict[str, Any] = {"bias": module.bias, "batch_first": True, "device": "meta", "dtype": x.dtype}
+    if type(module) is nn.RNN:
+        options["nonlinearity"] = module.nonlinearity
+    kind: Any = type(module)
+    alone: Any = kind(x.shape[2], module.hidden_size, **options)
+    own = dict(module.named_parameters())
+    names = [name for name, _ in alone.named_parameters()]
+    weights: dict[str, Tensor] = {name: own[f"{name}{suffix}".replace("_l0", f"_l{layer}")] for name in names}
+
+    def state(tensor: Tensor) -> Tensor:
+        return tensor[index : index + 1].reshape(1, x.shape[0], -1).contiguous()
+
+    start: Any = None
+    if given is not None:
+        start = tuple(map(state, given)) if isinstance(given, tuple) else state(given)
+    out: Tensor = torch.func.functional_call(alone, weights, (x,) if start is None else (x, start))[0]
+    return out

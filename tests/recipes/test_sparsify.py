@@ -1,0 +1,225 @@
+"""Any PyTorch model made sparse: each weight as the method itself makes it of what the weight reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gossamer as gs
+from gossamer.calibrate import Gram, InputNorm
+from gossamer.errors import CalibrationError, GossamerError, MethodError, ModelError
+from gossamer.matrices.values import value_type
+from gossamer.nn import StructuredLinear
+from gossamer.nn.views import weight_views
+from gossamer.prune import METHODS, Layer, method
+from gossamer.sparse import mask_from_scores, parse_pattern
+from gossamer.sparse.masks import check_mask
+
+
+class Mixed(nn.Module):
+    """A convolution, a recurrent layer, two linear layers that read the same, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.rnn = nn.GRU(8, 8, batch_first=True)
+        self.left, self.right = nn.Linear(8, 16), nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        h = self.conv(x.transpose(1, 2)).transpose(1, 2).relu()
+        h = self.rnn(h)[0]
+        return self.head(self.left(h).relu() * self.right(h)) * scale
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(4, 6, 4) for _ in range(count)]
+
+
+def cross_entropy(model: nn.Module, x: Tensor) -> Tensor:
+    logits = model(x)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(logits[..., 0].numel()) % 5)
+
+
+def test_each_layer_is_what_the_method_makes_of_its_inputs() -> None:
+    model, dense = Mixed(), Mixed()
+    found = gs.sparsify(model, batches(), method="obs", pattern="2:4", skip="head")
+    # the oracle: layer by layer, on the inputs that the layers pruned before give
+    for name in ("conv", "left", "right"):
+        view = next(v for v in weight_views(dense)[0] if v.name == name)
+        seen: list[Tensor] = []
+        handle = view.module.register_forward_pre_hook(
+            lambda module, args, view=view, seen=seen: seen.append(view.inputs(module, args))  # type: ignore[misc]
+        )
+        with torch.no_grad():
+            for batch in batches():
+                dense(batch)
+        handle.remove()
+        gram = Gram(view.shape[1])
+        for rows in seen:
+            gram.update(rows)
+        gram.finish()
+        layer = Layer(name, view.matrix(), {Gram: gram})
+        want = method("obs").prune(layer, parse_pattern("2:4"), 0.5, value_type("float32"), 64)
+        got = next(v for v in weight_views(model)[0] if v.name == name)
+        torch.testing.assert_close(got.matrix(), want.weight)
+        if name == "conv":
+            for before in ("conv", "rnn"):
+                dense.get_submodule(before).load_state_dict(model.get_submodule(before).state_dict())
+    assert {one["name"] for one in found.layers} == {
+        "conv", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "left", "right",
+    }  # fmt: skip
+    assert found.left == {"head": "skipped"}
+    assert torch.equal(model.head.weight, Mixed().head.weight)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", None), ("unstructured", 0.6)])
+def test_every_method_keeps_its_pattern(name: str, pattern: str, sparsity: float | None) -> None:
+    model = Mixed()
+    found = gs.sparsify(model, batches(), method=name, pattern=pattern, sparsity=sparsity, loss=cross_entropy)
+    assert len(found.masks) == 6
+    for view in weight_views(model)[0]:
+        mask = found.masks[view.name]
+        if pattern == "2:4":
+            check_mask(mask, parse_pattern(pattern))
+        assert not view.matrix()[~mask].any()
+    assert found.sparsity == pytest.approx(sparsity or 0.5, abs=0.03)
+
+
+def test_masks_of_magnitude_need_no_batches() -> None:
+    model, dense = Mixed(), Mixed()
+    found = gs.sparsify(model, method="magnitude", sparsity=0.5)
+    for view in weight_views(dense)[0]:
+        mask = mask_from_scores(view.matrix().abs(), parse_pattern("unstructured:tensor"), 0.5)
+        assert torch.equal(found.masks[view.name], mask)
+
+
+def test_layers_that_compete_and_layers_by_shape() -> None:
+    one = gs.sparsify(Mixed(), batches(), method="wanda", sparsity=0.5, allocation="global",
+                      pattern="unstructured:model")  # fmt: skip
+    assert one.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert len({round(layer["sparsity"], 2) for layer in one.layers}) > 2
+    two = gs.sparsify(Mixed(), batches(), method="magnitude", sparsity=0.5, allocation="erk")
+    shares = {layer["name"]: layer["sparsity"] for layer in two.layers}
+    assert two.sparsity == pytest.approx(0.5, abs=0.02)
+    assert shares["conv"] != shares["left"]
+
+
+def test_statistics_are_of_batches_of_any_form() -> None:
+    plain = Mixed()
+    gs.sparsify(plain, batches(), method="wanda", sparsity=0.5)
+    for made in ([(x, 2.0) for x in batches()], [{"x": x, "scale": 2.0} for x in batches()]):
+        model = Mixed()
+        gs.sparsify(model, made, method="wanda", sparsity=0.5)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_packed_layers_compute_the_same() -> None:
+    model, packed = Mixed(), Mixed()
+    gs.sparsify(model, batches(), pattern="32:64", values="int4")
+    gs.sparsify(packed, batches(), pattern="32:64", values="int4", pack=True)
+    assert isinstance(packed.left, StructuredLinear)
+    assert isinstance(packed.conv, nn.Conv1d)
+    x = batches()[0]
+    with torch.no_grad():
+        got, want = packed(x), model(x)
+    assert float((got - want).norm() / want.norm()) < 5e-3  # kernels round inputs to bfloat16
+
+
+def test_an_encoder_of_transformers() -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    model = BertModel(
+        BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+    ).eval()
+    dense = copy.deepcopy(model)
+    ids = torch.arange(40).reshape(2, 20)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = gs.sparsify(model, [batch], sparsity=0.5, skip="pooler", pack=True)
+    assert len(found.layers) == 12
+    with torch.no_grad():
+        a, b = model(**batch).last_hidden_state, dense(**batch).last_hidden_state
+    assert 0 < float((a - b).norm() / b.norm()) < 0.5
+
+
+def test_modes_are_left_as_they_were() -> None:
+    model = Mixed().train()
+    model.rnn.eval()
+    gs.sparsify(model, batches(), method="magnitude", sparsity=0.5)
+    assert (model.training, model.rnn.training, model.conv.training) == (True, False, True)
+
+
+def refused(kind: type[Exception], match: str, model: nn.Module, *args: Any, **options: Any) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind, match=match):
+        gs.sparsify(model, *args, **options)
+    after = model.state_dict()
+    assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
+
+
+def test_bad_input_is_refused_and_changes_nothing() -> None:
+    refused(CalibrationError, "needs calibration batches", Mixed(), sparsity=0.5)
+    refused(CalibrationError, "give a loss", Mixed(), batches(), method="taylor", sparsity=0.5)
+    refused(MethodError, "allocates by one of", Mixed(), batches(), sparsity=0.5, allocation="owl")
+    refused(MethodError, "regular expressions", Mixed(), batches(), sparsity=0.5, skip="(")
+    refused(ModelError, "no weights to prune", nn.LayerNorm(4), batches(), sparsity=0.5)
+    refused(ModelError, "no weights to prune", Mixed(), batches(), sparsity=0.5, skip="")
+    broken = Mixed()
+    with torch.no_grad():
+        broken.right.weight[0, 0] = torch.nan
+    refused(ModelError, "right.*NaN", broken, batches(), sparsity=0.5)
+    bad = [*batches(), torch.full((4, 6, 4), torch.inf)]
+    refused(CalibrationError, "not finite", Mixed(), bad, sparsity=0.5)
+    unused = Mixed()
+    unused.extra = nn.Linear(3, 3)
+    refused(
+        CalibrationError,
+        "no calibration input reached extra: name it in `skip`",
+        unused,
+        batches(),
+        sparsity=0.5,
+    )
+    refused(GossamerError, "blocks of 32x32 do not fit", Mixed(), batches(), sparsity=0.5, pattern="32x32")
+
+
+def test_a_failure_in_the_middle_puts_weights_back() -> None:
+    calls = 0
+
+    def stop(stage: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if done == 2:
+            raise KeyboardInterrupt
+
+    model = Mixed()
+    with pytest.raises(KeyboardInterrupt):
+        gs.sparsify(model, batches(), sparsity=0.5, progress=stop)
+    assert calls == 3
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), Mixed().parameters(), strict=True))
+
+
+def test_statistics_are_shared_only_where_inputs_are_read_alike() -> None:
+    from gossamer.calibrate.modules import gather_inputs
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv1d(2, 3, 3), nn.Conv1d(2, 3, 3, stride=2), nn.Conv1d(2, 3, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.a(x), self.b(x), self.c(x)
+
+    model = Two()
+    found = gather_inputs(model, weight_views(model)[0], [torch.randn(1, 2, 9)], [InputNorm])
+    assert found["a"] is found["c"]
+    assert (found["a"][InputNorm].tokens, found["b"][InputNorm].tokens) == (7, 4)
