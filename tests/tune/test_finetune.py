@@ -27,6 +27,7 @@ from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
 from gossamer.tune import Loop, SparseTuning, saves, train
 from gossamer.tune.losses import loss
+from gossamer.tune.sparse import SHARE
 from tiny import tiny_folder, tiny_model, tiny_tokens
 
 TEXT = "".join(topics.values())[:30_000]
@@ -171,6 +172,24 @@ def test_masks_hold_at_every_step_whatever_the_optimizer_does(values: str | None
         assert mask is not None
         assert torch.equal(matrix.mask() if isinstance(matrix, Packed) else matrix.mask, mask)  # type: ignore[operator,arg-type]
         assert not matrix.to_dense()[~mask].any()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_step_is_a_share_of_each_layers_weights(method: str) -> None:
+    model, masks = masked()
+    first, *_ = masks
+    with torch.no_grad():
+        model.get_submodule(first).weight.mul_(50)
+    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, method=method)
+    before = {name: weight.dense().detach().clone() for name, weight in tuning.weights.items()}
+    tuning.loss(tiny_tokens(2, 16)).backward()
+    tuning.step(0.3)  # Adam's first step is the rate itself, whatever the gradient
+    for name, weight in tuning.weights.items():
+        moved = (weight.dense().detach() - before[name]).square().mean().sqrt()
+        kept = before[name] if masks[name] is None else before[name][masks[name]]
+        want = SHARE * tuning.factor(0.3) * kept.abs().mean()
+        assert 0.3 * want < moved < 1.5 * want, name
+    assert before[first].abs().mean() > 10 * before[name].abs().mean()
 
 
 def test_the_merged_model_computes_what_the_tuned_one_did() -> None:

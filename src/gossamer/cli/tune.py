@@ -67,13 +67,21 @@ def tune(
         int | None, typer.Option(help="Inputs that share a scale: 64 or 32.", show_default="as they are")
     ] = None,
     norms: Annotated[bool, typer.Option(help="Tune norms and biases too.")] = True,
-    rate: Annotated[float, typer.Option(help="Of AdamW, at its highest.")] = 1e-4,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Of AdamW, at its highest; else a hundredth of the mean size of each layer's weights."
+        ),
+    ] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     micro: Annotated[int, typer.Option(min=1, help="Windows in memory at once.")] = 1,
     held_out: Annotated[
         int, typer.Option(min=1, help="Windows that choose the best state and are never tuned on.")
     ] = 8,
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="How often, evenly over the run, held-out windows are judged.")
+    ] = 10,
     patience: Annotated[
         int, typer.Option(min=1, help="Evaluations without a better held-out loss that end the run.")
     ] = 3,
@@ -118,6 +126,7 @@ def tune(
             micro=micro,
             rate=rate,
             held_out=held_out,
+            evaluations=evaluations,
             patience=patience,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,

@@ -20,7 +20,7 @@ class FinetuneSettings(BaseModel):
     ``method``: which weights move: ``full`` (all that are kept), ``lora`` or ``ast``, with ``options``;
     ``losses``: weights by name (0 leaves one out), with ``loss_options`` by name; ``values``: other values
     than the checkpoint's, such as int4 for one in bfloat16, in groups of ``group`` inputs a scale; ``norms``:
-    norms and biases of the blocks are tuned too.
+    norms and biases of the blocks are tuned too; ``rate``: None takes each layer's own (`SparseTuning`).
     ``tokens`` or ``minutes``: the budget (neither: 500,000 tokens; both: what ends first); what else a run
     takes stands in :class:`gossamer.tune.Loop`.
     ``bfloat16``: whether the models compute in it (None: where the machine does it fast).
@@ -40,7 +40,7 @@ class FinetuneSettings(BaseModel):
     seqlen: int = Field(default=512, ge=2)
     batch: int = Field(default=8, ge=1)
     micro: int = Field(default=1, ge=1)
-    rate: float = Field(default=1e-4, gt=0)
+    rate: float | None = Field(default=None, gt=0)
     scale_rate: float = Field(default=0.1, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)

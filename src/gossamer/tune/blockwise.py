@@ -55,7 +55,7 @@ class Blockwise(Tuner):
         held = int(count * self.held_out)
         tuned_on = list(range(count - held))
         judged_on = list(range(count - held, count)) or tuned_on
-        optimizer = torch.optim.Adam(_groups(weights, self.rate), betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(_groups(weights, self.rate), betas=(0.9, 0.95), fused=True)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(tuned_on))
         order = torch.Generator().manual_seed(seed)
@@ -117,8 +117,7 @@ class _Call(nn.Module):
 
 def _groups(weights: dict[str, TunedWeight], rate: float) -> Iterator[dict[str, Any]]:
     for weight in weights.values():
-        kept = weight.latent.detach() if weight.mask is None else weight.latent.detach()[weight.mask]
-        yield {"params": [weight.latent], "lr": rate * float(kept.abs().mean())}
+        yield {"params": [weight.latent], "lr": rate * weight.size()}
         if weight.scales is not None:
             yield {"params": [weight.scales], "lr": 0.1 * rate * float(weight.scales.detach().abs().mean())}
 

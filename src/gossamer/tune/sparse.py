@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Losses = Mapping[str, float] | Sequence[tuple[Loss, float]]
+SHARE = 0.01  # of the mean size of a layer's weights: a step, where no rate is given
 IGNORED = -100  # transformers' label of a token that no loss counts
 
 
@@ -39,8 +40,10 @@ class SparseTuning:
     ``teacher``: a model of the same vocabulary, for losses that need one; ``losses``: weights by name, or
     losses with their weights; ``method`` with ``options``: which weights move (`WEIGHTS`); ``values`` and
     ``group``: other ones than the model's; ``norms``: norms and biases are tuned too. Embeddings and head
-    stay. ``rate`` of AdamW, for scales times ``scale_rate``; it rises over the share ``warmup`` of the run
-    and falls to zero by a cosine; gradients are clipped to the norm ``clip``.
+    stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each layer SHARE of the mean size of
+    its weights (of its scales, and of 1 for norms: times ``scale_rate``), since a step of one size ruins some
+    models and does not move others. It rises over the share ``warmup`` of the run and falls to zero by a
+    cosine; gradients are clipped to the norm ``clip``.
 
     The model is in evaluation mode throughout: no dropout. Raises ModelError or MethodError for what does not
     fit together.
@@ -58,7 +61,7 @@ class SparseTuning:
         group: int | None = None,
         masks: Mapping[str, Tensor | None] | None = None,
         norms: bool = True,
-        rate: float = 1e-4,
+        rate: float | None = None,
         scale_rate: float = 0.1,
         warmup: float = 0.05,
         weight_decay: float = 0.0,
@@ -89,7 +92,7 @@ class SparseTuning:
         self.weights = place_weights(model, make, masks)
         self._fill()
         self.norms = place_norms(model) if norms else {}
-        self.rate, self.warmup, self.clip = rate, warmup, clip
+        self.warmup, self.clip = warmup, clip
         self.optimizer = self._optimizer(rate, scale_rate, weight_decay)
         self.parts: dict[str, float] = {}
         if gradient_checkpointing:
@@ -248,19 +251,32 @@ class SparseTuning:
             if isinstance(dense, Tensor) and dense.shape == weight.latent.shape:
                 weight.fill(dense.detach())
 
-    def _optimizer(self, rate: float, scale_rate: float, decay: float) -> torch.optim.AdamW:
-        trained = [
-            p for weight in self.weights.values() for n, p in weight.named_parameters() if n != "scales"
-        ]
+    def _optimizer(self, rate: float | None, scale_rate: float, decay: float) -> torch.optim.AdamW:
+        groups = (
+            self._own_groups(scale_rate, decay) if rate is None else self._groups(rate, scale_rate, decay)
+        )
+        groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def _groups(self, rate: float, scale_rate: float, decay: float) -> list[dict[str, Any]]:
+        trained = [p for weight in self.weights.values() for p in _trained(weight)]
         scales = [w.scales for w in self.weights.values() if w.scales is not None]
-        trained = [p for p in trained if p.requires_grad]
-        groups = [
+        return [
             {"params": trained, "lr": rate, "weight_decay": decay},
             {"params": scales, "lr": rate * scale_rate},
             {"params": list(self.norms.values()), "lr": rate},
         ]
-        groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def _own_groups(self, scale_rate: float, decay: float) -> list[dict[str, Any]]:
+        """A group for each layer and its scales, at rates in proportion to their sizes; norms are about 1."""
+        groups: list[dict[str, Any]] = []
+        for weight in self.weights.values():
+            groups.append({"params": _trained(weight), "lr": SHARE * weight.size(), "weight_decay": decay})
+            if weight.scales is not None:
+                size = float(weight.scales.detach().abs().mean())
+                groups.append({"params": [weight.scales], "lr": SHARE * scale_rate * size})
+        groups.append({"params": list(self.norms.values()), "lr": SHARE * scale_rate})
+        return groups
 
     def _parameter_names(self) -> dict[int, str]:
         named = {id(p): f"{n}.{key}" for n, w in self.weights.items() for key, p in w.named_parameters()}
@@ -270,3 +286,8 @@ class SparseTuning:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for block in find_parts(self.model).blocks:
             block.module.training = True  # of the block alone: what lies in it stays without dropout
+
+
+def _trained(weight: TunedWeight) -> list[nn.Parameter]:
+    """What of a weight is trained, its scales apart."""
+    return [p for name, p in weight.named_parameters() if name != "scales" and p.requires_grad]

@@ -126,6 +126,12 @@ class TunedWeight(nn.Module):
         else:
             self._pending.add_(grad)
 
+    def size(self) -> float:
+        """Of what is tuned, in its own unit: the mean size of the weights that are kept. Learning rates are
+        shares of it where nobody gives another."""
+        kept = self.latent.detach() if self.mask is None else self.latent.detach()[self.mask]
+        return float(kept.abs().mean()) if kept.numel() else 0.0
+
     def fill(self, dense: Tensor) -> None:
         """Tells a method that may bring back pruned weights what the dense ones are, ``(out, in)``."""
 

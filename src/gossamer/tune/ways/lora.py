@@ -50,6 +50,12 @@ class LoraWeight(TunedWeight):
         self.A = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
         self.B = nn.Parameter(torch.zeros(out, rank))
 
+    def size(self) -> float:
+        """What moves W as far in a step of B, along rows of A of length 1, as a step of W itself would."""
+        rank, width = self.A.shape
+        share: float = self.options.rank / self.options.alpha
+        return float(super().size() * share * (width / rank) ** 0.5)
+
     def dense(self) -> Tensor:
         share: float = self.options.alpha / self.options.rank
         return torch.addmm(self.latent, self.B, self.A, alpha=share)

@@ -114,6 +114,9 @@ class MaskLlmWeight(TunedWeight):
         self._noise: tuple[int, Tensor] | None = None
         self._learns = False
 
+    def size(self) -> float:
+        return float(self.logits.detach().abs().mean())
+
     @torch.no_grad()
     def fill(self, dense: Tensor) -> None:
         self.latent.copy_(dense.float())
