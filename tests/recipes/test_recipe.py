@@ -58,13 +58,13 @@ def test_what_is_no_yaml_is_placed(text: str, says: str) -> None:
 
 def test_shipped_recipes_are_whole() -> None:
     found = shipped()
-    assert list(found) == ["balanced", "best", "fast"]
+    assert list(found) == ["balanced", "best", "fast", "sparse"]
     for name, recipe in found.items():
         assert recipe.name == name
         assert recipe.about.endswith(".")
-        assert recipe.compress.pattern == "32:64"
+        assert (recipe.compress.pattern == "32:64") == (name == "sparse")
         assert (recipe.model, recipe.text) == (None, None)
-    assert len({recipe.sha256 for recipe in found.values()}) == 3
+    assert len({recipe.sha256 for recipe in found.values()}) == 4
 
 
 def test_the_hash_is_of_what_is_done() -> None:
@@ -121,7 +121,7 @@ def test_settings_that_are_wrong_alone_or_together(changes: dict[str, Any], says
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="name a YAML file, or one of balanced, best, fast"):
+    with pytest.raises(RecipeError, match="name a YAML file, or one of balanced, best, fast, sparse"):
         read_recipe("fats")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match=r"list\.yaml is no recipe"):
