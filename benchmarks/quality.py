@@ -147,7 +147,13 @@ def references(args: argparse.Namespace) -> dict[str, list[Path]]:
             losses.setdefault(text, []).append(loss)
     plain = {text: {"loss": values} for text, values in losses.items()}
     weights = sum(path.stat().st_size for path in args.reference.glob("*.safetensors"))
-    save(args, "dense bfloat16", {"judged": plain, "weight_bytes": weights, "bits_all_in": 16.0})
+    told: dict[str, Any] = {"judged": plain, "weight_bytes": weights, "bits_all_in": 16.0}
+    if args.model != args.reference:
+        told["tuned_first"] = args.tokens
+    training = protocol.read_json(args.reference / "training.json")
+    if training:
+        told["training"] = {**training, "log": training["log"][-1:]}
+    save(args, "dense bfloat16", told)
     return found
 
 

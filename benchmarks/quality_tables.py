@@ -153,6 +153,26 @@ def equal_quality(rows: list[Row]) -> list[list[str]]:
     return table
 
 
+def of_model(dense: dict[str, Any]) -> list[str]:
+    """What there is to know of the dense model itself."""
+    lines = []
+    if "training" in dense:
+        told = dense["training"]
+        size, tokens = told["parameters"] / 1e6, told["tokens"] / 1e6
+        lines.append(
+            f"A Llama of {size:.1f} M float parameters, trained by `examples/train_small.py` on {tokens:.1f} M "
+            f"tokens ({told['epochs']} epochs of {', '.join(told['texts'])}) to a loss of "
+            f"{told['log'][-1]['held_out']:.3f} nats a token on held-out text."
+        )
+    if "tuned_first" in dense:
+        lines.append(
+            f"Here the dense model was tuned on {dense['tuned_first']:,} tokens of the calibration text by "
+            "its task's loss first, and ours and the rivals' files were made of that one (`transformers "
+            "bfloat16`). All are still held against the model as it was before."
+        )
+    return lines
+
+
 def made_by(model: dict[str, Any]) -> str:
     """The command behind one of ours, and how speed was timed."""
     words = next(one["made"]["command"] for one in model.values() if "made" in one).split()
@@ -202,6 +222,7 @@ def write(results: Path, page: Path) -> None:
             f"## {name}\n\nDense perplexity {perplexity:.2f} on WikiText-2 ({len(text)} windows of 2,048).\n"
         )
         parts += [
+            *(line + "\n" for line in of_model(model[DENSE])),
             made_by(model) + "\n",
             markdown(equal_bytes(rows)) + "\n",
             plainly(rows) + "\n",
