@@ -160,8 +160,8 @@ def of_model(dense: dict[str, Any]) -> list[str]:
         told = dense["training"]
         size, tokens = told["parameters"] / 1e6, told["tokens"] / 1e6
         lines.append(
-            f"A Llama of {size:.1f} M float parameters, trained by `examples/train_small.py` on {tokens:.1f} M "
-            f"tokens ({told['epochs']} epochs of {', '.join(told['texts'])}) to a loss of "
+            f"A Llama of {size:.1f} M float parameters, trained by `examples/train_small.py` on "
+            f"{tokens:.1f} M tokens ({told['epochs']} epochs of {', '.join(told['texts'])}) to a loss of "
             f"{told['log'][-1]['held_out']:.3f} nats a token on held-out text."
         )
     if "tuned_first" in dense:
