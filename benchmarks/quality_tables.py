@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.quality_cells import CELLS, SHRUNK
+from benchmarks.quality_cells import CELLS, LEVELS, SHRUNK
 
 DENSE = "dense bfloat16"
 RATIOS, KLS = (1.02, 1.05, 1.10), (0.05, 0.10, 0.20)  # the bars, fixed beforehand
@@ -173,6 +173,17 @@ def of_model(dense: dict[str, Any]) -> list[str]:
     return lines
 
 
+def recovery(rows: list[Row]) -> list[list[str]]:
+    """Of each cell that was tuned, perplexity and KL level by level."""
+    found = {row.name: row for row in rows if row.ours}
+    table = [["perplexity, KL", *LEVELS]]
+    for cell in CELLS:
+        levels = [found.get(f"{cell}, {level}") for level in LEVELS]
+        if sum(row is not None for row in levels) > 1:
+            table.append([cell, *("" if r is None else f"{r.ratio:.3f}x, {r.kl:.4f}" for r in levels)])
+    return table
+
+
 def made_by(model: dict[str, Any]) -> str:
     """The command behind one of ours, and how speed was timed."""
     words = next(one["made"]["command"] for one in model.values() if "made" in one).split()
@@ -221,6 +232,7 @@ def write(results: Path, page: Path) -> None:
         parts.append(
             f"## {name}\n\nDense perplexity {perplexity:.2f} on WikiText-2 ({len(text)} windows of 2,048).\n"
         )
+        tuned = recovery(rows)
         parts += [
             *(line + "\n" for line in of_model(model[DENSE])),
             made_by(model) + "\n",
@@ -229,4 +241,6 @@ def write(results: Path, page: Path) -> None:
             "### At equal quality\n",
             markdown(equal_quality(rows)) + "\n",
         ]
+        if len(tuned) > 1:
+            parts += ["### Before and after tuning\n", markdown(tuned) + "\n"]
     page.write_text("\n".join(parts))
