@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.essential import essential_sparsity
     from gossamer.recipes.finetune import finetune
     from gossamer.recipes.gate import gate
+    from gossamer.recipes.gpusq import gpusq
     from gossamer.recipes.load import load
     from gossamer.recipes.measure import plan, quality, speed
     from gossamer.recipes.measure_tasks import measure_tasks
@@ -61,6 +62,7 @@ __all__ = [
     "export_dense",
     "finetune",
     "gate",
+    "gpusq",
     "isa",
     "load",
     "measure_tasks",
@@ -102,6 +104,7 @@ _PLACES = {
     "gossamer.recipes.essential": ("essential_sparsity",),
     "gossamer.recipes.finetune": ("finetune",),
     "gossamer.recipes.gate": ("gate",),
+    "gossamer.recipes.gpusq": ("gpusq",),
     "gossamer.recipes.load": ("load",),
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
     "gossamer.recipes.measure_tasks": ("measure_tasks",),

@@ -37,6 +37,7 @@ def test_linear_layers_and_transposed_ones() -> None:
         torch.testing.assert_close(product(view, x), want)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=40, deadline=None)
 @given(
     dims=st.integers(1, 2),

@@ -55,6 +55,10 @@ class WeightView:
         """A tensor of the weight's shape, its gradient for one, as a matrix."""
         return weight.T if self.turned else weight.flatten(1)
 
+    def tensor_of(self, matrix: Tensor) -> Tensor:
+        """A matrix ``(out, in)`` in the weight's own shape."""
+        return matrix.T if self.turned else matrix.reshape(self.weight.shape)
+
     def matrix(self) -> Tensor:
         """float32 ``(out, in)``, a copy."""
         return self.matrix_of(self.weight.detach()).float().clone(memory_format=torch.contiguous_format)
@@ -64,7 +68,7 @@ class WeightView:
         """Puts ``matrix`` ``(out, in)`` into the parameter, rounded to its dtype."""
         if tuple(matrix.shape) != self.shape:
             raise ModelError(f"{self.name}: a matrix {tuple(matrix.shape)} in place of one {self.shape}")
-        self.weight.copy_(matrix.T if self.turned else matrix.reshape(self.weight.shape))
+        self.weight.copy_(self.tensor_of(matrix))
 
 
 def weight_views(model: nn.Module) -> tuple[list[WeightView], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from gossamer.tune.loop import Loop, Outcome, train
 from gossamer.tune.method import TUNERS, Tuner, tuner
+from gossamer.tune.modules import ModuleTuning
 from gossamer.tune.saves import Saves
 from gossamer.tune.sparse import SparseTuning
 from gossamer.tune.weights import WEIGHTS, TunedWeight
@@ -10,6 +11,7 @@ __all__ = [
     "TUNERS",
     "WEIGHTS",
     "Loop",
+    "ModuleTuning",
     "Outcome",
     "Saves",
     "SparseTuning",

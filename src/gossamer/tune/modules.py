@@ -1,0 +1,111 @@
+"""Tuning of any PyTorch model whose weights were pruned: encoders, vision transformers, recurrent nets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gossamer.errors import ModelError
+from gossamer.matrices.values import quantize, value_type
+from gossamer.nn.views import WeightView, weight_views
+from gossamer.tune.sparse import SHARE
+from gossamer.tune.weights import TunedWeight
+
+
+class ModuleTuning:
+    """``model`` under tuning: it is called like the model, computes with weights that keep their masks and
+    number formats at every step, and puts them into the model at the end.
+
+        found = gs.sparsify(vit, batches, pattern="2:4")
+        tuning = ModuleTuning(vit, found.masks, values="int8")
+        for fraction, (images, labels) in batches:  # fraction of the whole run that is done
+            cross_entropy(tuning(images), labels).backward()
+            tuning.step(fraction)
+        tuning.merge()
+
+    ``masks``: bool ``(out, in)``, True = kept, by the names of weights (`weight_views`), as `sparsify` gives
+    them; None: a weight that is tuned without a mask. ``values``: weights see themselves rounded to these (in
+    groups of ``group`` inputs a scale), gradients passing straight through. All other parameters are tuned
+    too, as they are. ``share`` of a layer's mean size is the most that a step moves it; it rises over the
+    share ``warmup`` of the run and falls to zero by a straight line.
+
+    Raises ModelError for masks of weights that are not there or have another shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor | None],
+        *,
+        values: str | None = None,
+        group: int = 64,
+        share: float = SHARE,
+        warmup: float = 0.05,
+        clip: float = 1.0,
+    ) -> None:
+        self.model, self.share, self.warmup, self.clip = model, share, warmup, clip
+        views = {view.name: view for view in weight_views(model)[0]}
+        if unknown := masks.keys() - views.keys():
+            raise ModelError(f"{type(model).__name__} has no weight {min(unknown)!r} that is a matrix")
+        self.views = {name: views[name] for name in masks}
+        self.weights = {name: _begin(views[name], mask, values, group) for name, mask in masks.items()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._parameters = {name: names[id(view.weight)] for name, view in self.views.items()}
+        tuned = set(self._parameters.values())
+        self.others = [p for name, p in model.named_parameters() if name not in tuned and p.requires_grad]
+        self.optimizer = self._optimizer()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives with its weights as they stand."""
+        given = {
+            self._parameters[name]: view.tensor_of(self.weights[name]()).to(view.weight.dtype)
+            for name, view in self.views.items()
+        }
+        return functional_call(self.model, given, args, kwargs)
+
+    def step(self, fraction: float = 0.0) -> None:
+        """One step with the gradients that backward passes left, ``fraction`` of the run done."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._factor(fraction)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(trained, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Puts the tuned weights into the model."""
+        for name, view in self.views.items():
+            view.replace(self.weights[name].finished()[0])
+
+    def _factor(self, fraction: float) -> float:
+        fraction = min(max(fraction, 0.0), 1.0)
+        return min(fraction / self.warmup if self.warmup else 1.0, (1 - fraction) / (1 - self.warmup))
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        groups: list[dict[str, Any]] = []
+        for weight in self.weights.values():
+            groups.append({"params": [weight.latent], "lr": self.share * weight.size()})
+            if weight.scales is not None:
+                size = float(weight.scales.detach().abs().mean())
+                groups.append({"params": [weight.scales], "lr": 0.1 * self.share * size})
+        for other in self.others:
+            size = float(other.detach().abs().mean()) or 1.0  # biases that begin at zero
+            groups.append({"params": [other], "lr": 0.1 * self.share * size})
+        groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def _begin(view: WeightView, mask: Tensor | None, values: str | None, group: int) -> TunedWeight:
+    if mask is not None and tuple(mask.shape) != view.shape:
+        raise ModelError(f"{view.name}: a mask {tuple(mask.shape)} for a weight {view.shape}")
+    weight = view.matrix()
+    chosen = None if values is None else value_type(values)
+    if chosen is None or not chosen.is_integer:
+        return TunedWeight(weight, mask)
+    kept = weight if mask is None else weight * mask
+    return TunedWeight(weight, mask, quantize(kept, chosen, group, mask))

@@ -1,0 +1,108 @@
+"""GPUSQ-ViT: sparse and rounded at the end, nearer to the dense model than by rounding alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gossamer as gs
+from gossamer.errors import CalibrationError, ModelError
+from gossamer.nn.views import weight_views
+from gossamer.recipes.gpusq import Mixed, gpusq
+from gossamer.sparse import parse_pattern
+from gossamer.sparse.masks import check_mask
+from gossamer.tune.modules import ModuleTuning
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        torch.manual_seed(0)
+        self.body = ViTForImageClassification(
+            ViTConfig(
+                image_size=8, patch_size=4, num_channels=1, hidden_size=32, num_hidden_layers=2,
+                num_attention_heads=2, intermediate_size=64, num_labels=4, initializer_range=0.2,
+            )
+        ).eval()  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).logits  # type: ignore[no-any-return]
+
+
+def features(model: nn.Module) -> list[str]:
+    """Its blocks, wherever this version of transformers keeps them."""
+    kinds = [name for name, module in model.named_modules() if type(module).__name__ == "ViTLayer"]
+    assert len(kinds) == 2
+    return kinds
+
+
+def batches(model: nn.Module, count: int = 6) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        x = torch.randn(16, 1, 8, 8, generator=generator)
+        with torch.no_grad():
+            found.append((x, model(x).argmax(1)))
+    return found
+
+
+def distance(model: nn.Module, dense: nn.Module) -> float:
+    x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        return float((model(x) - dense(x)).norm() / dense(x).norm())
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_it_ends_sparse_and_rounded_and_nearer_than_by_rounding_alone(labelled: bool) -> None:
+    model, dense, plain = Tiny(), Tiny(), Tiny()
+    data = batches(dense)
+    data = data if labelled else [(x, None) for x, _ in data]
+    found = gpusq(
+        model, data, features=features(model), values="int4", epochs=6, skip="projection|classifier"
+    )
+    sparse = gs.sparsify(plain, method="magnitude", pattern="2:4", skip="projection|classifier")
+    ModuleTuning(plain, sparse.masks, values="int4").merge()
+    assert distance(model, dense) < 0.8 * distance(plain, dense)
+    for view in weight_views(model)[0]:
+        if view.name in found.masks:
+            check_mask(found.masks[view.name], parse_pattern("2:4"))
+            assert torch.equal(found.masks[view.name], sparse.masks[view.name])
+            assert not view.matrix()[~found.masks[view.name]].any()
+            assert all(len(row.unique()) <= 16 for row in view.matrix())
+    assert len(found.masks) == 12
+    assert found.losses["sparse"][-1] < found.losses["sparse"][0]
+    assert len(found.losses["quantized"]) == 6
+    assert sum(found.shares.values()) == pytest.approx(2)
+    assert len(set(found.shares.values())) == 2
+
+
+def test_the_loss_is_the_sum_of_its_three_parts() -> None:
+    torch.manual_seed(0)
+    logits, teacher, labels = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])
+    state, want = torch.randn(3, 5), torch.randn(3, 5)
+    q, p = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
+    kl = (q * (q.log() - p.log())).sum(-1).mean() * 4
+    hard = -logits.log_softmax(-1)[torch.arange(3), labels].mean()
+    feature = ((state - want) ** 2).mean() / (want**2).mean()
+    mixed = Mixed(0.5, 2.0, 3.0, temperature=2.0)
+    got = mixed.of(logits, labels, teacher, {"a": state}, {"a": want}, {"a": 1.0})
+    torch.testing.assert_close(got, 0.5 * hard + 2 * kl + 3 * feature)
+    torch.testing.assert_close(mixed.of(logits, None, teacher, {}, {}, {}), 2 * kl)
+
+
+def test_bad_input_is_refused() -> None:
+    model = Tiny()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="no module 'nothing'"):
+        gpusq(model, batches(model, 1), features=["nothing"])
+    with pytest.raises(CalibrationError, match="there are none"):
+        gpusq(model, [])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(CalibrationError, match="not finite at step 0 of the stage sparse"):
+        gpusq(model, [(torch.full((2, 1, 8, 8), torch.nan), None)], skip="projection|classifier")

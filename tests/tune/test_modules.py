@@ -1,0 +1,118 @@
+"""Any PyTorch model under tuning: beside a plain loop, masks and grids at every step, bad input refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gossamer as gs
+from gossamer.errors import ModelError
+from gossamer.nn.views import weight_views
+from gossamer.tune.modules import ModuleTuning
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.rnn = nn.LSTM(8, 8, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x.transpose(1, 2)).transpose(1, 2).relu()
+        return self.head(self.norm(self.rnn(h)[0]))  # type: ignore[no-any-return]
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 6, 4, generator=generator)
+    return x, x[..., 0].gt(0).long() + 2 * x[..., 1].gt(0).long()
+
+
+def loss(model: object, seed: int) -> Tensor:
+    x, y = batch(seed)
+    logits = model(x)  # type: ignore[operator]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def pruned() -> tuple[Small, dict[str, Tensor]]:
+    model = Small()
+    found = gs.sparsify(model, [batch(99)[0]], pattern="2:4", method="wanda", skip="head")
+    return model, found.masks
+
+
+def test_float_weights_train_as_in_a_plain_loop() -> None:
+    model, masks = pruned()
+    plain = copy.deepcopy(model)
+    tuning = ModuleTuning(model, masks)
+    groups = []
+    for view in weight_views(plain)[0]:
+        if view.name in masks:
+            mask = masks[view.name]
+            size = view.matrix()[mask].abs().mean()
+            groups.append({"params": [view.weight], "lr": 0.01 * float(size)})
+    taken = {id(p) for group in groups for p in group["params"]}
+    for other in plain.parameters():
+        if id(other) not in taken:
+            size = float(other.detach().abs().mean()) or 1.0
+            groups.append({"params": [other], "lr": 0.001 * size})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(4):
+        loss(tuning, step).backward()
+        tuning.step(0.05)  # behind the warm-up: the whole rate
+        loss(plain, step).backward()
+        for view in weight_views(plain)[0]:
+            if view.name in masks:
+                assert view.weight.grad is not None
+                view.weight.grad.mul_(masks[view.name].reshape(view.weight.shape))
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    tuning.merge()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("values", [None, "int8", "int4", "nl3"])
+def test_masks_and_grids_hold_and_what_is_merged_computes_the_same(values: str | None) -> None:
+    model, masks = pruned()
+    tuning = ModuleTuning(model, masks, values=values, group=32)
+    first = float(loss(tuning, 0).detach())
+    for step in range(30):
+        loss(tuning, step).backward()
+        tuning.step(step / 30)
+        for name, mask in masks.items():
+            weight = tuning.weights[name]()
+            assert not weight[~mask].any()
+            assert weight[mask].any()
+    assert float(loss(tuning, 0).detach()) < first
+    with torch.no_grad():
+        want = tuning(batch(1)[0])
+        tuning.merge()
+        torch.testing.assert_close(model(batch(1)[0]), want)
+    if values is not None:
+        codes = {"int8": 256, "int4": 16, "nl3": 8}[values]
+        for view in weight_views(model)[0]:
+            if view.name in masks:
+                assert all(len(row.unique()) <= codes * -(-len(row) // 32) for row in view.matrix())
+
+
+def test_a_weight_may_be_tuned_without_a_mask() -> None:
+    model = Small()
+    tuning = ModuleTuning(model, {"head": None}, values="int4")
+    loss(tuning, 0).backward()
+    tuning.step(0.5)
+    tuning.merge()
+    assert all(len(row.unique()) <= 16 for row in model.head.weight)
+
+
+def test_masks_that_do_not_belong_are_refused() -> None:
+    with pytest.raises(ModelError, match="no weight 'nothing'"):
+        ModuleTuning(Small(), {"nothing": None})
+    with pytest.raises(ModelError, match=r"a mask \(2, 2\) for a weight \(5, 8\)"):
+        ModuleTuning(Small(), {"head": torch.ones(2, 2, dtype=torch.bool)})
