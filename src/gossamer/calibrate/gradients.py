@@ -28,11 +28,11 @@ from gossamer.models.walk import (
     capture_block_inputs,
     find_parts,
     finish,
-    is_conv1d,
     prunable,
     run_block,
     weight_of,
 )
+from gossamer.nn.views import is_conv1d
 from gossamer.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.calibrate.inputs import InputSums
 from gossamer.calibrate.statistics import Statistic
 from gossamer.calibrate.work import Inputs, WorkFolder
 from gossamer.errors import CalibrationError
@@ -18,12 +19,11 @@ from gossamer.models.walk import (
     ModelParts,
     capture_block_inputs,
     find_parts,
-    is_conv1d,
     prunable,
     run_block,
     set_weight,
-    weight_of,
 )
+from gossamer.nn.views import is_conv1d, linear_view
 from gossamer.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -197,53 +197,13 @@ def _collect(
     batch: int,
     kwargs: dict[str, Any],
 ) -> dict[str, dict[type[Statistic], Statistic]]:
-    """Runs the block over its inputs and sums up what each layer reads.
-
-    Layers that are handed the same tensor share their statistics; one that once differs gets its own.
-    """
-    found: dict[str, dict[type[Statistic], Statistic]] = {}
-    seen: dict[int, tuple[Tensor, str]] = {}  # this pass: tensor -> the layer that summed it up
-    leader: dict[str, str] = {}
-
-    def hook(name: str, features: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            first = seen.get(id(x), (x, name))[1]
-            if name not in leader:
-                leader[name] = first
-                found[name] = found[first] if first != name else {kind: kind(features) for kind in needs}
-            elif leader[name] != first:
-                raise CalibrationError(
-                    f"{name} reads the input of {first}, and before read that of {leader[name]}: "
-                    "a block that changes its wiring between windows cannot be calibrated"
-                )
-            if first == name:
-                seen[id(x)] = (x, name)
-                for statistic in found[name].values():
-                    statistic.update(x.reshape(-1, features))
-
-        return collect
-
-    handles = []
-    for name, layer in visit.layers.items():
-        handles.append(layer.register_forward_pre_hook(hook(name, weight_of(layer).shape[1])))
+    """Runs the block over its inputs and sums up what each layer reads."""
+    sums = InputSums([linear_view(name, layer) for name, layer in visit.layers.items()], needs)
+    handles = [layer.register_forward_pre_hook(sums.see) for layer in visit.layers.values()]
     try:
         for _ in _run(visit.module, inputs, batch, kwargs):
-            seen.clear()
+            sums.next_batch()
     finally:
         for handle in handles:
             handle.remove()
-    silent_layers = [name for name in visit.layers if name not in found]
-    if silent_layers:
-        raise CalibrationError(f"no calibration input reached {silent_layers[0]}")
-    finished: set[int] = set()
-    for name, statistics in found.items():
-        if id(statistics) in finished:
-            continue
-        finished.add(id(statistics))
-        for statistic in statistics.values():
-            try:
-                statistic.finish()
-            except CalibrationError as error:
-                raise CalibrationError(f"{name}: {error}") from error
-    return found
+    return sums.finish()

@@ -19,8 +19,8 @@ from gossamer.models.bitmask import FORMATS, config_of, squeezed
 from gossamer.models.checkpoint import load_checkpoint
 from gossamer.models.checkpoint_writer import copy_companions
 from gossamer.models.naming import state_of
-from gossamer.models.walk import is_conv1d
 from gossamer.nn import StructuredEmbedding, StructuredLinear
+from gossamer.nn.views import is_conv1d
 from gossamer.progress import Progress, silent
 
 if TYPE_CHECKING:

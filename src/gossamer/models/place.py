@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from gossamer.errors import ModelError
 from gossamer.matrices import Matrix
-from gossamer.models.walk import ModelParts, is_conv1d, prunable
+from gossamer.models.walk import ModelParts, prunable
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
+from gossamer.nn.views import is_conv1d
 
 _LINEAR_TWINS = frozenset({"FalconLinear"})  # spell out the product of nn.Linear
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ModelError
+from gossamer.nn.views import is_conv1d
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,11 +129,6 @@ def prunable(block: Block | nn.Module) -> dict[str, nn.Module]:
 def is_router(name: str) -> bool:
     """Whether a linear layer of this name chooses experts."""
     return name.rpartition(".")[2] in _ROUTERS
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D``: a linear layer that stores its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def weight_of(module: nn.Module) -> Tensor:

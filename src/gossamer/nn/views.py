@@ -71,6 +71,16 @@ class WeightView:
         self.weight.copy_(self.tensor_of(matrix))
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D``: a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linear_view(name: str, module: nn.Module) -> WeightView:
+    """The weight of a linear layer."""
+    return WeightView(name, module, "weight", _rows, ("rows",), turned=is_conv1d(module))
+
+
 def weight_views(model: nn.Module) -> tuple[list[WeightView], dict[str, str]]:
     """All weights of ``model`` that are matrices, in the order of its modules, shared ones once; and the
     names of modules that have weights of the kind but are left as they are, with the reason."""
@@ -104,10 +114,8 @@ def _why_not(module: nn.Module) -> str:
 def _views(name: str, module: nn.Module) -> Iterator[WeightView]:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return  # inside nn.MultiheadAttention, which never calls it
-    if isinstance(module, nn.Linear):
-        yield WeightView(name, module, "weight", _rows, ("rows",))
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' transposed linear
-        yield WeightView(name, module, "weight", _rows, ("rows",), turned=True)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        yield linear_view(name, module)
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
         places = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
         yield WeightView(name, module, "weight", _patches, ("patches", *places))

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from gossamer.calibrate import Gradient, WorkFolder, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, GossamerError, ResumeError
-from gossamer.evaluate import reconstruction_error
+from gossamer.errors import CheckpointError, ResumeError
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
 from gossamer.matrices.checksums import checksums_of
@@ -38,6 +37,7 @@ from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs
 from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
+from gossamer.recipes.prune_layer import pack_pruned, prune_layer, record_of
 from gossamer.recipes.settings import checked
 from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
@@ -204,12 +204,9 @@ class _Job:
         return layer
 
     def _prune_layer(self, visit: Visit, name: str, share: float | None) -> Pruned:
-        layer, c = self._layer(visit, name), self.combination
+        layer = self._layer(visit, name)
         check_finite(layer)
-        try:
-            return self.method.prune(layer, c.pattern, share or 0.0, c.values, c.group)
-        except GossamerError as error:
-            raise type(error)(f"{name}: {error}") from error
+        return prune_layer(layer, self.combination, share)
 
     def _tune(self, visit: Visit, pruned: dict[str, Pruned]) -> dict[str, Any]:
         """Tunes what was made of a block, in place; what every layer's record says of it."""
@@ -228,21 +225,12 @@ class _Job:
     def _record(
         self, visit: Visit, name: str, pruned: Pruned, matrix: Packed, requested: float
     ) -> dict[str, Any]:
-        layer = self._layer(visit, name)
-        gram = next((s.matrix for s in layer.statistics.values() if hasattr(s, "matrix")), None)
-        kept = layer.weight.numel() if pruned.mask is None else int(pruned.mask.sum())
         return {
-            "name": layer.name,
-            "shape": list(layer.weight.shape),
+            **record_of(self._layer(visit, name), pruned),
             "sparsity_requested": requested,
-            "sparsity": 1.0 - kept / layer.weight.numel(),
             "layout": matrix.layout,
             "values": matrix.value_type.name,
             "bits_per_weight": matrix.bits_per_weight,
-            "output_error" if gram is not None else "weight_error": reconstruction_error(
-                layer.weight, pruned.weight, gram
-            ),
-            **pruned.record,
         }
 
     def _edges(self) -> dict[str, list[str]]:
@@ -326,10 +314,3 @@ class _Job:
         self.progress("writing", 0, 1)
         writer.finish(made)
         self.progress("writing", 1, 1)
-
-
-def pack_pruned(pruned: Pruned, combination: Combination) -> Packed:
-    """A pruned layer in the layout that takes the fewest bytes."""
-    if pruned.quantized is not None:
-        return Packed.pack(pruned.quantized, mask=pruned.mask)
-    return Packed.pack(pruned.weight, combination.values.name, mask=pruned.mask)

@@ -7,18 +7,21 @@ Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantiza
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
 
 from gossamer.errors import CalibrationError, ModelError
+from gossamer.nn.listen import listening
 from gossamer.progress import Progress, silent
 from gossamer.recipes.sparsify import sparsify
+from gossamer.tune.losses.kl import KL
+from gossamer.tune.losses.squarehead import SquareHead
+from gossamer.tune.losses.task import Task
 from gossamer.tune.modules import ModuleTuning
 
 Labelled = tuple[Tensor, Tensor | None]
@@ -45,15 +48,11 @@ class Mixed:
         shares: Mapping[str, float],
     ) -> Tensor:
         """A scalar. ``shares``: how much each layer's features count; they sum to the number of layers."""
-        t = self.temperature
-        soft = kl_div(
-            (logits / t).log_softmax(-1), (teacher / t).log_softmax(-1), reduction="none", log_target=True
-        )
-        total = self.soft * t**2 * soft.sum(-1).mean()
+        total = self.soft * KL(self.temperature).of(logits, teacher, logits).mean()
         if labels is not None and self.hard:
-            total = total + self.hard * cross_entropy(logits, labels)
+            total = total + self.hard * Task().of(logits, None, labels).mean()
         for name, share in shares.items():
-            error = (states[name] - wanted[name]).square().mean() / wanted[name].square().mean()
+            error = SquareHead().of([states[name]], [wanted[name]])
             total = total + self.features * share * error / len(shares)
         return total
 
@@ -101,83 +100,64 @@ def gpusq(
             raise ModelError(f"{type(model).__name__} has no module {name!r}")
     if not batches:
         raise CalibrationError("GPUSQ-ViT tunes on batches, and there are none")
-    mixed, teacher = loss or Mixed(), copy.deepcopy(model).eval()
+    pair = _Pair(model, copy.deepcopy(model).eval(), tuple(features), loss or Mixed(), logits)
     inputs = [x for x, _ in batches]
     found = sparsify(model, inputs, method=method, pattern=pattern, skip=skip)
-    losses = {}
+    losses: dict[str, list[float]] = {}
+    total = epochs * len(batches)
     shares = dict.fromkeys(features, 1.0)
     for stage, rounded in (("sparse", None), ("quantized", values)):
         tuning = ModuleTuning(model, found.masks, values=rounded, group=group)
         if rounded is not None:
-            shares = _shares(model, tuning, features, inputs[0])
-        losses[stage] = _train(
-            model, tuning, teacher, batches, shares, mixed, logits, epochs, seed, stage, progress
-        )
+            shares = pair.shares(tuning, inputs[0])
+        order = torch.Generator().manual_seed(seed)
+        losses[stage] = []
+        for epoch in range(epochs):
+            each: list[float] = []
+            for index in torch.randperm(len(batches), generator=order).tolist():
+                done = epoch * len(batches) + len(each)
+                progress(stage, done, total)
+                value = pair.loss(tuning, shares, *batches[index])
+                if not bool(value.isfinite()):
+                    raise CalibrationError(f"the loss is not finite at step {done} of the stage {stage}")
+                value.backward()  # type: ignore[no-untyped-call]
+                tuning.step(done / total)
+                each.append(float(value.detach()))
+            losses[stage].append(sum(each) / len(each))
+        progress(stage, total, total)
         tuning.merge()
     return Gpusq(found.masks, losses, shares)
 
 
-def _train(
-    model: nn.Module,
-    tuning: ModuleTuning,
-    teacher: nn.Module,
-    batches: Sequence[Labelled],
-    shares: Mapping[str, float],
-    mixed: Mixed,
-    logits: Callable[[Any], Tensor],
-    epochs: int,
-    seed: int,
-    stage: str,
-    progress: Progress,
-) -> list[float]:
-    order = torch.Generator().manual_seed(seed)
-    total, done, means = epochs * len(batches), 0, []
-    for _ in range(epochs):
-        losses = []
-        for index in torch.randperm(len(batches), generator=order).tolist():
-            x, labels = batches[index]
-            progress(stage, done, total)
-            with torch.no_grad(), _heard(teacher, shares) as wanted:
-                taught = logits(teacher(x))
-            with _heard(model, shares) as states:
-                value = mixed.of(logits(tuning(x)), labels, taught, states, wanted, shares)
-            if not bool(value.isfinite()):
-                raise CalibrationError(f"the loss is not finite at step {done} of the stage {stage}")
-            value.backward()  # type: ignore[no-untyped-call]
-            tuning.step(done / total)
-            losses.append(float(value.detach()))
-            done += 1
-        means.append(sum(losses) / len(losses))
-    progress(stage, total, total)
-    return means
+@dataclass(frozen=True)
+class _Pair:
+    """The model under tuning, and its dense self."""
 
+    model: nn.Module
+    teacher: nn.Module
+    features: tuple[str, ...]
+    mixed: Mixed
+    logits: Callable[[Any], Tensor]
 
-@torch.no_grad()
-def _shares(model: nn.Module, tuning: ModuleTuning, features: Sequence[str], x: Tensor) -> dict[str, float]:
-    """How much each layer's features count: in proportion to their relative error after rounding."""
-    with _heard(model, features) as plain:
-        model(x)
-    with _heard(model, features) as rounded:
-        tuning(x)
-    errors = {n: float((rounded[n] - plain[n]).square().mean() / plain[n].square().mean()) for n in features}
-    total = sum(errors.values())
-    return {n: len(errors) * error / total if total else 1.0 for n, error in errors.items()}
+    def loss(
+        self, tuning: ModuleTuning, shares: Mapping[str, float], x: Tensor, labels: Tensor | None
+    ) -> Tensor:
+        with torch.no_grad(), self._listening(self.teacher) as wanted:
+            taught = self.logits(self.teacher(x))
+        with self._listening(self.model) as states:
+            got = self.logits(tuning(x))
+        return self.mixed.of(got, labels, taught, states, wanted, shares)
 
+    @torch.no_grad()
+    def shares(self, tuning: ModuleTuning, x: Tensor) -> dict[str, float]:
+        """How much each layer's features count: in proportion to their relative error after rounding."""
+        with self._listening(self.model) as plain:
+            self.model(x)
+        with self._listening(self.model) as rounded:
+            tuning(x)
+        errors = {name: float(SquareHead().of([rounded[name]], [plain[name]])) for name in self.features}
+        total = sum(errors.values())
+        return {name: len(errors) * error / total if total else 1.0 for name, error in errors.items()}
 
-@contextmanager
-def _heard(model: nn.Module, names: Mapping[str, float] | Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What the modules ``names`` give while the context lasts."""
-    heard: dict[str, Tensor] = {}
-
-    def hear(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            heard[name] = out[0] if isinstance(out, tuple) else out
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(hear(name)) for name in names]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _listening(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+        return listening({name: model.get_submodule(name) for name in self.features})

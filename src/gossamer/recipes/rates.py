@@ -21,7 +21,8 @@ from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.statistics import Statistic
 from gossamer.matrices.values import Quantized
 from gossamer.models.skeleton import materialize, release
-from gossamer.models.walk import capture_block_inputs, find_parts, is_conv1d, prunable, run_block, weight_of
+from gossamer.models.walk import capture_block_inputs, find_parts, prunable, run_block, weight_of
+from gossamer.nn.views import is_conv1d
 from gossamer.prune import Combination, Layer
 from gossamer.recipes.compress_shares import Needs
 from gossamer.recipes.prepare import Prepared

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibrate import Gradient, Gram, Statistic
+from gossamer.calibrate import Gradient, Statistic
 from gossamer.calibrate.modules import Batch, Loss, gather_gradients, gather_inputs, waves
-from gossamer.errors import CalibrationError, GossamerError, MethodError, ModelError
-from gossamer.evaluate import reconstruction_error
+from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.nn import StructuredLinear, replace_module
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned, check_combination
 from gossamer.prune.method import check_finite
-from gossamer.recipes.compress import pack_pruned
+from gossamer.recipes.prune_layer import pack_pruned, prune_layer, record_of
 from gossamer.sparse.allocate import LayerInfo, allocation
 from gossamer.sparse.masks import unit_scores
 
@@ -174,9 +173,9 @@ class _Job:
             self.progress("pruning", index, len(ordered))
             layers = self._layers(wave)
             for view in wave:
-                one = self._prune_one(layers[view.name], shares[view.name])
+                one = prune_layer(layers[view.name], self.combination, shares[view.name])
                 pruned[view.name] = one
-                records.append(self._record(layers[view.name], one))
+                records.append(record_of(layers[view.name], one))
             for view in wave:
                 view.replace(pruned[view.name].weight)
         self.progress("pruning", len(ordered), len(ordered))
@@ -204,27 +203,6 @@ class _Job:
                 for view in self.views
             ]
         return allocation(c.allocation)(infos, c.sparsity)
-
-    def _prune_one(self, layer: Layer, share: float | None) -> Pruned:
-        c = self.combination
-        try:
-            return c.method.prune(layer, c.pattern, share or 0.0, c.values, c.group)
-        except GossamerError as error:
-            raise type(error)(f"{layer.name}: {error}") from error
-
-    def _record(self, layer: Layer, pruned: Pruned) -> dict[str, Any]:
-        gram = layer.statistics.get(Gram)
-        kept = layer.weight.numel() if pruned.mask is None else int(pruned.mask.sum())
-        matrix = gram.matrix if isinstance(gram, Gram) else None
-        return {
-            "name": layer.name,
-            "shape": list(layer.weight.shape),
-            "sparsity": 1.0 - kept / layer.weight.numel(),
-            "weight_error" if matrix is None else "output_error": reconstruction_error(
-                layer.weight, pruned.weight, matrix
-            ),
-            **pruned.record,
-        }
 
     def _packed(self, view: WeightView, pruned: Pruned) -> StructuredLinear:
         bias = getattr(view.module, "bias", None)

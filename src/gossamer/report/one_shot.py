@@ -94,15 +94,16 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
     """The model that contenders are made of."""
     if not experiment.blocks:
         return experiment.model
-    asked = {"method": "shrunk", "model": experiment.model, "blocks": experiment.blocks, "version": VERSION}
-    out = work / _label({**asked, "texts": _named(texts)})
+    seqlen = min(experiment.seqlen, 512)
+    asked = {"method": "shrunk", "model": experiment.model, "blocks": experiment.blocks, "seqlen": seqlen}
+    out = work / _label({**asked, "version": VERSION, "texts": _named(texts)})
     if not out.exists():
         remove_blocks(
             experiment.model,
             out,
             calibration=texts.calibration,
             blocks=experiment.blocks,
-            seqlen=min(experiment.seqlen, 512),
+            seqlen=seqlen,
             progress=progress,
         )
     return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch.func import functional_call
 from gossamer.calibrate import Visit
 from gossamer.calibrate.stream import Calls
 from gossamer.errors import CalibrationError, MethodError
-from gossamer.models.walk import is_conv1d, run_block
+from gossamer.models.walk import run_block
+from gossamer.nn.views import is_conv1d
 from gossamer.tune.method import TUNERS, Outcome, Tuner
-from gossamer.tune.weights import TunedWeight
+from gossamer.tune.weights import TunedWeight, adamw
 
 
 @TUNERS.register(
@@ -55,7 +55,7 @@ class Blockwise(Tuner):
         held = int(count * self.held_out)
         tuned_on = list(range(count - held))
         judged_on = list(range(count - held, count)) or tuned_on
-        optimizer = torch.optim.Adam(_groups(weights, self.rate), betas=(0.9, 0.95), fused=True)
+        optimizer = adamw(group for weight in weights.values() for group in weight.groups(self.rate))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(tuned_on))
         order = torch.Generator().manual_seed(seed)
@@ -113,13 +113,6 @@ class _Call(nn.Module):
 
     def forward(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return run_block(self.block, hidden, kwargs)
-
-
-def _groups(weights: dict[str, TunedWeight], rate: float) -> Iterator[dict[str, Any]]:
-    for weight in weights.values():
-        yield {"params": [weight.latent], "lr": rate * weight.size()}
-        if weight.scales is not None:
-            yield {"params": [weight.scales], "lr": 0.1 * rate * float(weight.scales.detach().abs().mean())}
 
 
 def _states(weights: dict[str, TunedWeight]) -> dict[str, dict[str, Tensor]]:

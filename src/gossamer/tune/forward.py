@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.models.walk import find_parts
+from gossamer.nn.listen import listening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,25 +26,6 @@ class Pass:
 def run(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor | None, *, states: bool) -> Pass:
     """Runs token ids ``(batch, seqlen)`` through ``model``."""
     blocks = [block.module for block in find_parts(model).blocks] if states else []
-    with _listening(blocks) as heard:
+    with listening(dict(enumerate(blocks))) as heard:
         out = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
     return Pass(out.last_hidden_state, [heard[index] for index in range(len(blocks))])
-
-
-@contextmanager
-def _listening(blocks: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """What each of ``blocks`` gives while the context lasts: not when it is run again for its gradients."""
-    heard: dict[int, Tensor] = {}
-
-    def hear(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            heard[index] = out[0] if isinstance(out, tuple) else out
-
-        return hook
-
-    handles = [block.register_forward_hook(hear(index)) for index, block in enumerate(blocks)]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()

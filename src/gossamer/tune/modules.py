@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gossamer.errors import ModelError
-from gossamer.matrices.values import quantize, value_type
+from gossamer.matrices import Dense, Sparse
 from gossamer.nn.views import WeightView, weight_views
-from gossamer.tune.sparse import SHARE
-from gossamer.tune.weights import TunedWeight
+from gossamer.tune.formats import Format
+from gossamer.tune.weights import SHARE, TunedWeight, adamw, set_rates
 
 
 class ModuleTuning:
@@ -69,8 +69,7 @@ class ModuleTuning:
 
     def step(self, fraction: float = 0.0) -> None:
         """One step with the gradients that backward passes left, ``fraction`` of the run done."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._factor(fraction)
+        set_rates(self.optimizer, self._factor(fraction))
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
@@ -87,25 +86,16 @@ class ModuleTuning:
         return min(fraction / self.warmup if self.warmup else 1.0, (1 - fraction) / (1 - self.warmup))
 
     def _optimizer(self) -> torch.optim.AdamW:
-        groups: list[dict[str, Any]] = []
-        for weight in self.weights.values():
-            groups.append({"params": [weight.latent], "lr": self.share * weight.size()})
-            if weight.scales is not None:
-                size = float(weight.scales.detach().abs().mean())
-                groups.append({"params": [weight.scales], "lr": 0.1 * self.share * size})
+        groups = [group for weight in self.weights.values() for group in weight.groups(self.share)]
         for other in self.others:
             size = float(other.detach().abs().mean()) or 1.0  # biases that begin at zero
             groups.append({"params": [other], "lr": 0.1 * self.share * size})
-        groups = [{**group, "initial_lr": group["lr"]} for group in groups]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return adamw(groups)
 
 
 def _begin(view: WeightView, mask: Tensor | None, values: str | None, group: int) -> TunedWeight:
     if mask is not None and tuple(mask.shape) != view.shape:
         raise ModelError(f"{view.name}: a mask {tuple(mask.shape)} for a weight {view.shape}")
     weight = view.matrix()
-    chosen = None if values is None else value_type(values)
-    if chosen is None or not chosen.is_integer:
-        return TunedWeight(weight, mask)
-    kept = weight if mask is None else weight * mask
-    return TunedWeight(weight, mask, quantize(kept, chosen, group, mask))
+    matrix = Dense(weight) if mask is None else Sparse(mask, weight)
+    return Format.of(matrix, values, group).begin(matrix)

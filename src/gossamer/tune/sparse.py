@@ -17,13 +17,12 @@ from gossamer.tune.forward import run
 from gossamer.tune.logits import LogitHead, LogitLosses
 from gossamer.tune.losses import LogitLoss, Loss, StateLoss, loss
 from gossamer.tune.place import place_norms, place_weights, remove_norms, remove_weights
-from gossamer.tune.weights import WEIGHTS, TunedWeight
+from gossamer.tune.weights import SHARE, WEIGHTS, TunedWeight, adamw, set_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Losses = Mapping[str, float] | Sequence[tuple[Loss, float]]
-SHARE = 0.01  # of the mean size of a layer's weights: a step, where no rate is given
 IGNORED = -100  # transformers' label of a token that no loss counts
 
 
@@ -147,8 +146,7 @@ class SparseTuning:
 
     def step(self, fraction: float = 0.0) -> None:
         """One step of AdamW with the gradients that backward passes left, ``fraction`` of the run done."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.factor(fraction)
+        set_rates(self.optimizer, self.factor(fraction))
         self.before_step(fraction)
         for weight in self.weights.values():
             weight.settle()
@@ -252,31 +250,19 @@ class SparseTuning:
                 weight.fill(dense.detach())
 
     def _optimizer(self, rate: float | None, scale_rate: float, decay: float) -> torch.optim.AdamW:
-        groups = (
-            self._own_groups(scale_rate, decay) if rate is None else self._groups(rate, scale_rate, decay)
+        weights, norms = self.weights.values(), list(self.norms.values())
+        if rate is None:  # norms are about 1
+            own = [group for weight in weights for group in weight.groups(SHARE, scale_rate, decay)]
+            return adamw([*own, {"params": norms, "lr": SHARE * scale_rate}])
+        trained = [p for weight in weights for p in weight.trained()]
+        scales = [weight.scales for weight in weights if weight.scales is not None]
+        return adamw(
+            [
+                {"params": trained, "lr": rate, "weight_decay": decay},
+                {"params": scales, "lr": rate * scale_rate},
+                {"params": norms, "lr": rate},
+            ]
         )
-        groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def _groups(self, rate: float, scale_rate: float, decay: float) -> list[dict[str, Any]]:
-        trained = [p for weight in self.weights.values() for p in _trained(weight)]
-        scales = [w.scales for w in self.weights.values() if w.scales is not None]
-        return [
-            {"params": trained, "lr": rate, "weight_decay": decay},
-            {"params": scales, "lr": rate * scale_rate},
-            {"params": list(self.norms.values()), "lr": rate},
-        ]
-
-    def _own_groups(self, scale_rate: float, decay: float) -> list[dict[str, Any]]:
-        """A group for each layer and its scales, at rates in proportion to their sizes; norms are about 1."""
-        groups: list[dict[str, Any]] = []
-        for weight in self.weights.values():
-            groups.append({"params": _trained(weight), "lr": SHARE * weight.size(), "weight_decay": decay})
-            if weight.scales is not None:
-                size = float(weight.scales.detach().abs().mean())
-                groups.append({"params": [weight.scales], "lr": SHARE * scale_rate * size})
-        groups.append({"params": list(self.norms.values()), "lr": SHARE * scale_rate})
-        return groups
 
     def _parameter_names(self) -> dict[int, str]:
         named = {id(p): f"{n}.{key}" for n, w in self.weights.items() for key, p in w.named_parameters()}
@@ -286,8 +272,3 @@ class SparseTuning:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         for block in find_parts(self.model).blocks:
             block.module.training = True  # of the block alone: what lies in it stays without dropout
-
-
-def _trained(weight: TunedWeight) -> list[nn.Parameter]:
-    """What of a weight is trained, its scales apart."""
-    return [p for name, p in weight.named_parameters() if name != "scales" and p.requires_grad]

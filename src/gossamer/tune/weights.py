@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ WEIGHTS: Registry[TunedWeight] = Registry(
         "maskllm": "gossamer.tune.ways.maskllm",
     },
 )
+SHARE = 0.01  # of the mean size of a layer's weights: a step, where no rate is given
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
 
@@ -132,6 +133,21 @@ class TunedWeight(nn.Module):
         kept = self.latent.detach() if self.mask is None else self.latent.detach()[self.mask]
         return float(kept.abs().mean()) if kept.numel() else 0.0
 
+    def groups(self, share: float, scale_rate: float = 0.1, decay: float = 0.0) -> list[dict[str, Any]]:
+        """For an optimizer: what is trained at the rate ``share`` of its `size`, and scales at ``share``
+        times ``scale_rate`` of theirs."""
+        found: list[dict[str, Any]] = [
+            {"params": self.trained(), "lr": share * self.size(), "weight_decay": decay}
+        ]
+        if self.scales is not None:
+            size = float(self.scales.detach().abs().mean())
+            found.append({"params": [self.scales], "lr": share * scale_rate * size})
+        return found
+
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained, scales apart."""
+        return [p for name, p in self.named_parameters() if name != "scales" and p.requires_grad]
+
     def fill(self, dense: Tensor) -> None:
         """Tells a method that may bring back pruned weights what the dense ones are, ``(out, in)``."""
 
@@ -229,6 +245,18 @@ class _Finish(torch.autograd.Function):
             ctx.weight.leave(grads[0])
             return None, None, None, None
         return *ctx.weight.gradients(grads[0], latent), None, None
+
+
+def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
+    """The optimizer of ``groups``; each one's own rate stays in it as ``initial_lr``, for schedules."""
+    groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Each group's rate: ``factor`` times its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def seed_of(weight: Tensor) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.errors import ModelError
-from gossamer.models.walk import find_parts, is_conv1d, is_router, weight_of
+from gossamer.models.walk import find_parts, is_router, weight_of
 from gossamer.nn import StructuredLinear
+from gossamer.nn.views import is_conv1d
 
 
 @dataclass(frozen=True)
