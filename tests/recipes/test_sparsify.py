@@ -174,6 +174,8 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
     refused(MethodError, "regular expressions", Mixed(), batches(), sparsity=0.5, skip="(")
     refused(ModelError, "no weights to prune", nn.LayerNorm(4), batches(), sparsity=0.5)
     refused(ModelError, "no weights to prune", Mixed(), batches(), sparsity=0.5, skip="")
+    with pytest.raises(ModelError, match="takes a PyTorch module, not 'a/folder'"):
+        gs.sparsify("a/folder", batches(), sparsity=0.5)  # type: ignore[arg-type]
     broken = Mixed()
     with torch.no_grad():
         broken.right.weight[0, 0] = torch.nan

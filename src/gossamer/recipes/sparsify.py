@@ -77,6 +77,8 @@ def sparsify(
     Nothing is changed where it fails. Raises a GossamerError for whatever a person can mend: no batches,
     values that are not finite, a weight that no input reaches, a pattern that does not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"sparsify takes a PyTorch module, not {model!r}: compress takes models on disk")
     combination = check_combination(
         method,
         pattern=pattern,
