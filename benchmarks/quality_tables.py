@@ -23,9 +23,6 @@ weights, the embedding and head among them (int8 in ours; llama.cpp's and OpenVI
 *front*: no contender that is measured has fewer bytes and a lower KL (B), or more tokens a second and a
 lower KL (S). Tuned rows saw so many tokens of the calibration text, counted each time; the dense model that
 they are held against saw none of them.
-
-Speeds of SmolLM2's int8, int4, nl4, nl3, Q8_0, Q4_K_M and Q3_K_M are of one run of five rounds in turn; those
-of its other rows of an earlier one of three, in a slower hour: compare within each.
 """
 
 
