@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from benchmarks import protocol
+from gossamer import prune
 from gossamer.models.sources import resolve
+from gossamer.sparse import parse_pattern
 
 METHODS = ("random", "magnitude", "wanda", "ria", "taylor", "fisher", "dsnot", "obs", "admm")
 PATTERNS = {
@@ -263,6 +265,12 @@ def trained(args: argparse.Namespace, model: nn.Module, name: str, fit: Callable
 # ---- measuring
 
 
+def accepting(methods: list[str], pattern: str) -> list[str]:
+    """Those of ``methods`` that accept the pattern."""
+    kind = type(parse_pattern(str(PATTERNS[pattern].get("pattern", "unstructured"))))
+    return [method for method in methods if kind in prune.METHODS[method].accepts]
+
+
 def figure(subject: Subject, method: str, pattern: str) -> dict[str, float]:
     model = copy.deepcopy(subject.model)
     start = time.perf_counter()
@@ -286,7 +294,7 @@ def main() -> None:
             known.setdefault("parameters", size)
             known.setdefault("dense", {}).setdefault(str(seed), round(subject.measure(subject.model), 4))
             for pattern in args.patterns:
-                for method in args.methods:
+                for method in accepting(args.methods, pattern):
                     cell = known.setdefault(pattern, {}).setdefault(method, {})
                     if str(seed) not in cell:
                         cell[str(seed)] = figure(subject, method, pattern)
@@ -306,9 +314,8 @@ def show(name: str, known: dict[str, Any], args: argparse.Namespace) -> None:
     for method in args.methods:
         row: list[Any] = [method]
         for pattern in args.patterns:
-            values = [one[metric] for one in known[pattern][method].values()]
-            spread = max(values) - min(values)
-            row.append(f"{statistics.mean(values):.4f} ({spread:.4f})")
+            values = [one[metric] for one in known[pattern].get(method, {}).values()]
+            row.append(f"{statistics.mean(values):.4f} ({max(values) - min(values):.4f})" if values else "")
         rows.append(row)
     protocol.print_table(["method (spread)", *args.patterns], rows)
 

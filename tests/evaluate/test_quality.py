@@ -128,6 +128,18 @@ def test_compare_equals_separate_runs_and_runs_the_reference_once() -> None:
     assert found["dense"].perplexity_ratio == 1.0
 
 
+def test_a_reader_that_remembers_reads_each_window_once() -> None:
+    dense, other = tiny_llama(0), tiny_llama(1)
+    runs = []
+    dense.base_model.register_forward_hook(lambda *_: runs.append(1))
+    reader = LogitReader(dense, remember=True)
+    first = evaluate(other, WINDOWS, reference=reader)
+    before = len(runs)
+    again = evaluate(other, WINDOWS, reference=reader)
+    assert len(runs) == before >= len(WINDOWS)
+    assert first == again == evaluate(other, WINDOWS, reference=dense)
+
+
 def test_model_is_left_as_it_was_and_progress_is_told() -> None:
     model = tiny_llama().train()
     seen: list[tuple[str, int, int]] = []

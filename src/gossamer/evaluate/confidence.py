@@ -21,13 +21,15 @@ class Bins:
     def __init__(self, bins: int = BINS) -> None:
         self.sums = torch.zeros(3, bins, dtype=torch.float64)  # tokens, right ones, probabilities
 
-    def add(self, logp: Tensor, targets: Tensor) -> None:
-        """``logp (..., vocab)``: log-probabilities of ``targets (...)``."""
+    def add(self, logp: Tensor, targets: Tensor) -> Tensor:
+        """``logp (..., vocab)``: log-probabilities of ``targets (...)``. Returns the likeliest tokens, like
+        ``targets``."""
         best, found = logp.max(-1)
         sure, bins = best.exp().double().flatten(), self.sums.shape[1]
         place = (sure * bins).long().clamp(max=bins - 1)
         right = (found == targets).double().flatten()
         self.sums.index_add_(1, place, torch.stack([torch.ones_like(sure), right, sure]))
+        return found
 
     @property
     def accuracy(self) -> float:

@@ -36,11 +36,15 @@ class LogitReader:
     float32 logits would be 400 MB. Whether the model really is a body with a plain head on top (some scale
     or cap their logits after it) is seen by comparing both ways on the first few tokens, bit for bit; where
     they differ, and for models that are not of transformers, whole logits are computed at once.
+
+    ``remember``: what the body gave for each batch is kept in memory, for a reference that many models are
+    held against.
     """
 
-    def __init__(self, model: nn.Module, name: str = "the model") -> None:
+    def __init__(self, model: nn.Module, name: str = "the model", *, remember: bool = False) -> None:
         self.model = model
         self.name = name
+        self._seen: dict[bytes, Tensor] | None = {} if remember else None
         self._parts: tuple[nn.Module, nn.Module] | None = None
         self._probed = False
 
@@ -62,8 +66,17 @@ class LogitReader:
             whole = _forward(self.model, ids)
             return lambda start, stop: self._finite(whole[:, start:stop].float(), start)
         body, head = self._parts
-        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self._hidden(body, ids)
         return lambda start, stop: self._finite(head(hidden[:, start:stop]).float(), start)
+
+    def _hidden(self, body: nn.Module, ids: Tensor) -> Tensor:
+        key = ids.numpy().tobytes() if self._seen is not None else b""
+        if self._seen is not None and key in self._seen:
+            return self._seen[key]
+        hidden: Tensor = body(input_ids=ids, use_cache=False).last_hidden_state
+        if self._seen is not None:
+            self._seen[key] = hidden
+        return hidden
 
     def _finite(self, logits: Tensor, start: int) -> Tensor:
         low, high = logits.aminmax()

@@ -123,7 +123,7 @@ def evaluate(
     model: nn.Module,
     windows: Tensor,
     *,
-    reference: nn.Module | None = None,
+    reference: nn.Module | LogitReader | None = None,
     batch: int = 1,
     chunk: int = CHUNK,
     progress: Progress = silent,
@@ -137,7 +137,7 @@ def compare(
     models: Mapping[str, nn.Module],
     windows: Tensor,
     *,
-    reference: nn.Module | None = None,
+    reference: nn.Module | LogitReader | None = None,
     batch: int = 1,
     chunk: int = CHUNK,
     progress: Progress = silent,
@@ -145,9 +145,10 @@ def compare(
     """Measure several models on the same windows, the reference once per window for all of them.
 
     ``windows``: int64 token ids ``(n, seqlen)``, cut without overlap; each window starts anew and predicts
-    its tokens 1 .. seqlen - 1, so n * (seqlen - 1) tokens count. ``reference``: the dense model; it may
-    be one of ``models``, and is then run once. ``batch``: windows run together (memory). ``chunk``: positions
-    whose logits are held at once (the result does not depend on it, beyond the rounding of a matrix product).
+    its tokens 1 .. seqlen - 1, so n * (seqlen - 1) tokens count. ``reference``: the dense model, which may be
+    one of ``models``, and is then run once; or its reader, which may remember what it read. ``batch``:
+    windows run together (memory). ``chunk``: positions whose logits are held at once (the result does not
+    depend on it, beyond the rounding of a matrix product).
     ``progress("evaluate", done, n)`` is called after each batch of windows.
 
     Logits are taken in the dtype the model gives, log-softmax is in float32, sums in float64.
@@ -155,21 +156,22 @@ def compare(
     vocabulary, for NaN or infinite logits, and where a model's vocabulary is not the reference's.
     """
     _check_windows(windows, batch, chunk)
+    base = LogitReader(reference, "the reference model") if isinstance(reference, nn.Module) else reference
+    dense = None if base is None else base.model
     for name, model in models.items():
-        _check_vocabulary(name, model, windows, reference)
+        _check_vocabulary(name, model, windows, dense)
     n, seqlen = windows.shape
     windows = windows.to(torch.int64)
     readers = {name: LogitReader(model, name) for name, model in models.items()}
-    base = None if reference is None else LogitReader(reference, "the reference model")
     tallies = {name: _Tally() for name in models}
     base_tally = _Tally()
     with ExitStack() as stack:
-        for module in {*models.values(), *([] if reference is None else [reference])}:
+        for module in {*models.values(), *([] if dense is None else [dense])}:
             stack.enter_context(eval_mode(module))
         for start in range(0, n, batch):
             ids = windows[start : start + batch]
             base_rows = None if base is None else base(ids)
-            rows = {name: reader(ids) for name, reader in readers.items() if reader.model is not reference}
+            rows = {name: reader(ids) for name, reader in readers.items() if reader.model is not dense}
             for tally in (base_tally, *tallies.values()):
                 tally.open(len(ids))
             for first in range(0, seqlen - 1, chunk):
@@ -177,13 +179,13 @@ def compare(
                 targets = ids[:, first + 1 : last + 1]
                 expected = None
                 if base_rows is not None:
-                    expected = base_rows(first, last).log_softmax(dim=-1)
-                    base_tally.add(expected, targets, None)
+                    logp = base_rows(first, last).log_softmax(dim=-1)
+                    expected = logp, base_tally.add(logp, targets, None)
                 for name, tally in tallies.items():
                     if name in rows:
                         tally.add(rows[name](first, last).log_softmax(dim=-1), targets, expected)
                     elif expected is not None:
-                        tally.add(expected, targets, expected)
+                        tally.add(expected[0], targets, expected)
             progress("evaluate", min(start + batch, n), n)
     reference_nll = None if base is None else base_tally.mean("nll", seqlen - 1)
     return {
@@ -213,14 +215,17 @@ class _Tally:
             values.extend([0.0] * windows)
         self.opened = windows
 
-    def add(self, logp: Tensor, targets: Tensor, expected: Tensor | None) -> None:
-        """``logp``, ``expected``: float32 log-probabilities ``(windows, positions, vocab)``."""
+    def add(self, logp: Tensor, targets: Tensor, expected: tuple[Tensor, Tensor] | None) -> Tensor:
+        """``logp``: float32 log-probabilities ``(windows, positions, vocab)``; ``expected``: those of the
+        reference, and its likeliest tokens. Returns the likeliest tokens."""
         self._add("nll", -logp.gather(-1, targets[..., None])[..., 0])
-        self.sure.add(logp, targets)
+        found = self.sure.add(logp, targets)
         if expected is not None:
-            kl = torch.sub(expected, logp).mul_(expected.exp()).sum(dim=-1)
+            wanted, first = expected
+            kl = torch.sub(wanted, logp).mul_(wanted.exp()).sum(dim=-1)
             self._add("kl", kl)
-            self._add("agreement", expected.argmax(dim=-1) == logp.argmax(dim=-1))
+            self._add("agreement", first == found)
+        return found
 
     def _add(self, name: str, values: Tensor) -> None:
         totals = values.to(torch.float64).sum(dim=1).tolist()

@@ -6,17 +6,20 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gossamer.claim import Experiment
+from gossamer.evaluate import evaluate
+from gossamer.evaluate.logits import LogitReader
 from gossamer.matrices.atomic import atomic_file
-from gossamer.models.text import TextSource
+from gossamer.models.text import TextSource, read_text
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
-from gossamer.recipes.load import load
-from gossamer.recipes.measure import quality
+from gossamer.recipes.load import LoadedModel, load
+from gossamer.recipes.measure import windows_for
 from gossamer.recipes.sample import sample
 from gossamer.recipes.shrink import remove_blocks
 from gossamer.version import VERSION
@@ -50,7 +53,7 @@ def figures(
     if tuning is not None:
         figures(experiment.start, experiment, texts, work, progress)
     start = time.perf_counter()
-    dense = load(experiment.model, dtype="bfloat16", engine="transformers", progress=progress)
+    dense, reference = _dense(experiment.model)
     if name == "dense":
         measured: Any = dense
         seconds = 0.0
@@ -67,27 +70,29 @@ def figures(
                          **tuning)  # fmt: skip
         seconds = time.perf_counter() - start
         measured = load(out, engine="transformers", progress=progress)
-    found = quality(
-        measured,
-        against=dense,
-        text=texts.measured,
-        windows=texts.windows,
-        seqlen=texts.seqlen,
-        progress=progress,
-    )
+    read = read_text(texts.measured, part="measure")
+    windows = windows_for(measured, read, texts.seqlen, texts.windows)
+    found = evaluate(measured.model, windows, reference=reference, progress=progress)
     result = {
         "asked": asked,
-        "perplexity": found.quality.perplexity,
-        "kl": found.quality.mean_kl,
-        "nll": list(found.quality.nll),
-        "text": found.text,
-        "smoke_test": found.smoke,
+        "perplexity": found.perplexity,
+        "kl": found.mean_kl,
+        "nll": list(found.nll),
+        "text": read.label,
+        "smoke_test": read.smoke,
         "seconds": round(seconds, 1),
     }
     text = json.dumps(result, indent=1)
     with atomic_file(file) as beside:
         beside.write(text.encode())
     return dict(json.loads(text))
+
+
+@lru_cache(maxsize=1)
+def _dense(model: str) -> tuple[LoadedModel, LogitReader]:
+    """The dense model, and what reads its logits, for all contenders that are held against it."""
+    dense = load(model, dtype="bfloat16", engine="transformers")
+    return dense, LogitReader(dense.model, "the dense model", remember=True)
 
 
 def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress) -> str | Path:
