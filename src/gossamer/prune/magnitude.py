@@ -19,7 +19,7 @@ class Magnitude(ScoreMethod):
     claim = Claim(
         says="Without any data, pruning the smallest weights beats pruning random ones.",
         experiment=Experiment(against=("random",)),
-        metric="mean_kl",
+        metric="kl",
         than="random",
         factor=1.0,
     )

@@ -22,7 +22,7 @@ class Random(ScoreMethod):
     claim = Claim(
         says="A random mask of the same size is the floor: magnitude is at least as good.",
         experiment=Experiment(against=("magnitude",)),
-        metric="mean_kl",
+        metric="kl",
         than="magnitude",
         bound="at_least",
     )

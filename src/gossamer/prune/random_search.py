@@ -32,7 +32,7 @@ class RandomSearch(Method):
     claim = Claim(
         says="The best of a few random masks is still a random one: magnitude, with no data, is better.",
         experiment=Experiment(against=("random", "magnitude")),
-        metric="mean_kl",
+        metric="kl",
         than="magnitude",
         bound="at_least",
     )

@@ -29,6 +29,8 @@ WEIGHTS: Registry[TunedWeight] = Registry(
         "lora": "gossamer.tune.ways.lora",
         "ast": "gossamer.tune.ways.ast",
         "maskllm": "gossamer.tune.ways.maskllm",
+        "jackpot": "gossamer.tune.ways.jackpot",
+        "scales": "gossamer.tune.ways.scales",
     },
 )
 SHARE = 0.01  # of the mean size of a layer's weights: a step, where no rate is given
@@ -103,9 +105,13 @@ class TunedWeight(nn.Module):
         Where ``defers`` is set it is made once for all calls until `settle`, and backward passes leave its
         gradient here, which `settle` takes further: once a step, however many passes a step has.
         """
-        source = next(self.parameters()) if self.defers else self.dense()
+        source = self.leaf() if self.defers else self.dense()
         given: Tensor = _Finish.apply(source, self.scales, self, dtype)  # type: ignore[no-untyped-call]
         return given
+
+    def leaf(self) -> Tensor:
+        """A tensor that gradients end at, which tells autograd to come back here."""
+        return next(self.parameters())
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -163,7 +169,7 @@ class TunedWeight(nn.Module):
         weight = self().detach().clone()
         if self.scales is None or self.values is None:
             return weight, None
-        scales, kept = _stored(self.scales).half(), self.dense().detach()
+        scales, kept = stored_scales(self.scales).half(), self.dense().detach()
         kept = kept if self.mask is None else kept * self.mask
         codes = torch.empty(weight.shape, dtype=torch.int8)
         for index, start in enumerate(range(0, weight.shape[1], self.group)):
@@ -219,7 +225,7 @@ class TunedWeight(nn.Module):
 
     def _spread(self, scales: Tensor) -> Tensor:
         """Every weight's scale as it is stored."""
-        return _stored(scales).repeat_interleave(self.group, dim=1)[:, : self.latent.shape[1]]
+        return stored_scales(scales).repeat_interleave(self.group, dim=1)[:, : self.latent.shape[1]]
 
     def _group_sums(self, x: Tensor) -> Tensor:
         ragged = -x.shape[1] % self.group
@@ -250,6 +256,7 @@ class _Finish(torch.autograd.Function):
 def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
     """The optimizer of ``groups``; each one's own rate stays in it as ``initial_lr``, for schedules."""
     groups = [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
+    groups = groups or [{"params": [], "lr": 0.0, "initial_lr": 0.0}]  # a method may step by itself
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -270,7 +277,7 @@ def _chunks(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _stored(scales: Tensor) -> Tensor:
+def stored_scales(scales: Tensor) -> Tensor:
     """Scales as float16 holds them, in its normal range, their sign kept."""
     size = scales.detach().abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
     return torch.copysign(size, scales.detach()).half().float()

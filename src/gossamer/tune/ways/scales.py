@@ -1,0 +1,75 @@
+"""Scales alone: integers stand still, and what each group counts is tuned through the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.claim import Claim, Experiment
+from gossamer.errors import MethodError
+from gossamer.matrices.values import Quantized
+from gossamer.tune.weights import WEIGHTS, TunedWeight, stored_scales
+
+SHARE_OF_SIZE = 0.1  # scales move at a tenth of the rate that weights would
+
+
+@WEIGHTS.register(
+    "scales",
+    cite="Zeng et al. 2025, GQSA: Group Quantization and Sparsity (its second stage, E2E-OQP); Chen et al. "
+    "2024, EfficientQAT (E2E-QP)",
+)
+class ScalesWeight(TunedWeight):
+    """``W = factors ⊙ codes``: of a quantized weight only ``factors`` ``(out, groups)``, its scales, are
+    trained; integers and masks stay as they are.
+
+    A first stage tunes weights and scales block by block (`blockwise`; BQPO in GQSA, Block-AP in
+    EfficientQAT), where a block is all that lies in memory; this second one follows the whole model, and
+    trains a 64th of its numbers. Factors are rounded to float16 as they are stored, gradients passing
+    straight through.
+    """
+
+    accepts = "any, and dense; integers"
+    claim = Claim(
+        says="After tuning block by block, tuning the scales alone through the whole model wins more back.",
+        experiment=Experiment(
+            pattern="16x4",
+            values="int4",
+            against=("magnitude",),
+            tune="blockwise",
+            windows=16,
+            tuning={"tokens": 65_536, "seqlen": 256, "batch": 2, "patience": 99},
+            tuned={"scales": {"method": "scales", "losses": {"kl": 1}}},
+        ),
+        metric="perplexity",
+        than="obs",
+    )
+    codes: Tensor
+
+    def __init__(
+        self, weight: Tensor, mask: Tensor | None, quantized: Quantized | None = None, options: Any = None
+    ) -> None:
+        super().__init__(weight, mask, quantized, options)
+        if quantized is None or self.scales is None:
+            raise MethodError("scales are tuned where values are integers, and these are floats")
+        self.freeze()
+        first = self.scales.detach()
+        del self.scales
+        self.scales = None
+        self.factors = nn.Parameter(first)
+        self.register_buffer("codes", quantized.q, persistent=False)
+
+    def size(self) -> float:
+        return SHARE_OF_SIZE * float(self.factors.detach().abs().mean())
+
+    def dense(self) -> Tensor:
+        straight = stored_scales(self.factors) + (self.factors - self.factors.detach())
+        wide = straight.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
+        return wide * self.codes
+
+    @torch.no_grad()
+    def finished(self) -> tuple[Tensor, Quantized | None]:
+        assert self.values is not None
+        found = Quantized(self.codes.clone(), stored_scales(self.factors).half(), self.group, self.values)
+        return found.to_dense(), found

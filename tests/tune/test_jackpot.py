@@ -1,0 +1,186 @@
+"""Lottery jackpots: swaps that keep their patterns, masks found by search, and weights that stand still."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tuned_models import RUN, masked
+
+import gossamer as gs
+from gossamer.errors import MethodError
+from gossamer.matrices.values import integer_type, quantize
+from gossamer.models import load_checkpoint
+from gossamer.nn import StructuredLinear
+from gossamer.recipes.compress import compress
+from gossamer.sparse import mask_from_scores, parse_pattern
+from gossamer.sparse.masks import check_mask
+from gossamer.tune import SparseTuning
+from gossamer.tune.ways.jackpot import JackpotOptions, JackpotWeight, swapped
+from tiny import tiny_folder, tiny_tokens
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    pattern=st.sampled_from(["2:4", "4:8", "3:5", "unstructured"]),
+    share=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_swaps_keep_the_pattern_and_the_best_go_first(seed: int, pattern: str, share: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    old, new = torch.rand(6, 24, generator=generator), torch.rand(6, 24, generator=generator)
+    kind = parse_pattern(pattern)
+    sparsity = 0.5 if pattern == "unstructured" else None
+    mask, wanted = mask_from_scores(old, kind, sparsity), mask_from_scores(new, kind, sparsity)
+    group = getattr(kind, "m", 0)
+    found = swapped(mask, wanted, new, group, share)
+    check_mask(found, kind)
+    assert int(found.sum()) == int(mask.sum())
+    moved = found != mask
+    assert not (moved & (mask == wanted)).any()
+    pairs = int((wanted & ~mask).sum())
+    assert int(moved.sum()) == 2 * -(-int(pairs * share * 2**40) // 2**40) or 0 < share < 1
+    assert share < 1 or torch.equal(found, wanted)
+    gained = (new * found).sum() - (new * mask).sum()
+    assert gained >= share * ((new * wanted).sum() - (new * mask).sum()) - 1e-4
+
+
+def searched(dense: torch.Tensor, pattern: str, loss: Any, steps: int = 200) -> JackpotWeight:
+    kind = parse_pattern(pattern)
+    mask = mask_from_scores(dense.abs(), kind, 0.5 if pattern == "unstructured" else None)
+    weight = JackpotWeight(dense * mask, mask, None, JackpotOptions(pattern, every=1))
+    weight.fill(dense)
+    for step in range(steps):
+        loss(weight()).backward()
+        weight.after_step((step + 1) / steps)
+    return weight
+
+
+def test_it_comes_near_the_best_masks_that_there_are() -> None:
+    torch.manual_seed(0)
+    dense, inputs = torch.randn(6, 16), torch.randn(64, 16)
+    inputs[:, 1::4] += 2 * inputs[:, ::4]  # neighbours stand in for each other: magnitude does not see it
+
+    def lost(weight: torch.Tensor) -> torch.Tensor:
+        x, d = inputs.reshape(64, 4, 4), (weight - dense).reshape(6, 4, 4)
+        return torch.einsum("ngi,ogi->nog", x, d).square().mean(0)
+
+    candidates = [torch.zeros(4).index_fill_(0, torch.tensor(kept), 1) for kept in combinations(range(4), 2)]
+    best = torch.stack([lost(dense * one.repeat(4)) for one in candidates]).amin(0).sum()
+    start = lost(dense * mask_from_scores(dense.abs(), parse_pattern("2:4"))).sum()
+    weight = searched(dense, "2:4", lambda w: lost(w).sum())
+    with torch.no_grad():
+        found = lost(weight()).sum()
+    assert best < 0.9 * start
+    assert found < best + 0.3 * (start - best)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_weights_stand_still_and_masks_are_exact(pattern: str) -> None:
+    torch.manual_seed(0)
+    dense, want = torch.randn(8, 24), torch.randn(8, 24)
+    weight = searched(dense, pattern, lambda w: (w - want).square().sum(), steps=20)
+    assert not list(weight.parameters())
+    assert int(weight.kept.sum()) == 8 * 12
+    assert not torch.equal(weight.kept, mask_from_scores(dense.abs(), parse_pattern("2:4")))
+    plain, codes = weight.finished()
+    assert codes is None
+    assert torch.equal(plain, dense * weight.kept)
+    assert torch.equal(weight().detach(), plain)
+    if pattern == "2:4":
+        check_mask(weight.kept, parse_pattern(pattern))
+
+
+def test_the_gradient_is_that_of_the_mask() -> None:
+    torch.manual_seed(0)
+    dense, want = torch.randn(4, 8), torch.randn(4, 8)
+    mask = mask_from_scores(dense.abs(), parse_pattern("2:4"))
+    for defers in (False, True):
+        weight = JackpotWeight(dense * mask, mask, None, JackpotOptions("2:4"))
+        weight.fill(dense)
+        weight.defers = defers
+        ((weight() - want) ** 2).sum().backward()
+        weight.settle()
+        assert weight.importance.grad is not None
+        assert torch.allclose(weight.importance.grad, 2 * (dense * mask - want) * dense, atol=1e-5)
+
+
+def test_changes_become_fewer_and_end() -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(16, 64)
+    mask = mask_from_scores(dense.abs(), parse_pattern("2:4"))
+    moved = []
+    for fraction in (0.0, 0.5, 1.0):
+        weight = JackpotWeight(dense * mask, mask, None, JackpotOptions("2:4", every=1))
+        with torch.no_grad():
+            weight.importance.copy_(torch.rand(16, 64))
+        weight.after_step(fraction)
+        moved.append(int((weight.kept != mask).sum()))
+    assert moved[0] > 10 * moved[1] > 0
+    assert moved[2] == 0
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits() -> None:
+    def tuning() -> SparseTuning:
+        model, masks = masked()
+        options = {"pattern": "2:4", "every": 2}
+        return SparseTuning(
+            model, losses={"task": 1}, masks=masks, method="jackpot", options=options, norms=False
+        )
+
+    def steps(one: SparseTuning, begin: int, end: int) -> None:
+        for step in range(begin, end):
+            one.loss(tiny_tokens(4, 16, seed=step)).backward()
+            one.step((step + 0.5) / 8)
+
+    whole, other, first = tuning(), tuning(), tuning()
+    steps(whole, 0, 3)
+    state = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    steps(whole, 3, 8)
+    other.load_state_dict(state)
+    steps(other, 3, 8)
+    assert all(torch.equal(tensor, whole.values()[name]) for name, tensor in other.values().items())
+    assert any(not torch.equal(w.kept, first.weights[n].kept) for n, w in whole.weights.items())  # type: ignore[arg-type]
+
+
+def test_what_it_cannot_search_is_refused() -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(8, 16)
+    mask = mask_from_scores(dense.abs(), parse_pattern("1:4"))
+    with pytest.raises(MethodError, match="fewer than 2:4"):
+        JackpotWeight(dense * mask, mask, None, JackpotOptions("2:4"))
+    with pytest.raises(MethodError, match="has none"):
+        JackpotWeight(dense, None)
+    with pytest.raises(MethodError, match="quantize what it gives"):
+        JackpotWeight(dense, mask, quantize(dense, integer_type(4), 32, mask))
+    for options in ({"pattern": "16x4"}, {"every": 0}, {"power": -1}):
+        model, masks = masked()
+        with pytest.raises(MethodError):
+            SparseTuning(model, losses={"task": 1}, masks=masks, method="jackpot", options=options)
+
+
+def test_a_checkpoint_is_searched_from_the_dense_weights(tmp_path: Path) -> None:
+    dense = tiny_folder(tmp_path / "dense", num_hidden_layers=1)
+    options: dict[str, Any] = {"values": "bf16", "windows": 1, "seqlen": 32}
+    compress(dense, tmp_path / "made", method="magnitude", pattern="2:4", **options)
+    done = gs.finetune(
+        tmp_path / "made", tmp_path / "out", teacher=dense, losses={"kl": 1}, method="jackpot",
+        options={"pattern": "2:4", "every": 1}, norms=False, **RUN,
+    )  # fmt: skip
+    found = load_checkpoint(done.path)
+    plain = dict(gs.load(dense, dtype="bfloat16").model.named_parameters())
+    moved = 0
+    for (name, new), old in zip(
+        found.named_modules(), load_checkpoint(tmp_path / "made").modules(), strict=True
+    ):
+        if isinstance(new, StructuredLinear) and "layers" in name:
+            mask = new.matrix.mask()
+            check_mask(mask, parse_pattern("2:4"))
+            assert torch.equal(new.matrix.to_dense().float(), plain[f"{name}.weight"].float() * mask)
+            moved += int((mask != old.matrix.mask()).sum())
+    assert moved
