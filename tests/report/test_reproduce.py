@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from gossamer.cli.app import app
 from gossamer.cli.reproduce import seconds_of
 from gossamer.errors import CheckpointError, MethodError
-from gossamer.prune import Claim, Experiment
+from gossamer.prune import METHODS, Claim, Experiment
 from gossamer.recipes.catalogue import methods
 from gossamer.recipes.measure import quality
 from gossamer.report import Texts, claimed, reproduce, verdicts_in
@@ -75,6 +75,13 @@ def test_figures_are_kept_and_shared(model: str, tmp_path: Path, monkeypatch: py
     assert reproduce("random", tmp_path, claim=turned, texts=TEXTS).ratio == pytest.approx(1 / first.ratio)
     with pytest.raises(AssertionError, match="compressed again"):
         reproduce("magnitude", tmp_path, claim=claim(model), texts=Texts([PROSE[:9_000]], [PROSE], 4, 64))
+
+
+def test_claims_name_figures_and_contenders_that_there_are() -> None:
+    for name, one in claimed().items():
+        assert one.metric in ("perplexity", "kl"), name
+        for contender in (name, one.than, one.experiment.start, *one.experiment.against):
+            assert contender in METHODS or contender in one.experiment.tuned, (name, contender)
 
 
 def test_no_claim_is_begun_past_the_budget(tmp_path: Path) -> None:
