@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,22 @@ def compress(args: argparse.Namespace, options: str, out: Path) -> dict[str, Any
     }
 
 
+@lru_cache
+def reference(model: str, data: str, count: int) -> tuple[Any, Any]:
+    """The measured windows, and the dense model's reader, which reads each of them once."""
+    from gossamer.evaluate.logits import LogitReader
+    from gossamer.models import load_model
+
+    windows = protocol.measured_windows(protocol.load_tokenizer(model), data, count)
+    return windows, LogitReader(load_model(model, "bfloat16")[0], remember=True)
+
+
 def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Bits and quality of a checkpoint, through its own kernels, beside the dense model in bfloat16."""
     from gossamer.evaluate import evaluate, size_of
-    from gossamer.models import load_checkpoint, load_model
+    from gossamer.models import load_checkpoint
 
-    windows = protocol.measured_windows(protocol.load_tokenizer(args.model), args.data, args.eval_windows)
-    dense, _ = load_model(args.model, "bfloat16")
+    windows, dense = reference(args.model, args.data, args.eval_windows)
     quality = evaluate(load_checkpoint(out), windows, reference=dense)
     size = size_of(out)
     low, high = (round(end, 3) for end in _ends(quality.intervals()["perplexity_ratio"]))
