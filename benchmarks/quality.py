@@ -60,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4, help="of blockwise tuning (default 4)")
     parser.add_argument("--tokens", type=int, default=200_000, help="of distillation (default 200,000)")
     parser.add_argument("--tuned-first", action="store_true", help="make all of the dense model tuned")
+    parser.add_argument("--dense-rate", type=float, default=2e-5, help="of that tuning (default 2e-5)")
     parser.add_argument("--tune", default="--loss kl", help="further options of `gossamer tune`")
     parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
     parser.add_argument("--novel-windows", type=int, default=8)
@@ -149,7 +150,7 @@ def references(args: argparse.Namespace) -> dict[str, list[Path]]:
     weights = sum(path.stat().st_size for path in args.reference.glob("*.safetensors"))
     told: dict[str, Any] = {"judged": plain, "weight_bytes": weights, "bits_all_in": 16.0}
     if args.model != args.reference:
-        told["tuned_first"] = args.tokens
+        told["tuned_first"] = {"tokens": args.tokens, "rate": args.dense_rate}
     training = protocol.read_json(args.reference / "training.json")
     if training:
         told["training"] = {**training, "log": training["log"][-1:]}

@@ -103,7 +103,8 @@ def tuned_dense(args: argparse.Namespace) -> Path:
         options += ["--head-values", "bf16"]
         _run(args, ["compress", str(args.model), *options, "--out", str(packed)])
     if not tuned.exists():
-        options = ["--loss", "task", "--tokens", str(args.tokens), "--text", text]
+        options = ["--loss", "task", "--rate", str(args.dense_rate), "--tokens", str(args.tokens)]
+        options += ["--text", text]
         _run(args, ["tune", str(packed), *options, "--out", str(tuned)])
     if not out.exists():
         _run(args, ["export", str(tuned), "--out", str(out)], threads=False)

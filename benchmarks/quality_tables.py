@@ -165,9 +165,10 @@ def of_model(dense: dict[str, Any]) -> list[str]:
             f"{told['log'][-1]['held_out']:.3f} nats a token on held-out text."
         )
     if "tuned_first" in dense:
+        tokens, rate = dense["tuned_first"]["tokens"], dense["tuned_first"]["rate"]
         lines.append(
-            f"Here the dense model was tuned on {dense['tuned_first']:,} tokens of the calibration text by "
-            "its task's loss first, and ours and the rivals' files were made of that one (`transformers "
+            f"Here the dense model was tuned on {tokens:,} tokens of the calibration text by its task's loss "
+            f"(rate {rate:g}) first, and ours and the rivals' files were made of that one (`transformers "
             "bfloat16`). All are still held against the model as it was before."
         )
     return lines
