@@ -30,7 +30,7 @@ from tiny import tiny_folder, tiny_tokens
     pattern=st.sampled_from(["2:4", "4:8", "3:5", "unstructured"]),
     share=st.floats(0, 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_swaps_keep_the_pattern_and_the_best_go_first(seed: int, pattern: str, share: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     old, new = torch.rand(6, 24, generator=generator), torch.rand(6, 24, generator=generator)

@@ -26,7 +26,8 @@ class ScalesWeight(TunedWeight):
 
     A first stage tunes weights and scales block by block (`blockwise`; BQPO in GQSA, Block-AP in
     EfficientQAT), where a block is all that lies in memory; this second one follows the whole model, and
-    trains a 64th of its numbers. Factors are rounded to float16 as they are stored, gradients passing
+    trains a 64th of its numbers. GQSA prunes groups of 16 inputs of one output; what our layouts keep and
+    leave whole are steps of 16 outputs x 4 inputs, the pattern ``16x4``. Factors are rounded to float16 as they are stored, gradients passing
     straight through.
     """
 
@@ -35,6 +36,7 @@ class ScalesWeight(TunedWeight):
         says="After tuning block by block, tuning the scales alone through the whole model wins more back.",
         experiment=Experiment(
             pattern="16x4",
+            sparsity=0.3,
             values="int4",
             against=("magnitude",),
             tune="blockwise",
