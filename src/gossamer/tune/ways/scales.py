@@ -26,9 +26,9 @@ class ScalesWeight(TunedWeight):
 
     A first stage tunes weights and scales block by block (`blockwise`; BQPO in GQSA, Block-AP in
     EfficientQAT), where a block is all that lies in memory; this second one follows the whole model, and
-    trains a 64th of its numbers. GQSA prunes groups of 16 inputs of one output; what our layouts keep and
-    leave whole are steps of 16 outputs x 4 inputs, the pattern ``16x4``. Factors are rounded to float16 as they are stored, gradients passing
-    straight through.
+    trains a 64th of its numbers. GQSA prunes groups of 16 inputs of one output; what our layouts keep or
+    leave whole are steps of 16 outputs x 4 inputs, the pattern ``16x4``. Factors are rounded to float16 as
+    they are stored, gradients passing straight through.
     """
 
     accepts = "any, and dense; integers"
