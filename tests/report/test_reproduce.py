@@ -12,10 +12,14 @@ from typer.testing import CliRunner
 
 from gossamer.cli.app import app
 from gossamer.cli.reproduce import seconds_of
+from gossamer.dynamic.activations import method as gating
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.prune import METHODS, Claim, Experiment
 from gossamer.recipes.catalogue import methods
+from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.measure import quality
+from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.report import Texts, claimed, reproduce, verdicts_in
 from gossamer.report.catalogue_page import page
 from gossamer.report.reproduce import run_all
@@ -77,11 +81,29 @@ def test_figures_are_kept_and_shared(model: str, tmp_path: Path, monkeypatch: py
         reproduce("magnitude", tmp_path, claim=claim(model), texts=Texts([PROSE[:9_000]], [PROSE], 4, 64))
 
 
-def test_claims_name_figures_and_contenders_that_there_are() -> None:
-    for name, one in claimed().items():
-        assert one.metric in ("perplexity", "kl"), name
-        for contender in (name, one.than, one.experiment.start, *one.experiment.against):
-            assert contender in METHODS or contender in one.experiment.tuned, (name, contender)
+def test_contenders_of_every_kind_are_made_once(model: str, tmp_path: Path) -> None:
+    experiment = Experiment(
+        model=model,
+        sparsity=0.0,
+        values="bfloat16",
+        windows=2,
+        seqlen=64,
+        start="plain",
+        compressed={"plain": {"method": "magnitude"}, "half": {"method": "random", "sparsity": 0.5}},
+        shrunk={"shorter": {"method": "influence", "blocks": 1, "seqlen": 64, "windows": 1}},
+        gated={"gated": {"method_name": "teal", "sparsity": 0.9, "windows": 2, "seqlen": 64}},
+        against=("half", "shorter", "plain"),
+    )
+    asked = Claim("it drops nothing that matters", experiment, "perplexity", "dense")
+    found = reproduce("gated", tmp_path, claim=asked, texts=TEXTS)
+    kl = {name: one["kl"] for name, one in found.figures.items()}
+    assert kl["dense"] == 0 <= kl["plain"] < 1e-3 < min(kl["half"], kl["shorter"], kl["gated"])
+    assert len({one["perplexity"] for one in found.figures.values()}) == 5
+    again = reproduce("gated", tmp_path, claim=asked, texts=TEXTS)
+    assert again.figures == found.figures
+    assert sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir() if path.is_dir()) == [
+        "gated", "half", "plain", "shorter"
+    ]  # fmt: skip
 
 
 def test_no_claim_is_begun_past_the_budget(tmp_path: Path) -> None:
@@ -89,18 +111,21 @@ def test_no_claim_is_begun_past_the_budget(tmp_path: Path) -> None:
 
 
 def test_every_claim_names_contenders_that_exist() -> None:
-    from gossamer.prune import METHODS
-    from gossamer.recipes.finetune_settings import FinetuneSettings
-
     for name, one in claimed().items():
-        experiment = one.experiment
-        known = {*METHODS, *experiment.tuned}
-        assert {name, one.than, *experiment.against} - {"dense"} <= known, name
-        assert experiment.start in METHODS
-        for contender in experiment.tuned:
-            FinetuneSettings(**(experiment.tuning_of(contender) or {})).check()
-            assert contender not in METHODS
-        assert experiment.sampled.keys() <= experiment.tuned.keys()
+        tried = one.experiment
+        others = {*tried.tuned, *tried.compressed, *tried.shrunk, *tried.gated}
+        assert {name, one.than, tried.start, *tried.against} <= {"dense", *METHODS, *others}, name
+        assert not others & {"dense", *METHODS}, name
+        assert one.metric in ("perplexity", "kl"), name
+        assert tried.sampled.keys() <= tried.tuned.keys()
+        for contender in tried.tuned:
+            FinetuneSettings(**(tried.tuning_of(contender) or {})).check()
+        for contender in tried.compressed:
+            CompressSettings(**tried.settings(contender)).combination()
+        for settings in tried.shrunk.values():
+            ShrinkSettings(**settings).chosen()
+        for settings in tried.gated.values():
+            gating(settings["method_name"])
 
 
 def tuned_claim(model: str) -> Claim:
@@ -228,6 +253,6 @@ def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
     listed = run(app, ["reproduce", "--list", "--json"])
     assert set(json.loads(listed.stdout)) == set(claimed())
     assert run(app, ["reproduce"]).exit_code == 2
-    assert run(app, ["reproduce", "chess"]).exit_code == 2
+    assert run(app, ["reproduce", "gear"]).exit_code == 2
     assert run(app, ["reproduce", "--page", str(tmp_path / "catalogue.md")]).exit_code == 0
     assert "| `obs` |" in (tmp_path / "catalogue.md").read_text()

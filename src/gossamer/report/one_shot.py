@@ -18,6 +18,7 @@ from gossamer.models.text import TextSource, read_text
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
+from gossamer.recipes.gate import gate
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.measure import windows_for
 from gossamer.recipes.sample import sample
@@ -49,27 +50,18 @@ def figures(
     file = out.with_name(f"{out.name}.json")
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    tuning = experiment.tuning_of(name)
-    if tuning is not None:
+    if name in experiment.tuned or name in experiment.gated:
         figures(experiment.start, experiment, texts, work, progress)
     start = time.perf_counter()
     dense, reference = _dense(experiment.model)
     if name == "dense":
-        measured: Any = dense
+        measured: LoadedModel = dense
         seconds = 0.0
     else:
         if not out.exists():
-            if tuning is None:
-                model = _shrunk(experiment, texts, work, progress)
-                compress(model, out, calibration=texts.calibration, progress=progress, method=name,
-                         **experiment.settings())  # fmt: skip
-            else:
-                begun = work / _label(_asked(experiment.start, experiment, texts))
-                text = _written(name, experiment, texts, work, progress)
-                finetune(begun, out, text=text, teacher=experiment.model, progress=progress,
-                         **tuning)  # fmt: skip
+            _make(name, experiment, texts, work, out, progress)
         seconds = time.perf_counter() - start
-        measured = load(out, engine="transformers", progress=progress)
+        measured = load(out, dtype="bfloat16", engine="transformers", progress=progress)
     read = read_text(texts.measured, part="measure")
     windows = windows_for(measured, read, texts.seqlen, texts.windows)
     found = evaluate(measured.model, windows, reference=reference, progress=progress)
@@ -86,6 +78,22 @@ def figures(
     with atomic_file(file) as beside:
         beside.write(text.encode())
     return dict(json.loads(text))
+
+
+def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path, progress: Progress) -> None:
+    """The contender's files."""
+    begun = work / _label(_asked(experiment.start, experiment, texts))
+    if name in experiment.shrunk:
+        settings = experiment.shrunk[name]
+        remove_blocks(experiment.model, out, calibration=texts.calibration, progress=progress, **settings)
+    elif name in experiment.gated:
+        gate(begun, out, text=texts.calibration, progress=progress, **experiment.gated[name])
+    elif (tuning := experiment.tuning_of(name)) is not None:
+        text = _written(name, experiment, texts, work, progress)
+        finetune(begun, out, text=text, teacher=experiment.model, progress=progress, **tuning)
+    else:
+        model, settings = _shrunk(experiment, texts, work, progress), experiment.settings(name)
+        compress(model, out, calibration=texts.calibration, progress=progress, **{"method": name, **settings})
 
 
 @lru_cache(maxsize=1)
@@ -128,10 +136,16 @@ def _written(name: str, experiment: Experiment, texts: Texts, work: Path, progre
 
 def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     """All that the figures of a contender depend on."""
-    settings = None if name == "dense" else experiment.settings()
+    others = {"shrunk": experiment.shrunk.get(name), "gated": experiment.gated.get(name)}
+    settings = None if name == "dense" or others["shrunk"] else experiment.settings(name)
     asked = {"method": name, "model": experiment.model, "version": VERSION, "settings": settings}
     tuning = experiment.tuning_of(name)
     tuned: dict[str, Any] = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
+    if others["gated"]:
+        tuned["start"] = experiment.start
+    if tuned and experiment.start in experiment.compressed:
+        tuned["start_settings"] = experiment.compressed[experiment.start]
+    tuned |= {kind: made for kind, made in others.items() if made}
     if name in experiment.sampled:
         tuned["sampled"] = experiment.sampled[name]
     if experiment.blocks and name != "dense":

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.claim import Claim
+from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.evaluate import paired_difference
 from gossamer.progress import Progress, silent
 from gossamer.prune import METHODS
 from gossamer.registry import Registry
 from gossamer.report.one_shot import Texts, figures
-from gossamer.tune import WEIGHTS
+from gossamer.shrink import DEPTH
+from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
 from gossamer.tune.self_data import PROMPTS
 
@@ -51,7 +53,7 @@ class Verdict:
 
 def claimed() -> dict[str, Claim]:
     """The methods that have a claim which runs, by name."""
-    families: tuple[Registry[Any], ...] = (METHODS, WEIGHTS, LOSSES, PROMPTS)
+    families: tuple[Registry[Any], ...] = (METHODS, DEPTH, TUNERS, WEIGHTS, LOSSES, PROMPTS, ACTIVATIONS)
     return {
         name: claim
         for family in families

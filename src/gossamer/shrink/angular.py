@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate.work import Inputs
+from gossamer.claim import Claim
 from gossamer.errors import CalibrationError
-from gossamer.shrink.method import DEPTH, Choice, DepthMethod, Subject
+from gossamer.shrink.method import DEPTH, TENTH, Choice, DepthMethod, Subject
 
 
 @DEPTH.register("angular", cite="Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers")
@@ -20,6 +21,15 @@ class Angular(DepthMethod):
 
     ``measured["distances"][l]``: d(x_l, x_{l+n}), the mean over windows, for every first block l.
     """
+
+    claim = Claim(
+        says="A tenth of the blocks, neighbours of the least angle, can go for little: less than half more "
+        "perplexity.",
+        experiment=TENTH,
+        metric="perplexity",
+        than="dense",
+        factor=1.5,
+    )
 
     def choose(self, subject: Subject, count: int) -> Choice:
         for visit in subject.visits():

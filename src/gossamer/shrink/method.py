@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from gossamer.calibrate import Visit, WorkFolder, walk
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.models.skeleton import WeightFiles
 from gossamer.models.walk import ModelParts, find_parts
@@ -64,6 +65,7 @@ class DepthMethod:
 
     name: ClassVar[str] = ""
     windows: ClassVar[int] = 64
+    claim: ClassVar[Claim | None] = None
 
     def choose(self, subject: Subject, count: int) -> Choice:
         """The ``count`` blocks of ``subject`` that can go. Raises CalibrationError for what is not finite."""
@@ -77,6 +79,12 @@ DEPTH: Registry[DepthMethod] = Registry(
         "influence": "gossamer.shrink.influence",
         "loss": "gossamer.shrink.loss",
     },
+)
+
+
+TENTH = Experiment(
+    shrunk={name: {"method": name, "blocks": 0.1} for name in ("angular", "influence", "loss")},
+    against=("angular", "influence"),
 )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gossamer.calibrate import Visit
+from gossamer.claim import Claim
 from gossamer.errors import MethodError
 from gossamer.registry import Registry
 from gossamer.tune.weights import TunedWeight
@@ -26,6 +27,7 @@ class Tuner:
     """Base of all. A tuner changes values, and never a mask: what was pruned stays zero."""
 
     name: ClassVar[str] = ""
+    claim: ClassVar[Claim | None] = None
 
     def tune(self, visit: Visit, weights: dict[str, TunedWeight], seed: int) -> Outcome:
         """Tunes ``weights``, by the names of ``visit.layers``, in place. The same ``seed`` gives the same

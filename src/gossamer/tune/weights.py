@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gossamer.claim import Claim
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import (
     LARGEST_SCALE,
@@ -32,6 +32,14 @@ WEIGHTS: Registry[TunedWeight] = Registry(
         "jackpot": "gossamer.tune.ways.jackpot",
         "scales": "gossamer.tune.ways.scales",
     },
+)
+WAYS = Experiment(
+    pattern="32:64",
+    sparsity=None,
+    values="int4",
+    against=("obs",),
+    tuning={"tokens": 65_536, "seqlen": 256, "losses": {"kl": 1}},
+    tuned={"full": {}, "lora": {"method": "lora"}},
 )
 SHARE = 0.01  # of the mean size of a layer's weights: a step, where no rate is given
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
@@ -55,7 +63,13 @@ class TunedWeight(nn.Module):
 
     name: ClassVar[str] = ""
     accepts: ClassVar[str] = "any, and dense"  # masks, in a word, for lists of methods
-    claim: ClassVar[Claim | None] = None
+    claim: ClassVar[Claim | None] = Claim(
+        says="Weights and scales tuned through their rounding, masks kept, win back what one shot lost.",
+        experiment=WAYS,
+        metric="perplexity",
+        than="obs",
+        factor=0.9,
+    )
     Options: ClassVar[type[Any]] = NoOptions
     latent: Tensor
     mask: Tensor | None

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from gossamer.dynamic.activations.method import METHODS, ActivationMethod
+from gossamer.claim import Claim
+from gossamer.dynamic.activations.method import HALF, METHODS, ActivationMethod
 from gossamer.dynamic.activations.sites import Site, linear_sites, weight_bytes
 from gossamer.errors import MethodError
 
@@ -26,6 +27,14 @@ class Chess(ActivationMethod):
     """
 
     gates: ClassVar[str] = "activated gates of MLPs, inputs of q and o"
+
+    claim = Claim(
+        says="Half of what its thresholds and layers touch can be dropped with little loss.",
+        experiment=HALF,
+        metric="perplexity",
+        than="dense",
+        factor=1.1,
+    )
 
     attention: tuple[str, ...] = ("q_proj", "o_proj")
 

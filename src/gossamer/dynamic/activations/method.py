@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from gossamer.claim import Claim, Experiment
 from gossamer.dynamic.activations.sites import Site, linear_sites
 from gossamer.errors import MethodError
 from gossamer.registry import Registry
@@ -25,6 +26,7 @@ class ActivationMethod:
 
     name: ClassVar[str] = ""
     gates: ClassVar[str] = "inputs of all linear layers"
+    claim: ClassVar[Claim | None] = None
 
     selection: str = "threshold"
 
@@ -52,6 +54,20 @@ METHODS: Registry[ActivationMethod] = Registry(
         "topk": "gossamer.dynamic.activations.topk",
         "wina": "gossamer.dynamic.activations.wina",
     },
+)
+
+
+HALF = Experiment(
+    sparsity=0.0,
+    start="magnitude",
+    gated={
+        "teal": {"method_name": "teal", "sparsity": 0.4, "allocation": "greedy"},
+        **{
+            label: {"method_name": name, "sparsity": 0.5}
+            for label, name in (("half", "teal"), ("topk", "topk"), ("wina", "wina"), ("chess", "chess"))
+        },
+    },
+    against=("half",),
 )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gossamer.dynamic.activations.method import METHODS, ActivationMethod
+from gossamer.claim import Claim
+from gossamer.dynamic.activations.method import HALF, METHODS, ActivationMethod
 
 
 @METHODS.register("topk", cite="Li et al. 2023, The Lazy Neuron Phenomenon")
@@ -17,3 +18,10 @@ class TopK(ActivationMethod):
     """
 
     selection: str = "top_k"
+
+    claim = Claim(
+        says="The largest activations of each token carry it: half can go, and no threshold does better.",
+        experiment=HALF,
+        metric="perplexity",
+        than="half",
+    )

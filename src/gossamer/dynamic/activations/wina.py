@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gossamer.dynamic.activations.method import METHODS, ActivationMethod
+from gossamer.claim import Claim
+from gossamer.dynamic.activations.method import HALF, METHODS, ActivationMethod
 from gossamer.dynamic.activations.orthogonal import READERS
 from gossamer.dynamic.activations.sites import Site, dense_weight
 
@@ -22,6 +23,13 @@ class Wina(ActivationMethod):
     ``prepared`` then weighs only the key and gate projections, all else by size, as the paper's code does.
     The paper's top-k of each token is ``selection="top_k"``.
     """
+
+    claim = Claim(
+        says="Weighing activations by the columns that they meet loses less than their size alone (TEAL).",
+        experiment=HALF,
+        metric="perplexity",
+        than="half",
+    )
 
     prepared: bool = False
 

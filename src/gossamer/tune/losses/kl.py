@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from gossamer.claim import Claim
 from gossamer.errors import MethodError
-from gossamer.tune.losses.loss import LOSSES, LogitLoss
+from gossamer.tune.losses.loss import DRAWN, LOSSES, LogitLoss
 
 
 @LOSSES.register("kl", cite="Hinton et al. 2015, Distilling the Knowledge in a Neural Network")
 @dataclass(frozen=True)
 class KL(LogitLoss):
     """T² KL(p_teacher || p), both softmax(logits / T), in nats a token."""
+
+    claim: ClassVar[Claim | None] = Claim(
+        says="The teacher's whole distribution teaches more than the text's own next tokens.",
+        experiment=DRAWN,
+        metric="perplexity",
+        than="task",
+    )
 
     temperature: float = 1.0
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gossamer.claim import Claim
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.registry import Registry
 
@@ -40,6 +40,18 @@ class StateLoss(Loss):
 
 LOSSES: Registry[Loss] = Registry(
     "loss", {name: f"gossamer.tune.losses.{name}" for name in ("kl", "squarehead", "task")}
+)
+
+
+DRAWN = Experiment(
+    sparsity=0.75,
+    against=("obs", "task"),
+    tuning={"tokens": 65_536, "seqlen": 256},
+    tuned={
+        "squarehead": {"losses": {"task": 1, "squarehead": 1}},
+        "task": {"losses": {"task": 1}},
+        "kl": {"losses": {"kl": 1}},
+    },
 )
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.claim import Claim, Experiment
-from gossamer.tune.losses.loss import LOSSES, StateLoss
+from gossamer.claim import Claim
+from gossamer.tune.losses.loss import DRAWN, LOSSES, StateLoss
 
 
 @LOSSES.register(
@@ -28,12 +28,7 @@ class SquareHead(StateLoss):
     claim: ClassVar[Claim | None] = Claim(
         says="Fine-tuning that follows the dense model block by block recovers highly sparse models where "
         "the task loss alone does not.",
-        experiment=Experiment(
-            sparsity=0.75,
-            against=("obs",),
-            tuning={"tokens": 65_536, "seqlen": 256},
-            tuned={"squarehead": {"losses": {"task": 1, "squarehead": 1}}, "task": {"losses": {"task": 1}}},
-        ),
+        experiment=DRAWN,
         metric="perplexity",
         than="task",
     )

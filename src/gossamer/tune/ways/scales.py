@@ -38,14 +38,15 @@ class ScalesWeight(TunedWeight):
             pattern="16x4",
             sparsity=0.3,
             values="int4",
-            against=("magnitude",),
-            tune="blockwise",
+            against=("obs",),
             windows=16,
+            compressed={"blockwise": {"method": "obs", "tune": "blockwise"}},
+            start="blockwise",
             tuning={"tokens": 65_536, "seqlen": 256, "batch": 2, "patience": 99},
             tuned={"scales": {"method": "scales", "losses": {"kl": 1}}},
         ),
         metric="perplexity",
-        than="obs",
+        than="blockwise",
     )
     codes: Tensor
 
