@@ -41,7 +41,8 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAMES",
-            help="Zero-shot tasks: arc_easy,piqa,openbook_qa,winogrande,boolq; or .jsonl files.",
+            help="Zero-shot tasks: arc_easy,piqa,openbook_qa,winogrande,boolq; .jsonl files; or those of "
+            "lm-evaluation-harness: harness:NAME, or .yaml files.",
         ),
     ] = None,
     items: Annotated[int, typer.Option("--items", min=0, help="Questions a task; 0: all.")] = 200,
