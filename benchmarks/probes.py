@@ -3,8 +3,8 @@
 Every model answers the same items of every probe (knowledge, retrieval, json) through the engine that it is
 served by; the dense one in `--dtype`, in the native decoder as the checkpoints are. A cell is a model and a
 probe, and is measured once: cells that lie in the JSON file are not asked again (`--again` does), so that a
-run that was stopped goes on. The table is made of the answers in the file: shares of right ones, and what flipped
-from the dense model's, with the paired interval of the difference.
+run that was stopped goes on. The table is made of the answers in the file: shares of right ones, and what
+flipped from the dense model's, with the paired interval of the difference.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def table(cells: dict[str, Any]) -> None:
 
 
 def against(cell: dict[str, Any], before: dict[str, Any], measure: str) -> list[str]:
-    """Flips from the dense model's answers, the difference with its interval, and answers that are the same."""
+    """Flips from the dense model's answers, the difference with its interval, and equal answers."""
     now, then = (one["measures"][measure]["right"] for one in (cell, before))
     if len(now) != len(then):
         return ["other items"]

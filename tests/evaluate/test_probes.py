@@ -74,10 +74,12 @@ def test_an_item_of_retrieval_holds_its_answer_once_and_at_its_depth() -> None:
     for depth, place in ((0.0, 0), (0.5, 4), (1.0, 7)):
         context, values, gold = probe.item(8, depth, 3)
         lines = context.split("\n")
-        assert len(lines) == 9
+        assert len(lines) == 8 + 1 + 3 + 1
+        assert set(lines[9:12]) < set(lines[:8])
         assert lines[place] == f"{lines[-1]} {values[gold]}."
         assert len(set(values)) == 4
-        assert all(context.count(f" {value}.") == 1 for value in values)
+        assert context.count(f" {values[gold]}.") == 1
+        assert all(any(line.endswith(f" {value}.") for line in lines[:8]) for value in values)
     assert probe.item(8, 0.5, 3) == Retrieval().item(8, 0.5, 3)
     assert probe.item(8, 0.5, 3) != Retrieval(seed=1).item(8, 0.5, 3)
     golds = {probe.item(8, 0.0, number)[2] for number in range(40)}

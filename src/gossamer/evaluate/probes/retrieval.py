@@ -13,6 +13,7 @@ from gossamer.progress import Progress
 
 ITEMS = 200
 CHOICES = 4
+REPEATED = 3  # facts that stand again before the question: without them a small model writes none exactly
 
 
 @PROBES.register(
@@ -72,5 +73,6 @@ class Retrieval:
         values = [codes[asked], *chance.sample(codes[:asked] + codes[asked + 1 :], CHOICES - 1)]
         chance.shuffle(values)
         lines = [f"The code of {person} is {code}." for person, code in zip(people, codes, strict=True)]
-        context = "\n".join([*lines, f"The code of {people[asked]} is"])
+        repeated = chance.sample(lines[:asked] + lines[asked + 1 :], REPEATED)
+        context = "\n".join([*lines, "", *repeated, f"The code of {people[asked]} is"])
         return context, values, values.index(codes[asked])
