@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.gpusq import gpusq
     from gossamer.recipes.load import load
     from gossamer.recipes.measure import plan, quality, speed
+    from gossamer.recipes.measure_probes import measure_probes
     from gossamer.recipes.measure_tasks import measure_tasks
     from gossamer.recipes.prepare import prepare
     from gossamer.recipes.quickstart import quickstart
@@ -65,6 +66,7 @@ __all__ = [
     "gpusq",
     "isa",
     "load",
+    "measure_probes",
     "measure_tasks",
     "methods",
     "pack",
@@ -107,6 +109,7 @@ _PLACES = {
     "gossamer.recipes.gpusq": ("gpusq",),
     "gossamer.recipes.load": ("load",),
     "gossamer.recipes.measure": ("plan", "quality", "speed"),
+    "gossamer.recipes.measure_probes": ("measure_probes",),
     "gossamer.recipes.measure_tasks": ("measure_tasks",),
     "gossamer.recipes.prepare": ("prepare",),
     "gossamer.recipes.sample": ("sample",),

@@ -351,6 +351,26 @@ def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
     assert run("eval", model, "--tasks", "piqa", "--text", task).err.endswith("measured one at a time\n")
 
 
+def test_eval_of_probes(checkpoint: Path, model: Path, text: Path) -> None:
+    arguments = ("eval", checkpoint, "--against", model, "--probes", "retrieval", "--items", "9")
+    told = run(*arguments, "--json").document
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
+    line = next(line for line in documented.splitlines() if line.startswith("- `eval --probes`: "))
+    found = told["probes"]["retrieval"]
+    assert all(f"`{key}`" in line for key in (*told, *found, *found["change"], *found["measures"]["exact"]))
+    # contexts of 32 and 128 facts are longer than the 512 tokens that the model knows
+    assert (found["items"], found["left_out"], len(found["measures"]["exact"]["right"])) == (3, 6, 3)
+    assert found["against"]["groups"].keys() == {"facts", "depth"}
+    done = run(*arguments)
+    for word in ("choice, 8 facts", "right -> wrong", "same answers", "6 items were longer", "Wilson"):
+        assert word in done.out
+    named = run("eval", model, "--probes", "retrieval,nothing")
+    assert (named.code, named.out) == (2, "")
+    assert "unknown probe 'nothing'" in named.err
+    both = run("eval", model, "--probes", "all", "--tasks", "piqa", "--text", text)
+    assert both.err == "error: --text and --tasks and --probes are measured one at a time\n"
+
+
 def test_shrink_says_what_went(model: Path, text: Path, tmp_path: Path) -> None:
     arguments = ("shrink", model, "--blocks", "1", "--calibration", text, "--windows", "2", "--seqlen", "32")
     told = run(*arguments, "-o", tmp_path / "one", "--json").document

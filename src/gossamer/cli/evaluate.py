@@ -1,4 +1,4 @@
-"""`gossamer eval`: perplexity, the distance to the dense model, and zero-shot tasks."""
+"""`gossamer eval`: perplexity, the distance to the dense model, zero-shot tasks, and probes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from gossamer.errors import EvaluationError
 
 if TYPE_CHECKING:
     from gossamer.evaluate import Interval
+    from gossamer.evaluate.task_scores import Flips
     from gossamer.recipes.measure import MeasuredQuality
+    from gossamer.recipes.measure_probes import MeasuredProbes
     from gossamer.recipes.measure_tasks import MeasuredTasks
 
 SMOKE = "SMOKE TEST: measured on the prose inside Python; give --text FILE for a figure that means something"
@@ -41,21 +43,39 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAMES",
-            help="Zero-shot tasks: arc_easy,piqa,openbook_qa,winogrande,boolq; or .jsonl files.",
+            help="Zero-shot tasks: arc_easy,piqa,openbook_qa,winogrande,boolq; .jsonl files; or those of "
+            "lm-evaluation-harness: harness:NAME, or .yaml files.",
         ),
     ] = None,
-    items: Annotated[int, typer.Option("--items", min=0, help="Questions a task; 0: all.")] = 200,
+    probes: Annotated[
+        str | None,
+        typer.Option(
+            "--probes",
+            metavar="NAMES",
+            help="Probes of what perplexity hides: knowledge,retrieval,json; or all.",
+        ),
+    ] = None,
+    items: Annotated[
+        int, typer.Option("--items", min=0, help="Questions a task or probe; 0: all (of made ones, 200).")
+    ] = 200,
     dtype: options.Dtype = options.DtypeName.auto,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure perplexity, and with --against the KL divergence and top-1 agreement to the dense model; with
-    --tasks accuracy instead, and the answers that flipped."""
+    --tasks or --probes right answers instead, and those that flipped."""
     options.use_threads(threads)
+    given = [
+        name for name, value in (("text", text), ("tasks", tasks), ("probes", probes)) if value is not None
+    ]
+    if len(given) > 1:
+        raise EvaluationError(" and ".join(f"--{name}" for name in given) + " are measured one at a time")
     if tasks is not None:
-        if text is not None:
-            raise EvaluationError("--text and --tasks are measured one at a time")
-        _tasks(model, against, tasks.split(","), items or None, dtype.value, as_json)
+        _tasks(model, against, _names(tasks), items or None, dtype.value, as_json)
+        return
+    if probes is not None:
+        named = None if probes.strip() == "all" else _names(probes)
+        _probes(model, against, named, items or None, dtype.value, as_json)
         return
     from gossamer.recipes.measure import quality
 
@@ -81,14 +101,7 @@ def _tasks(
     from gossamer.recipes.measure_tasks import measure_tasks
 
     with progress() as report:
-        measured = measure_tasks(
-            model,
-            [name.strip() for name in names],
-            items=items,
-            against=against,
-            dtype=dtype,
-            progress=report,
-        )
+        measured = measure_tasks(model, names, items=items, against=against, dtype=dtype, progress=report)
     if as_json:
         show.document(measured.to_dict())
         return
@@ -99,28 +112,85 @@ def _tasks(
     show.columns(f"Zero-shot tasks, {measured.model}", header, _task_rows(measured), notes)
 
 
-def _task_rows(measured: MeasuredTasks) -> list[list[str]]:
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",")]
+
+
+def accuracy(right: tuple[bool, ...] | None) -> list[str]:
+    """The share of right answers in per cent and its interval, as two cells."""
     from gossamer.evaluate.task_scores import wilson
 
-    def accuracy(right: tuple[bool, ...] | None) -> list[str]:
-        if right is None:
-            return ["", ""]
-        low, high = wilson(sum(right), len(right))
-        return [f"{100 * sum(right) / len(right):.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+    if right is None:
+        return ["", ""]
+    low, high = wilson(sum(right), len(right))
+    return [f"{100 * sum(right) / len(right):.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
 
+
+def _changed(before: tuple[bool, ...], flips: Flips) -> list[str]:
+    """What another model got right of the same items, and what became of it, as four cells."""
+    change = flips.difference.map(lambda share: 100 * share)
+    told = [accuracy(before)[0], str(flips.lost), str(flips.gained)]
+    return [*told, figure(change.estimate, change, 1)]
+
+
+def _task_rows(measured: MeasuredTasks) -> list[list[str]]:
     rows, flipped = [], measured.flips()
     for index, (task, score) in enumerate(zip(measured.tasks, measured.scores, strict=True)):
         row = [score.name, f"{score.items} of {task.total:,}"]
         row += accuracy(score.correct) + accuracy(score.correct_norm)
         if measured.reference is not None and flipped is not None:
-            change = flipped[index].difference.map(lambda share: 100 * share)
-            row.append(f"{100 * measured.reference[index].accuracy:.1f}")
-            row += [str(flipped[index].lost), str(flipped[index].gained), figure(change.estimate, change, 1)]
+            row += _changed(measured.reference[index].correct, flipped[index])
         rows.append(row)
     mean = ["mean", "", f"{100 * measured.accuracy:.1f}", "", "", ""]
     if measured.reference_accuracy is not None:
         mean += [f"{100 * measured.reference_accuracy:.1f}", "", "", ""]
     return [*rows, mean]
+
+
+def _probes(
+    model: str, against: str | None, names: list[str] | None, items: int | None, dtype: str, as_json: bool
+) -> None:
+    from gossamer.recipes.measure_probes import measure_probes
+
+    with progress() as report:
+        measured = measure_probes(model, names, items=items, against=against, dtype=dtype, progress=report)
+    if as_json:
+        show.document(measured.to_dict())
+        return
+    header = ["probe", "", "items", "right %", "95 %"]
+    if measured.reference is not None:
+        header += [f"{measured.against} %", "right -> wrong", "wrong -> right", "difference, points"]
+    notes = ["95 %: Wilson interval" + (", of differences paired bootstrap" if against else "")]
+    notes += [
+        f"{name}: {score.left_out} items were longer than the model's context, and are left out"
+        for name, score in measured.scores.items()
+        if score.left_out
+    ]
+    notes += [f"{name} was skipped: {reason}" for name, reason in measured.skipped.items()]
+    show.columns(f"Probes, {measured.model}", header, _probe_rows(measured), notes, left=2)
+
+
+def _probe_rows(measured: MeasuredProbes) -> list[list[str]]:
+    """A line for each measure, for the first one's groups, and for answers that stayed the same."""
+    rows, changes = [], measured.changes()
+    for name, score in measured.scores.items():
+        before = None if measured.reference is None else measured.reference[name]
+        for measure, right in score.measures.items():
+            row = [name, measure, str(score.items), *accuracy(right)]
+            if before is not None and changes is not None:
+                row += _changed(before.measures[measure], changes[name].flips[measure])
+            rows.append(row)
+        first = next(iter(score.measures))
+        for group in score.groups:
+            for label, right in score.by(group, first).items():
+                row = ["", f"  {first}, {label}", str(len(right)), *accuracy(right)]
+                if before is not None:
+                    row += [accuracy(before.by(group, first)[label])[0], "", "", ""]
+                rows.append(row)
+        if changes is not None:
+            alike = changes[name].agreement
+            rows.append(["", "  same answers", str(len(alike)), *accuracy(alike), "", "", "", ""])
+    return rows
 
 
 def _rows(measured: MeasuredQuality) -> list[tuple[str, str]]:

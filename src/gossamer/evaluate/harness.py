@@ -1,4 +1,4 @@
-"""The bridge to lm-evaluation-harness: our sessions as its language model, our task files as its tasks.
+"""The bridge to lm-evaluation-harness: our sessions as its language model, our task files beside its tasks.
 
 The harness asks and scores as for every other model in the literature; the likelihoods are our kernels'.
 Gao et al. 2024, The Language Model Evaluation Harness. It is an extra: ``pip install 'gossamer[eval]'``.
@@ -24,6 +24,8 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate as run_harness
+
+    from gossamer.evaluate.harness_tasks import HarnessTask
 except ImportError as missing:
     raise EvaluationError(
         f"lm-evaluation-harness asks zero-shot tasks, and {missing.name or missing} is not installed: "
@@ -32,6 +34,8 @@ except ImportError as missing:
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+EXAMPLE_SEED = 1234  # of drawing a task's examples; the harness's own
 
 
 class SessionLM(TemplateLM):  # type: ignore[misc]
@@ -124,28 +128,47 @@ def by_context(task: TaskItems) -> bool:
     return len(set(task.items[0].contexts)) > 1
 
 
-def ask(model: SessionLM, tasks: Sequence[TaskItems]) -> list[TaskScore]:
+def ask(model: SessionLM, tasks: Sequence[TaskItems | HarnessTask]) -> list[TaskScore]:
     """What ``model`` gets right of each of ``tasks``, as the harness scores it (``acc``, ``acc_norm``)."""
-    with _quiet():
-        asked = {task.name: _LocalTask(task) for task in tasks}
-        found = run_harness(lm=model, task_dict=asked, bootstrap_iters=0, log_samples=True)
-    scores = []
-    for task in tasks:
-        rows = sorted(found["samples"][task.name], key=lambda row: row["doc_id"])
-        norm = None if by_context(task) else tuple(row["acc_norm"] == 1.0 for row in rows)
-        scores.append(TaskScore(task.name, tuple(row["acc"] == 1.0 for row in rows), norm))
-    return scores
+    with quiet():
+        asked, places = {}, {}
+        for task in tasks:
+            if isinstance(task, HarnessTask):
+                asked[task.name], places[task.name] = task.task, list(task.items)
+                task.task.set_fewshot_seed(EXAMPLE_SEED)  # again: an earlier model's examples were drawn
+            else:
+                asked[task.name] = _LocalTask(task)
+        found = run_harness(lm=model, task_dict=asked, samples=places, bootstrap_iters=0, log_samples=True)
+    return [_score(task.name, found["samples"][task.name]) for task in tasks]
+
+
+def _score(name: str, samples: Sequence[dict[str, Any]]) -> TaskScore:
+    rows = sorted(samples, key=lambda row: row["doc_id"])
+    norm = tuple(row["acc_norm"] == 1.0 for row in rows) if "acc_norm" in rows[0] else None
+    picked = tuple(_picked(row) for row in rows)
+    return TaskScore(name, tuple(row["acc"] == 1.0 for row in rows), norm, picked)
+
+
+def _picked(row: dict[str, Any]) -> int:
+    """The likeliest choice's index, the first of equals, as the harness takes it."""
+    found = [total for total, _greedy in row["filtered_resps"]]
+    if "acc_mutual_info" in row:  # the choices follow once more, without a context
+        found = found[: len(found) // 2]
+    return max(range(len(found)), key=found.__getitem__)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The harness's own bars and notes would be drawn over our progress."""
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, lm_eval.api.task.tqdm
+    level, bars, drawn = logger.level, lm_eval.api.task.tqdm, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
     try:
         yield
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bars
+        if drawn:
+            datasets.enable_progress_bars()

@@ -38,6 +38,10 @@ class TaskItems:
     total: int
     sha256: str
 
+    def source(self) -> dict[str, Any]:
+        """Where the items come from, plain values for JSON."""
+        return {"file_sha256": self.sha256}
+
 
 def read_task(name: str, items: int | None = ITEMS) -> TaskItems:
     """The task ``name`` (one of TASKS, in the folder ``$GOSSAMER_DATA/llm_tasks``) or the ``.jsonl`` file
@@ -82,7 +86,8 @@ def _find(name: str) -> Path:
         return path
     if name not in TASKS:
         raise EvaluationError(
-            f"unknown task {name!r} (there are: {', '.join(TASKS)}; or give a .jsonl file of your own)"
+            f"unknown task {name!r} (there are: {', '.join(TASKS)}; or give a .jsonl file of your own, or "
+            f"harness:{name} for a task of lm-evaluation-harness's own)"
         )
     data = os.environ.get("GOSSAMER_DATA")
     if not data:

@@ -15,11 +15,13 @@ from gossamer.evaluate.bootstrap import Interval, paired_difference
 @dataclass(frozen=True)
 class TaskScore:
     """One task, item by item: ``correct`` by log-likelihood, ``correct_norm`` by log-likelihood per character
-    of the choice (None where all choices are the same text after different contexts)."""
+    of the choice (None where all choices are the same text after different contexts, or the task has no such
+    score); ``picked``: the index of the choice that is likeliest."""
 
     name: str
     correct: tuple[bool, ...]
     correct_norm: tuple[bool, ...] | None
+    picked: tuple[int, ...]
 
     @property
     def items(self) -> int:
@@ -45,6 +47,7 @@ class TaskScore:
         found["correct_norm"] = (
             None if self.correct_norm is None else [int(right) for right in self.correct_norm]
         )
+        found["picked"] = list(self.picked)
         return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from gossamer.evaluate.task_scores import Flips, TaskScore, flips
 from gossamer.progress import Progress, silent
 from gossamer.recipes.load import Engine, LoadedModel, load
 
+if TYPE_CHECKING:
+    from gossamer.evaluate.harness_tasks import HarnessTask
+
 
 @dataclass(frozen=True)
 class MeasuredTasks:
@@ -23,7 +26,7 @@ class MeasuredTasks:
 
     model: str
     against: str | None
-    tasks: tuple[TaskItems, ...]
+    tasks: tuple[TaskItems | HarnessTask, ...]
     scores: tuple[TaskScore, ...]
     reference: tuple[TaskScore, ...] | None
     harness: str
@@ -48,7 +51,7 @@ class MeasuredTasks:
         """Plain values for JSON."""
         flipped, tasks = self.flips(), {}
         for index, (task, score) in enumerate(zip(self.tasks, self.scores, strict=True)):
-            tasks[task.name] = {**score.to_dict(), "of": task.total, "file_sha256": task.sha256}
+            tasks[task.name] = {**score.to_dict(), "of": task.total, **task.source()}
             if self.reference is not None and flipped is not None:
                 tasks[task.name]["against"] = self.reference[index].to_dict()
                 tasks[task.name]["flips"] = flipped[index].to_dict()
@@ -72,14 +75,13 @@ def measure_tasks(
     engine: Engine = "auto",
     progress: Progress = silent,
 ) -> MeasuredTasks:
-    """Asks ``model`` the zero-shot ``tasks`` (names, or .jsonl files; see `read_task`), through the engine
-    that it answers in, and the model ``against`` the same.
+    """Asks ``model`` the ``tasks`` (names or .jsonl files: see `read_task`; ``harness:NAME`` or YAML files:
+    see `harness_tasks`), through the engine that it answers in, and the model ``against`` the same.
 
     ``items``: questions a task, None = all; ``dtype``, ``engine``: see `load`. Raises a GossamerError for
     whatever a person can mend, such as lm-evaluation-harness missing, before any model is loaded.
     """
-    check_tasks(tasks)
-    chosen = tuple(read_task(name, items) for name in tasks)
+    chosen = _chosen(tasks, items)
     if against is not None and any(len(task.items) < 2 for task in chosen):
         raise EvaluationError("a comparison needs two items of each task or more")
     from importlib.metadata import version
@@ -97,6 +99,32 @@ def measure_tasks(
     label, scores = asked(model)
     other, reference = (None, None) if against is None else asked(against)
     return MeasuredTasks(label, other, chosen, scores, reference, version("lm_eval"))
+
+
+def _chosen(names: Sequence[str], items: int | None) -> tuple[TaskItems | HarnessTask, ...]:
+    """What is asked of the tasks ``names``, in their order; local files are looked at first."""
+    ours = [name for name in names if not _of_harness(name)]
+    if ours or not names:
+        check_tasks(ours)
+    if items is not None and items < 1:
+        raise EvaluationError(f"a task needs at least one item, got {items}")
+    found: dict[str, TaskItems | HarnessTask] = {name: read_task(name, items) for name in ours}
+    if theirs := [name for name in names if name not in found]:
+        from gossamer.evaluate import harness
+        from gossamer.evaluate.harness_tasks import harness_tasks
+
+        with harness.quiet():
+            found |= harness_tasks(theirs, items)
+    chosen = tuple(found[name] for name in names)
+    labels = [task.name for task in chosen]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise EvaluationError(f"the task {label} is named twice")
+    return chosen
+
+
+def _of_harness(name: str) -> bool:
+    return name.startswith("harness:") or name.endswith((".yaml", ".yml"))
 
 
 def _mean(scores: Sequence[TaskScore]) -> float:
