@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,20 +47,6 @@ class PlanCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(self.path, needed=len(data)) as file:
                 file.write(data)
-
-    def number(self, name: str, measure: Callable[[], float]) -> float:
-        """A positive number that is held, or measured now."""
-        return self.numbers(name, 1, lambda: [measure()])[0]
-
-    def numbers(self, name: str, count: int, measure: Callable[[], list[float]]) -> list[float]:
-        """``count`` positive numbers that are held, or measured now."""
-        held = self.get(name)
-        usable = isinstance(held, list) and all(isinstance(one, float) and one > 0 for one in held)
-        if usable and len(held) == count:
-            return list(held)
-        measured = measure()
-        self.put(name, measured)
-        return measured
 
     def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError, RecursionError):

@@ -198,8 +198,8 @@ def plan(
         machine = machine_facts(bandwidth=False)
         cache = PlanCache(machine.threads, refresh=refresh)
         walked = min(working_set, past_cache(1))
-        read = cache.number(f"reading {walked} bytes", lambda: read_bandwidth(working_set=walked))
-        call = cache.number("a call", call_seconds)
+        read = _number(cache, f"reading {walked} bytes", lambda: read_bandwidth(working_set=walked))
+        call = _number(cache, "a call", call_seconds)
         rows = []
         for index, (kind, members) in enumerate(kinds.items()):
             progress("plan", index, len(kinds))
@@ -273,6 +273,16 @@ def _measured(value: Any, layouts: tuple[str, ...]) -> tuple[list[Times], float]
         return None
     forms = tuple(one.form for one in times[:-1])
     return (times, other_work) if usable and forms == layouts else None
+
+
+def _number(cache: PlanCache, name: str, measure: Callable[[], float]) -> float:
+    """A positive number that the cache holds, or measured now."""
+    held = cache.get(name)
+    if isinstance(held, float) and held > 0:
+        return held
+    measured = measure()
+    cache.put(name, measured)
+    return measured
 
 
 def _total(weights: Iterable[tuple[Times, int]]) -> Total:

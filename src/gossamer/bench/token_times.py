@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import torch
+from dataclasses import dataclass
 
 from gossamer.bench.kinds import made_up
-from gossamer.bench.plan_cache import PlanCache
+from gossamer.bench.machine import OtherWork
 from gossamer.bench.timing import call_seconds, token_seconds
 from gossamer.progress import Progress, silent
 
 Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenTimes:
+    """``seconds`` by shape ``(out, in)``: dense, and then at each sparsity; ``other_work``: cores that other
+    processes kept busy meanwhile."""
+
+    seconds: dict[Shape, list[float]]
+    other_work: float
 
 
 def token_times(
@@ -22,31 +30,23 @@ def token_times(
     group: int,
     *,
     progress: Progress = silent,
-) -> dict[Shape, list[float]]:
-    """Seconds of a token's product with one weight of each shape ``(out, in)``: dense, and then as
-    ``pattern`` packs it at each of ``sparsities``, with the threads that are set, random weights in turn in
-    one run.
+) -> TokenTimes:
+    """Times a token's product with one weight of each shape: dense, and then as ``pattern`` packs it at each
+    of ``sparsities``, with the threads that are set, random weights in turn in one run.
 
     ``counts``: how many weights of each shape the model has, all of which are walked, so that they come from
-    where the model's lie. The call from Python is taken off: the decoder does not make it. What the cache of
-    this machine holds is not measured again. Raises KernelError without the native kernels.
+    where the model's lie. The call from Python is taken off: the decoder does not make it. Raises KernelError
+    without the native kernels.
     """
-    cache = PlanCache(torch.get_num_threads())
-    call = cache.number("a call", call_seconds)
+    others, call = OtherWork(), call_seconds()
     dense = {shape: made_up(shape, values, None, None, group) for shape in counts}
     working_set = sum(count * dense[shape].nbytes for shape, count in counts.items())
-    levels = ", ".join(f"{sparsity:g}" for sparsity in sparsities)
     found: dict[Shape, list[float]] = {}
     for index, shape in enumerate(counts):
         progress("timing", index, len(counts))
+        sparse = [made_up(shape, values, pattern, sparsity, group) for sparsity in sparsities]
         copies = max(1, round(working_set / dense[shape].nbytes))
-        name = f"a token: {shape[0]} x {shape[1]} {values} in {group}, {pattern} at {levels}; {copies} copies"
-
-        def measured(shape: Shape = shape, copies: int = copies) -> list[float]:
-            sparse = [made_up(shape, values, pattern, sparsity, group) for sparsity in sparsities]
-            return token_seconds([dense[shape], *sparse], copies)
-
-        taken = cache.numbers(name, 1 + len(sparsities), measured)
+        taken = token_seconds([dense[shape], *sparse], copies)
         found[shape] = [max(1e-9, seconds - call) for seconds in taken]
     progress("timing", len(counts), len(counts))
-    return found
+    return TokenTimes(found, others.cores())

@@ -216,8 +216,8 @@ def _timings(
     c, sparsities = combination, TIMED if fixed is None else (fixed,)
     counts = {_plain(shape): count for shape, count in shapes.items()}
     found = token_times(counts, c.values.name, str(c.pattern), sparsities, c.group, progress=progress)
-    products = [{"shape": list(shape), "seconds": seconds} for shape, seconds in found.items()]
-    return {"sparsities": list(sparsities), "products": products}
+    products = [{"shape": list(shape), "seconds": seconds} for shape, seconds in found.seconds.items()]
+    return {"sparsities": list(sparsities), "products": products, "other_work": found.other_work}
 
 
 def _seconds_of(sparsities: Sequence[float], seconds: Sequence[float]) -> Cost:
