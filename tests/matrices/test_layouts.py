@@ -367,7 +367,7 @@ def test_bits_per_weight(name: str, layout: str, group: int, bits: float) -> Non
 
 
 @pytest.mark.parametrize(("name", "layout"), FORMATS)
-@cases
+@settings(max_examples=10, deadline=None)
 @given(**shapes, group=st.sampled_from([32, 64]), seed=st.integers(0, 10**6))
 def test_bytes_are_known_without_the_mask(
     name: str, layout: str, out: int, width: int, density: float, group: int, seed: int

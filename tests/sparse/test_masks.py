@@ -7,7 +7,7 @@ from decimal import ROUND_FLOOR, Decimal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import PatternError, ScoreError, SparsityError
@@ -173,6 +173,7 @@ def test_check_mask_sees_each_violation() -> None:
         Channel(1),
     ],
 )
+@settings(max_examples=25)
 @given(shape=shapes, sparsity=sparsities)
 def test_counts_are_known_without_scores(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> None:
     if isinstance(pattern, Block) and (shape[0] < pattern.rows or shape[1] < pattern.cols):
