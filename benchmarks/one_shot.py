@@ -94,6 +94,18 @@ CATALOGUE: dict[str, tuple[str, str | None]] = {
 }
 
 
+# equal bytes: a uniform run, and its rival under a budget of the bytes that its weight file took
+EQUAL_BYTES: dict[str, tuple[str, str | None]] = {}
+BUDGETS: dict[str, str] = {}  # the uniform run whose bytes a configuration may take
+for _method in ("wanda", "obs"):
+    for _share, _values in (("50", "int4"), ("60", "int4"), ("70", "int4"), ("60", "bf16")):
+        _name = f"{_method}_{_share}_{_values}"
+        _options = f"--method {_method} --windows 32 --values {_values}"
+        EQUAL_BYTES[f"{_name}_uniform"] = (f"{_options} --sparsity 0.{_share}", None)
+        EQUAL_BYTES[f"{_name}_budget"] = (f"{_options} --allocation sensitivity", None)
+        BUDGETS[f"{_name}_budget"] = f"{_name}_uniform"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.one_shot", description=__doc__)
     protocol.add_model_arguments(parser)
@@ -101,7 +113,7 @@ def parse() -> argparse.Namespace:
         "--configs",
         default="all",
         metavar="A,B",
-        help="all, catalogue, or some of: " + ", ".join((*CONFIGS, *CATALOGUE)),
+        help="all, catalogue, equal_bytes, or some of: " + ", ".join((*CONFIGS, *CATALOGUE, *EQUAL_BYTES)),
     )
     parser.add_argument("--missing", action="store_true", help="only those that the results lack")
     parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
@@ -150,6 +162,7 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     return {
         "bits_linears": round(size.linear_bits, 3),
         "bits_all_in": round(size.all_bits, 3),
+        "weight_file_bytes": size.weight_file_bytes,
         "perplexity": round(quality.perplexity, 3),
         "dense_perplexity": round(quality.reference_perplexity or 0.0, 3),
         "ratio_interval": [low, high],
@@ -157,6 +170,14 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         "top1_agreement": round(quality.top1_agreement or 0.0, 4),
         "tokens": quality.tokens,
     }
+
+
+def bytes_of(results: Path, name: str) -> int:
+    """Bytes of the weight file of a run that the results hold."""
+    run = protocol.read_json(results).get("runs", {}).get(name, {})
+    if "weight_file_bytes" not in run:
+        raise SystemExit(f"{name} is needed first: its bytes are the budget")
+    return int(run["weight_file_bytes"])
 
 
 def _ends(interval: Any) -> tuple[float, float]:
@@ -169,8 +190,8 @@ def main() -> None:
         raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
     args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())
     protocol.set_threads(args.threads)
-    known = {**CONFIGS, **CATALOGUE}
-    groups = {"all": list(CONFIGS), "catalogue": list(CATALOGUE)}
+    known = {**CONFIGS, **CATALOGUE, **EQUAL_BYTES}
+    groups = {"all": list(CONFIGS), "catalogue": list(CATALOGUE), "equal_bytes": list(EQUAL_BYTES)}
     names = groups.get(args.configs) or args.configs.split(",")
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no such configuration: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -181,6 +202,8 @@ def main() -> None:
     rows = []
     for name in names:
         options, rival = known[name]
+        if name in BUDGETS:
+            options += f" --budget {bytes_of(args.out, BUDGETS[name])}B"
         folder = args.keep or Path(tempfile.mkdtemp())
         out = folder / name
         try:

@@ -45,6 +45,8 @@ def digests(folder: Path) -> dict[str, str]:
         (("--pattern", "512x512", "--sparsity", "0.5"), ("512x512", "do not fit")),
         (("--pattern", "2:4", "--allocation", "global"), ("global",)),
         (("--allocation", "fair"), ("fair", "uniform")),
+        (("--budget", "60MB"), ("60MB", "sensitivity", "uniform")),
+        (("--budget", "1B", "--allocation", "sensitivity"), ("1B", "out of reach", "all dense")),
         (("--method", "wandar"), ("wandar", "did you mean 'wanda'")),
         (("--values", "int5"), ("int5", "int4")),
         (("--head-values", "int5"), ("int5",)),

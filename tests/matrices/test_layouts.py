@@ -13,7 +13,13 @@ from torch import Tensor
 
 from gossamer.errors import MatrixError
 from gossamer.matrices.geometry import SECTION_DTYPES, parse_layout
-from gossamer.matrices.layouts import choose_layout, pack_sections, packed_bytes, unpack_sections
+from gossamer.matrices.layouts import (
+    choose_layout,
+    most_bytes,
+    pack_sections,
+    packed_bytes,
+    unpack_sections,
+)
 from gossamer.matrices.validation import check_sections
 from gossamer.matrices.values import VALUES, ValueType, value_type
 
@@ -358,6 +364,25 @@ def test_bits_per_weight(name: str, layout: str, group: int, bits: float) -> Non
     if layout not in ("dense", "columns"):
         mask[:, ::2] = False
     assert packed_bytes(mask, value_type(name), layout, group) * 8 / mask.numel() == bits
+
+
+@pytest.mark.parametrize(("name", "layout"), FORMATS)
+@settings(max_examples=10, deadline=None)
+@given(**shapes, group=st.sampled_from([32, 64]), seed=st.integers(0, 10**6))
+def test_bytes_are_known_without_the_mask(
+    name: str, layout: str, out: int, width: int, density: float, group: int, seed: int
+) -> None:
+    values = value_type(name)
+    weight, mask, scales = sample(name, layout, out, width, density, group, seed)
+    sections = pack_sections(weight, values, layout, mask=mask, scales=scales, group=group)
+    sizes = {name: part.nbytes for name, part in sections.items()}
+    kept = int(mask.sum())
+    if layout == "16x4":  # whole steps, padding included
+        kept = 64 * sum(byte.bit_count() for byte in sections["masks"].view(torch.uint8).tolist())
+    most = most_bytes((out, width), kept, values, layout, group)
+    assert {**most, "values": 0} == {**sizes, "values": 0}
+    slack = 0 if layout != "bitmap" else 2 * -(-out // 16) * -(-width // 64) + 64
+    assert sizes["values"] <= most["values"] <= sizes["values"] + slack
 
 
 # --- choosing ---------------------------------------------------------------------------------------------

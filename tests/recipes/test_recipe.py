@@ -93,7 +93,10 @@ def test_changes_reach_into_settings() -> None:
     ("changes", "says"),
     [
         ({"compress": None}, "compress: "),
-        ({"compress.valuez": 1}, r"compress.valuez: there is no such setting \(there are: allocation, group"),
+        (
+            {"compress.valuez": 1},
+            r"compress.valuez: there is no such setting \(there are: allocation, budget, group",
+        ),
         ({"prune": {}}, r"prune: there is no such setting \(there are: about, compress, model"),
         ({"compress.windows": "many"}, "compress.windows: .*integer"),
         ({"compress.windows": 0}, "compress.windows: .*greater than or equal to 1"),
@@ -205,6 +208,8 @@ class Seconds:
          [3 * (0.001 + 8 + 0.128), 600 + 11 * 2 * (3 + 3 + 0.064)]),
         ({"compress.method": "wanda", "compress.pattern": None, "compress.sparsity": 0.5, "tune": None,
           "compress.allocation": "sensitivity", "shrink": None}, [3 * (8 * 0.001 + 8 * 4 + 0.256)]),
+        ({"compress.method": "wanda", "compress.budget": "80kB", "tune": None,
+          "compress.allocation": "sensitivity", "shrink": None}, [3 * (2 * 0.001 + 8 * 4 + 0.256)]),
     ],
 )  # fmt: skip
 def test_predictions_count_what_stages_do(

@@ -7,11 +7,21 @@ from decimal import ROUND_FLOOR, Decimal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import PatternError, ScoreError, SparsityError
-from gossamer.sparse import NM, Block, Channel, Unstructured, check_mask, count_pruned, mask_from_scores
+from gossamer.sparse import (
+    NM,
+    Block,
+    Channel,
+    Pattern,
+    Unstructured,
+    check_mask,
+    count_pruned,
+    mask_from_scores,
+)
+from gossamer.sparse.masks import most_kept
 
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 150))
 sparsities = st.floats(0, 0.999, allow_nan=False).map(lambda s: round(s, 3))
@@ -146,3 +156,33 @@ def test_check_mask_sees_each_violation() -> None:
         check_mask(mask, Block(2, 2))
     with pytest.raises(PatternError, match="channels"):
         check_mask(mask, Channel(0))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Unstructured("row"),
+        Unstructured("tensor"),
+        Unstructured("columns:32"),
+        NM(2, 4),
+        NM(5, 7),
+        NM(1, 64),
+        Block(4, 4),
+        Block(3, 5, "row"),
+        Channel(0),
+        Channel(1),
+    ],
+)
+@settings(max_examples=25)
+@given(shape=shapes, sparsity=sparsities)
+def test_counts_are_known_without_scores(pattern: Pattern, shape: tuple[int, int], sparsity: float) -> None:
+    if isinstance(pattern, Block) and (shape[0] < pattern.rows or shape[1] < pattern.cols):
+        return
+    wanted = pattern.sparsity if isinstance(pattern, NM) else sparsity
+    kept = int(mask_from_scores(scores_of(shape, 0), pattern, wanted).sum())
+    known = most_kept(shape, pattern, wanted)
+    if isinstance(pattern, Block):
+        cut = shape[0] % pattern.rows or shape[1] % pattern.cols
+        assert kept <= known <= shape[0] * shape[1] if cut else known == kept
+    else:
+        assert known == kept

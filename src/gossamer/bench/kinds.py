@@ -107,13 +107,14 @@ def made_up_leaves(
         for name, layer in prunable(block).items():
             out, width = weight_of(layer).shape
             if (out, width) not in made:
-                made[out, width] = _made_up((out, width), values, pattern, sparsity, group)
+                made[out, width] = made_up((out, width), values, pattern, sparsity, group)
             yield f"{block.name}.{name}.matrix", made[out, width], False
 
 
-def _made_up(
+def made_up(
     shape: tuple[int, int], values: str, pattern: str | None, sparsity: float | None, group: int
 ) -> Packed:
+    """A random weight of ``shape`` (out, in) as it would be packed; neither pattern nor sparsity: dense."""
     generator = torch.Generator().manual_seed(0)
     kind, mask = value_type(values), None
     if pattern is not None or sparsity:

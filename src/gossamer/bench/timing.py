@@ -66,8 +66,7 @@ def time_forms(forms: Sequence[Packed], rows: int, copies: int, zeros: float = 0
     weight = forms[0].to_dense().bfloat16()
     names = [*(form.layout for form in forms), TORCH]
     sizes = [*(form.nbytes for form in forms), weight.nbytes]
-    room = psutil.virtual_memory().available // 4 // len(sizes)  # copies leave most of the free memory free
-    counts = [max(1, min(copies, past_cache(size), room // size)) for size in sizes]
+    counts = _counts(sizes, copies)
     rivals = [_packed_copies(form, count) for form, count in zip(forms, counts, strict=False)]
     rivals.append(_plain_copies(weight, counts[-1]))
     with torch.inference_mode():
@@ -77,6 +76,22 @@ def time_forms(forms: Sequence[Packed], rows: int, copies: int, zeros: float = 0
     walked = [size * count for size, count in zip(sizes, counts, strict=True)]
     reads = [*(read_share(form, x[0]) for form in forms), 1.0]
     return [Times(*times) for times in zip(names, sizes, walked, decode, prompt, reads, strict=True)]
+
+
+def token_seconds(forms: Sequence[Packed], copies: int) -> list[float]:
+    """Seconds of one row's product with each of ``forms``, weights of one shape, in turn in one run;
+    ``copies``: how many of them a model has. Raises KernelError where the native kernels are missing."""
+    counts = _counts([form.nbytes for form in forms], copies)
+    rivals = [_packed_copies(form, count) for form, count in zip(forms, counts, strict=True)]
+    with torch.inference_mode():
+        return seconds_in_turn(rivals, activations(1, forms[0].shape[1], 0.0), walk=True)
+
+
+def _counts(sizes: Sequence[int], copies: int) -> list[int]:
+    """How many copies are walked of weights of so many bytes: no more than no cache holds, and so that most
+    of the free memory stays free."""
+    room = psutil.virtual_memory().available // 4 // len(sizes)
+    return [max(1, min(copies, past_cache(size), room // size)) for size in sizes]
 
 
 def activations(rows: int, width: int, zeros: float, seed: int = 0) -> Tensor:

@@ -113,6 +113,13 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
     if found.sparsity is not None and found.sparsity_requested is not None:
         share = f"{show.percent(found.sparsity_requested)} requested, {show.percent(found.sparsity)} achieved"
         rows.append(("sparsity", f"{share}, of {found.sparsity_of or 'the linears'}"))
+    if isinstance(budget := found.made.get("budget"), dict):
+        of = (
+            "a token in the linears, as timed" if budget.get("measure") == "seconds" else "of weights on disk"
+        )
+        rows.append(("budget", f"{budget.get('asked')} {of}"))
+        if found.sparsity is not None:
+            rows.append(("sparsity", f"{show.percent(found.sparsity)} of {found.sparsity_of}"))
     if (error := found.layer_error) is not None:
         of = "outputs" if error.kind == "output_error" else "weights"
         mean, worst = f"{100 * error.mean:.3g} %", f"{100 * error.worst:.3g} %"

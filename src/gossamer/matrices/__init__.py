@@ -3,7 +3,7 @@
 from gossamer.matrices.blocks import BlockDiagonal
 from gossamer.matrices.compose import LowRank, Product, Sum
 from gossamer.matrices.dense import Dense
-from gossamer.matrices.layouts import Unpacked, choose_layout, packed_bytes
+from gossamer.matrices.layouts import Unpacked, choose_layout, most_bytes, packed_bytes
 from gossamer.matrices.matrix import Matrix, fit_error, from_description
 from gossamer.matrices.packed import Packed, pack, pack_tree
 from gossamer.matrices.sparse import Sparse
@@ -34,6 +34,7 @@ __all__ = [
     "choose_scales",
     "fit_error",
     "from_description",
+    "most_bytes",
     "pack",
     "pack_tree",
     "packed_bytes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,19 +162,44 @@ def packed_bytes(mask: Tensor, values: ValueType, layout: str, group: int = GROU
     """Bytes of all sections that :func:`pack_sections` would make for ``mask`` bool ``(out, in)``."""
     kind = parse_layout(layout)
     shape = shape_of(mask)
-    panels, groups = grid(shape, kind.outputs)
+    stored = 0
     if kind.room is None:
         counts = _mask_bits(mask, kind)[0].sum(axis=1)
-    else:
-        counts = np.full(panels * groups, kind.room)
-    sizes = [int(value_bytes(counts, values).sum())]
+        stored = int(value_bytes(counts, values).sum())
+    return sum(_section_bytes(shape, values, kind, group, stored).values())
+
+
+def most_bytes(
+    shape: tuple[int, int], kept: int, values: ValueType, layout: str, group: int = GROUP
+) -> dict[str, int]:
+    """Bytes of each section of a weight ``(out, in)`` that keeps ``kept`` weights, known without its mask.
+
+    Exact where the room is fixed (dense, columns, n:64); else at most so many: counts of panel-groups may all
+    round up in a bitmap, and 16x4 is taken to keep whole steps.
+    """
+    kind = parse_layout(layout)
+    panels, groups = grid(shape, kind.outputs)
+    counts = np.arange(8) * kind.unit
+    worst = float((value_bytes(counts, values) - counts * values.bits / 8).max())
+    stored = math.floor(kept * values.bits / 8 + worst * panels * groups)
+    return _section_bytes(shape, values, kind, group, stored)
+
+
+def _section_bytes(
+    shape: tuple[int, int], values: ValueType, kind: Layout, group: int, stored: int
+) -> dict[str, int]:
+    """Bytes by section; ``stored``: of values, where the layout does not fix them."""
+    panels, groups = grid(shape, kind.outputs)
+    if kind.room is not None:
+        stored = int(value_bytes(np.array([kind.room]), values)[0]) * panels * groups
+    sizes = {"values": stored}
     if kind.sparse:
-        sizes.append(panels * groups * ENTRIES // kind.unit // 8)
+        sizes["masks"] = panels * groups * ENTRIES // kind.unit // 8
     if values.is_integer:
-        sizes.append(panels * groups * (GROUP // group) * PANEL * 2)
+        sizes["scales"] = panels * groups * (GROUP // group) * PANEL * 2
     if kind.room is None:
-        sizes.append(8 * (panels + 1))
-    return sum(padded_size(size) for size in sizes)
+        sizes["offsets"] = 8 * (panels + 1)
+    return {name: padded_size(size) for name, size in sizes.items()}
 
 
 def keeps_whole_steps(mask: Tensor) -> bool:

@@ -68,10 +68,7 @@ def write_tensors(
     """
     if metadata is not None and len(metadata) > 1:
         raise OutputError(f"a tensor file carries at most one metadata key, got {sorted(metadata)}")
-    order = sorted(tensors, key=lambda name: (-_size_alignment(tensors[name]), name))
-    header = render_header(
-        [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order], metadata
-    )
+    order, header = _order_and_header(tensors, metadata)
     needed = len(header) + sum(nbytes(tensor) for tensor in tensors.values())
     digest, crcs, done = Digest(), {}, 0
     with atomic_file(path, needed=needed) as file:
@@ -88,6 +85,23 @@ def write_tensors(
                     progress(done)
             crcs[name] = crc
     return Written(digest.result(), crcs)
+
+
+def _order_and_header(
+    tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None
+) -> tuple[list[str], bytes]:
+    order = sorted(tensors, key=lambda name: (-_size_alignment(tensors[name]), name))
+    return order, render_header(
+        [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order], metadata
+    )
+
+
+def file_bytes(
+    tensors: Mapping[str, Tensor | LazyTensor], *, metadata: Mapping[str, str] | None = None
+) -> int:
+    """Bytes of the file that `write_tensors` would make, header included; nothing is loaded."""
+    header = _order_and_header(tensors, metadata)[1]
+    return len(header) + sum(nbytes(tensor) for tensor in tensors.values())
 
 
 def nbytes(tensor: Tensor | LazyTensor) -> int:

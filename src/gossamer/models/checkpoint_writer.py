@@ -51,6 +51,9 @@ COMPANIONS = (
 )
 
 
+METADATA = {"format": "gossamer"}  # of the weight file
+
+
 class CheckpointWriter:
     """Collects the parameters of one model and writes them as a checkpoint.
 
@@ -116,7 +119,7 @@ class CheckpointWriter:
             written = write_tensors(
                 folder / WEIGHTS,
                 stored,
-                metadata={"format": "gossamer"},
+                metadata=METADATA,
                 progress=lambda done: self.progress("writing", done, total),
             )
             files[WEIGHTS] = written.file

@@ -305,6 +305,12 @@ def read_parameter(
     return loaded
 
 
+def stored_dtype(tensor: Tensor, name: str, files: WeightFiles) -> torch.dtype:
+    """The dtype that `read_parameter` gives a parameter or saved buffer where none is asked for."""
+    source: Source = getattr(tensor, "gossamer_source", Source((name,)))
+    return files.dtype(source.names[0])
+
+
 @lru_cache(maxsize=1)
 def _malloc_trim() -> Callable[[int], int] | None:
     """The C library's call that gives freed memory back. Without it freed blocks and activations

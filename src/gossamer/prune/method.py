@@ -15,6 +15,7 @@ from gossamer.matrices.values import Quantized, ValueType, quantize, value_type
 from gossamer.registry import Registry
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
 from gossamer.sparse.allocate import allocation
+from gossamer.sparse.budget import Budget, parse_budget
 from gossamer.sparse.masks import resolve_sparsity
 
 S = TypeVar("S", bound=Statistic)
@@ -131,7 +132,8 @@ def method(name: str, **options: Any) -> Method:
 
 @dataclass(frozen=True)
 class Combination:
-    """A checked combination of method, pattern, sparsity, allocation and values."""
+    """A checked combination of method, pattern, sparsity, allocation and values. ``budget``: what decides
+    the sparsity, which is 0 (or N:M's own) then."""
 
     method: Method
     pattern: Pattern
@@ -139,6 +141,12 @@ class Combination:
     allocation: str
     values: ValueType
     group: int
+    budget: Budget | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything may be pruned."""
+        return self.budget is not None or self.sparsity > 0
 
 
 def check_combination(
@@ -150,14 +158,24 @@ def check_combination(
     values: str = "float32",
     group: int = 64,
     options: dict[str, Any] | None = None,
+    budget: str | None = None,
 ) -> Combination:
     """Everything that can be known to be wrong before any work starts.
 
     ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
-    method's paper. ``sparsity`` None means 0 unless the pattern implies one. Raises PatternError,
-    SparsityError or MethodError with a sentence.
+    method's paper. ``sparsity`` None means 0 unless the pattern implies one. ``budget``: bytes or time a
+    token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. Raises
+    PatternError, SparsityError or MethodError with a sentence.
     """
     chosen = method(method_name, **(options or {}))
+    wanted = None if budget is None else parse_budget(budget)
+    if wanted is not None and allocation_name != "sensitivity":
+        raise MethodError(
+            f"the budget {wanted} is split by what each layer's pruning costs: it needs the allocation "
+            f"sensitivity, not {allocation_name}"
+        )
+    if wanted is not None and sparsity is not None:
+        raise MethodError(f"the budget {wanted} decides how sparse layers become: leave the sparsity out")
     if pattern is None or pattern == "unstructured":
         pattern = Unstructured(chosen.comparison_group)
     elif isinstance(pattern, str):
@@ -168,15 +186,22 @@ def check_combination(
     if not isinstance(pattern, chosen.accepts):
         accepted = ", ".join(kind.__name__ for kind in chosen.accepts)
         raise MethodError(f"the method {chosen.name} does not accept the pattern {pattern} (only {accepted})")
+    if wanted is not None and isinstance(pattern, Channel):
+        raise MethodError(
+            f"a budget takes unstructured, N:M and block patterns, not {pattern}: no layout is made for it"
+        )
     allocation(allocation_name)
-    if allocation_name != "uniform" and isinstance(pattern, NM):
-        raise MethodError(f"{pattern} fixes every layer's sparsity: it cannot be allocated {allocation_name}")
+    if allocation_name != "uniform" and isinstance(pattern, NM) and wanted is None:
+        raise MethodError(
+            f"{pattern} fixes every layer's sparsity: it cannot be allocated {allocation_name}, save under a "
+            "budget, where layers may stay dense"
+        )
     if allocation_name != "global" and getattr(pattern, "group", "") == "model":
         raise MethodError("the comparison group 'model' lets layers compete: it needs allocation 'global'")
     chosen_values = value_type(values)
     if group not in (32, 64):
         raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
-    return Combination(chosen, pattern, sparsity, allocation_name, chosen_values, group)
+    return Combination(chosen, pattern, sparsity, allocation_name, chosen_values, group, wanted)
 
 
 def check_finite(layer: Layer) -> None:

@@ -33,8 +33,9 @@ from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
+from gossamer.recipes.compress_budget import TIMINGS, Prices, find_prices, stored_beside
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs
+from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs, layers_of
 from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.prune_layer import pack_pruned, prune_layer, record_of
@@ -134,16 +135,20 @@ class _Job:
             self.windows = calibration_windows(
                 self.text, tokenizer, settings.seqlen, settings.windows, settings.seed
             )
-        fingerprint = self._fingerprint()
-        self.work = WorkFolder(out.with_name(out.name + ".work"), fingerprint)
+        self.shares: dict[str, float | None] = {}
+        work = out.with_name(out.name + ".work")
+        self.prices = self._prices(work)
+        self.work = WorkFolder(work, self._fingerprint())
+        if self.prices is not None and self.prices.timings is not None:
+            self.work.write(TIMINGS, json.dumps(self.prices.timings).encode())
 
     def run(self) -> Compressed:
         resumed = self.work.resumed
         self._gather()
-        shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer)
+        self.shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
         for visit in self._walk(self.work, stage, self.method.needs, targets=self.tuner is not None):
-            self._prune_block(visit, shares)
+            self._prune_block(visit)
         self._pack_edges()
         made = self._made()
         self._write(made)
@@ -178,8 +183,20 @@ class _Job:
             self.gradients = WorkFolder(self.work.path / "gradients", self.work.fingerprint)
             gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
 
-    def _prune_block(self, visit: Visit, shares: dict[str, float | None]) -> None:
+    def _prices(self, work: Path) -> Prices | None:
+        """What layers cost, where there is a budget, which is in reach then."""
+        c, settings = self.combination, self.settings
+        if c.budget is None:
+            return None
+        layers = list(layers_of(self.parts))
+        beside = stored_beside(
+            self.model, self.files, self._edges(), layers, settings.head_values, settings.group
+        )
+        return find_prices(c.budget, c, layers, beside, work, self.progress)
+
+    def _prune_block(self, visit: Visit) -> None:
         """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder."""
+        shares = self.shares
         solved = dict(side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), visit))
         notes = self._tune(visit, solved)
 
@@ -267,12 +284,12 @@ class _Job:
                 raise ResumeError(f"block {index} in {self.work.path.name} is missing or damaged") from error
         weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
         zeros = sum(layer["shape"][0] * layer["shape"][1] * layer["sparsity"] for layer in layers)
-        return {
+        made: dict[str, Any] = {
             "job": "compress",
             "model": self.source.label,
             "method": self.method.name,
             "pattern": str(self.combination.pattern),
-            "sparsity_requested": self.combination.sparsity,
+            "sparsity_requested": self.combination.sparsity if self.prices is None else None,
             "sparsity": zeros / weights,
             "sparsity_of": "prunable linear weights",
             "settings": self.settings.model_dump(),
@@ -287,6 +304,9 @@ class _Job:
             "layers": layers,
             "with": made_with(),
         }
+        if self.prices is not None:
+            made["budget"] = self.prices.record(self.shares)
+        return made
 
     def _part(self, path: Path) -> dict[str, Matrix]:
         try:

@@ -18,6 +18,8 @@ class CompressSettings(BaseModel):
     """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``; a sparsity alone means
     unstructured in the comparison group of the method's paper; sparsity 0 means dense.
 
+    ``budget``: bytes of the weight file (``60MB``) or a token's time in the linears (``2.5ms``), in place of
+    a sparsity; it needs the allocation ``sensitivity``, and N:M patterns then have dense layers beside them.
     ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
     ``group``: inputs a scale (64 or 32); ``seqlen`` and ``windows``: of calibration; ``options``: of the
     method; ``tune``: a tuning method that wins quality back block by block, with ``tune_options``.
@@ -29,6 +31,7 @@ class CompressSettings(BaseModel):
     sparsity: float | None = None
     pattern: str | None = None
     allocation: str = "uniform"
+    budget: str | None = None
     values: str = "int4"
     head_values: str = "int8"
     group: int = 64
@@ -43,7 +46,7 @@ class CompressSettings(BaseModel):
         """Checked as a whole; raises a GossamerError with a sentence before any work starts."""
         value_type(self.head_values)
         pattern = self.pattern
-        if pattern is None and self.sparsity is None:
+        if pattern is None and self.sparsity is None and self.budget is None:
             pattern = "32:64"
         found = check_combination(
             self.method,
@@ -53,6 +56,7 @@ class CompressSettings(BaseModel):
             values=self.values,
             group=self.group,
             options=self.options,
+            budget=self.budget,
         )
         if self.seqlen < 2 and Gradient in (*found.method.needs, *allocation_needs(found)):
             raise MethodError(

@@ -19,8 +19,10 @@ from gossamer.matrices.values import value_type
 from gossamer.models.walk import ModelParts, prunable, weight_of
 from gossamer.prune import Combination, Layer
 from gossamer.prune.method import check_finite
+from gossamer.recipes.compress_budget import Prices
 from gossamer.recipes.side_by_side import side_by_side
-from gossamer.sparse.allocate import LayerInfo, allocation, outlier_share
+from gossamer.sparse import NM
+from gossamer.sparse.allocate import LayerInfo, allocation, least_error, outlier_share
 from gossamer.sparse.masks import unit_scores
 
 Needs = tuple[type[Statistic], ...]
@@ -41,28 +43,41 @@ def allocation_needs(combination: Combination) -> Needs:
         "owl": (InputNorm,),
         "sensitivity": tuple(dict.fromkeys((*method, Gram, Gradient))),
     }
-    return found.get(combination.allocation, ()) if combination.sparsity > 0 else ()
+    return found.get(combination.allocation, ()) if combination.prunes else ()
 
 
 def allocate(
-    parts: ModelParts, combination: Combination, work: WorkFolder, walk: Walk, layer_of: LayerOf
+    parts: ModelParts,
+    combination: Combination,
+    work: WorkFolder,
+    walk: Walk,
+    layer_of: LayerOf,
+    prices: Prices | None = None,
 ) -> dict[str, float | None]:
-    """Each layer's sparsity; what the allocation needs to know is measured first and kept in ``work``."""
+    """Each layer's sparsity; what the allocation needs to know is measured first and kept in ``work``.
+    ``prices``: what layers cost, where there is a budget."""
     done = work.path / "allocation.json"
     if done.exists():
         return json.loads(done.read_text())  # type: ignore[no-any-return]
-    layers = list(_layers(parts))
+    layers = list(layers_of(parts))
+    if prices is not None:
+        combination = replace(combination, sparsity=prices.sparsity())
     measure = _MEASURES.get(combination.allocation)
-    if measure is not None and combination.sparsity > 0:
+    if measure is not None and combination.prunes:
         folder = WorkFolder(work.path / "scores", work.fingerprint)
         visits = walk(folder, "scoring", allocation_needs(combination))
         layers = measure(layers, combination, folder, visits, layer_of)
-    shares = allocation(combination.allocation)(layers, combination.sparsity)
+    if prices is None:
+        shares = allocation(combination.allocation)(layers, combination.sparsity)
+    else:
+        priced = [replace(layer, costs=prices.costs[layer.shape]) for layer in layers]
+        shares = least_error(priced, prices.left)
     work.write(done.name, json.dumps(shares).encode())
     return shares
 
 
-def _layers(parts: ModelParts) -> Iterator[LayerInfo]:
+def layers_of(parts: ModelParts) -> Iterator[LayerInfo]:
+    """The prunable layers, by name, shape and block."""
     for block in parts.blocks:
         for inner, module in prunable(block).items():
             yield LayerInfo(f"{block.name}.{inner}", tuple(weight_of(module).shape), block=block.name)
@@ -134,7 +149,7 @@ def _curves(
     def curve(visit: Visit, name: str) -> tuple[str, list[tuple[float, float]]]:
         layer = layer_of(visit, name)
         check_finite(layer)
-        return name, [(s, loss_change(layer, combination, s)) for s in grid(combination.sparsity)]
+        return name, [(s, loss_change(layer, combination, s)) for s in levels(combination)]
 
     for visit in visits:
         for name, found in side_by_side(partial(curve, visit), visit):
@@ -145,8 +160,11 @@ def _curves(
     ]
 
 
-def grid(sparsity: float) -> list[float]:
-    """Sparsities around ``sparsity`` at which layers are tried."""
+def levels(combination: Combination) -> list[float]:
+    """Sparsities at which layers are tried: around the one asked for, or N:M's own."""
+    sparsity = combination.sparsity
+    if isinstance(combination.pattern, NM):
+        return [sparsity]
     less = [sparsity * share for share in (0.4, 0.7, 0.85, 1.0)]
     return less + [1 - (1 - sparsity) * share for share in (0.8, 0.6, 0.4)]
 

@@ -15,7 +15,7 @@ from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import allocation_needs, grid
+from gossamer.recipes.compress_shares import allocation_needs, levels
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, parameters_of
@@ -125,7 +125,7 @@ def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> 
     if Gradient in (*chosen.method.needs, *shares):
         block += forward + settings.windows * rates.backward
     if chosen.allocation == "sensitivity":
-        block += len(grid(0.5)) * solve
+        block += len(levels(chosen)) * solve
     if isinstance(tuner, Blockwise):
         held = tuner.held_out * settings.windows
         block += tuner.epochs * (settings.windows - held) * (rates.backward + rates.update)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,8 @@ class Bench:
         self.block = self.parts.blocks[0]
         self.layers = prunable(self.block)
         self.combination = prepared.recipe.compress.combination()
+        if self.combination.budget is not None and self.combination.sparsity == 0:
+            self.combination = replace(self.combination, sparsity=0.5)  # not known yet, and hardly matters
         self.threads = torch.get_num_threads()
         self.team = 1.0 if self.threads == 1 else SHARED * self.threads
         self._outside = [

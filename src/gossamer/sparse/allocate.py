@@ -1,14 +1,14 @@
-"""Allocations: one budget of sparsity split over layers. All functions have one signature.
+"""Allocations: one budget split over layers. All functions of a budget of sparsity have one signature.
 
-``(layers, sparsity) -> {name: sparsity}``, where None leaves a layer dense. Layers of one value type cost
-bytes in proportion to what they keep, so that a budget of sparsity is one of bytes.
+``(layers, sparsity) -> {name: sparsity}``, where None leaves a layer dense. A budget of anything else that
+layers cost (bytes, time) is split by `least_error`, of which `sensitivity` is the case of kept weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +29,8 @@ class LayerInfo:
     for each unit that the pattern keeps or prunes whole (weights, blocks or channels), as a flat float32
     tensor; it is called as often as needed, so that scores may lie on disk. ``outliers``: the share of
     outliers in the layer's ``block``. ``curve``: (sparsity, error) as measured, errors comparable between
-    layers.
+    layers. ``costs``: what the layer costs at a sparsity, in whatever a budget is of; never rising, perhaps
+    falling in steps (None: the weights that it keeps).
     """
 
     name: str
@@ -38,10 +39,15 @@ class LayerInfo:
     block: str = ""
     outliers: float | None = None
     curve: tuple[tuple[float, float], ...] = ()
+    costs: Callable[[float], float] | None = None
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def cost(self, sparsity: float) -> float:
+        """What the layer costs at ``sparsity``."""
+        return (1 - sparsity) * self.size if self.costs is None else self.costs(sparsity)
 
 
 def uniform(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
@@ -161,40 +167,108 @@ def owl(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]
 
 
 def sensitivity(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
-    """The split with the least sum of errors, by the ``curve`` of each layer: its lower convex hull is walked
-    down segment by segment, the least error a weight first, over all layers (Lagrange's condition: all layers
-    end at one slope)."""
+    """The split with the least sum of errors, by the ``curve`` of each layer: `least_error` under a budget of
+    kept weights."""
     check_sparsity(sparsity)
-    segments = []
-    for index, layer in enumerate(layers):
-        if not layer.curve:
-            raise MethodError(f"the allocation sensitivity needs error curves, and {layer.name} has none")
-        hull = _lower_hull([(0.0, 0.0), *layer.curve])
-        for (s, error), (s_next, error_next) in pairwise(hull):
-            slope = (error_next - error) / ((s_next - s) * layer.size)
-            segments.append((slope, index, s_next - s))
-    left = sparsity * sum(layer.size for layer in layers)
-    pruned = [0.0] * len(layers)
-    for _, index, width in sorted(segments):
-        step = min(width, left / layers[index].size)
-        pruned[index] += step
-        left -= step * layers[index].size
-    if left > 0.5:
+    plain = [replace(layer, costs=None) for layer in layers]
+    kept = (1 - sparsity) * sum(layer.size for layer in plain)
+    if sum(min(level.cost for level in _levels(layer)) for layer in plain) > kept + 0.5:
         raise MethodError(f"the error curves end below the sparsity {sparsity:g} that was asked for")
-    return {layer.name: share for layer, share in zip(layers, pruned, strict=True)}
+    return least_error(plain, kept)
 
 
-def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The corners of the convex function below ``points``, by rising sparsity."""
-    hull: list[tuple[float, float]] = []
-    for x, y in sorted(points):
+@dataclass(frozen=True)
+class Level:
+    """A sparsity that a layer may have, what it then costs, and the error."""
+
+    sparsity: float
+    cost: float
+    error: float
+
+
+def least_error(layers: Sequence[LayerInfo], budget: float) -> dict[str, float | None]:
+    """The split with the least sum of errors whose costs sum to at most ``budget``.
+
+    A multiple-choice knapsack over each layer's levels, dense and those of its ``curve``, solved by its
+    relaxation (Sinha & Zoltners 1979, The Multiple-Choice Knapsack Problem): all layers begin dense and walk
+    down the lower convex hull of their (cost, error), the least error for what it saves first, until the
+    budget is kept. The last step goes only as far as it must, and what it leaves buys errors back. The sum is
+    within the error of that one step of the least there is; SPDY (Frantar & Alistarh 2022), which solves the
+    same by dynamic programming, rounds costs to do so. Raises MethodError where the budget cannot be kept.
+    """
+    hulls = [_hull(_levels(layer)) for layer in layers]
+    chosen = [hull[0] for hull in hulls]
+    steps = [
+        ((below.error - above.error) / (above.cost - below.cost), index, place)
+        for index, hull in enumerate(hulls)
+        for place, (above, below) in enumerate(pairwise(hull))
+    ]
+    over, rounding = math.fsum(level.cost for level in chosen) - budget, 1e-12 * budget
+    for _, index, place in sorted(steps):
+        if over <= rounding:
+            break
+        above, below = chosen[index], hulls[index][place + 1]
+        if above.cost - below.cost > over:
+            part = _as_far(layers[index], above, below, above.cost - over)
+            if layers[index].costs is None or part.error < below.error:  # a sparsity is met exactly
+                below = part
+        over -= above.cost - below.cost
+        chosen[index] = below
+    if over > 1e-9 * budget:
+        least = math.fsum(hull[-1].cost for hull in hulls)
+        raise MethodError(f"the layers cost at least {least:.6g}, and the budget is {budget:.6g}")
+    chosen = _buy_back([_levels(layer) for layer in layers], chosen, -over)
+    return {layer.name: level.sparsity for layer, level in zip(layers, chosen, strict=True)}
+
+
+def _levels(layer: LayerInfo) -> list[Level]:
+    if not layer.curve:
+        raise MethodError(f"the allocation sensitivity needs error curves, and {layer.name} has none")
+    return [Level(s, layer.cost(s), error) for s, error in [(0.0, 0.0), *layer.curve]]
+
+
+def _hull(levels: Sequence[Level]) -> list[Level]:
+    """The corners of the convex function below ``levels``, dense first, by falling cost."""
+    dense, *sparse = levels
+    hull = [dense]
+    for level in sorted(sparse, key=lambda level: (-level.cost, level.error)):
+        if level.cost >= hull[-1].cost:
+            continue  # pruned for nothing
         while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
+            a, b = hull[-2:]
+            if (b.error - a.error) * (a.cost - level.cost) < (level.error - a.error) * (a.cost - b.cost):
                 break
             hull.pop()
-        hull.append((x, y))
+        hull.append(level)
     return hull
+
+
+def _as_far(layer: LayerInfo, above: Level, below: Level, cost: float) -> Level:
+    """The level between two that comes down to ``cost`` with the least sparsity, its error between those
+    measured."""
+    low, high = above.sparsity, below.sparsity
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if layer.cost(middle) <= cost else (middle, high)
+    measured = sorted([(0.0, 0.0), *layer.curve])
+    at, errors = [s for s, _ in measured], [error for _, error in measured]
+    return Level(high, layer.cost(high), float(np.interp(high, at, errors)))
+
+
+def _buy_back(choices: Sequence[Sequence[Level]], chosen: list[Level], left: float) -> list[Level]:
+    """``chosen`` with what is ``left`` of the budget spent on the levels that take away most error."""
+    while True:
+        gains = [
+            (chosen[index].error - level.error, index, level)
+            for index, levels in enumerate(choices)
+            for level in levels
+            if level.error < chosen[index].error and 0 < level.cost - chosen[index].cost <= left
+        ]
+        if not gains:
+            return chosen
+        _, index, level = max(gains, key=lambda gain: gain[0])
+        left -= level.cost - chosen[index].cost
+        chosen[index] = level
 
 
 ALLOCATIONS: dict[str, Allocation] = {

@@ -133,6 +133,30 @@ def ragged_pruned(pattern: NM, width: int) -> int:
     return math.floor(Fraction(width * (pattern.m - pattern.n), pattern.m) + Fraction(1, 2))
 
 
+def most_kept(shape: tuple[int, int], pattern: Pattern, sparsity: float) -> int:
+    """How many weights a mask of ``shape`` (out, in) keeps, known without scores; with blocks that a border
+    cuts off at most so many."""
+    rows, cols = shape
+    if isinstance(pattern, NM):
+        ragged = cols % pattern.m
+        return rows * (cols // pattern.m * pattern.n + ragged - ragged_pruned(pattern, ragged))
+    if isinstance(pattern, Channel):
+        lines = shape[pattern.axis]
+        return (lines - count_pruned(lines, sparsity)) * shape[1 - pattern.axis]
+    if isinstance(pattern, Block):
+        down, across = -(-rows // pattern.rows), -(-cols // pattern.cols)
+        groups, width = (down, across) if pattern.group == "row" else (1, down * across)
+        kept = groups * (width - count_pruned(width, sparsity))
+        return min(rows * cols, kept * pattern.rows * pattern.cols)
+    if pattern.group == "row":
+        return rows * (cols - count_pruned(cols, sparsity))
+    if not pattern.group.startswith("columns:"):
+        return rows * cols - count_pruned(rows * cols, sparsity)
+    width = int(pattern.group.removeprefix("columns:"))
+    whole, ragged = divmod(cols, width)
+    return rows * cols - whole * count_pruned(rows * width, sparsity) - count_pruned(rows * ragged, sparsity)
+
+
 def _block_mask(scores: Tensor, pattern: Block, sparsity: float) -> Tensor:
     rows, cols = scores.shape
     sums = unit_scores(scores, pattern)

@@ -1,0 +1,239 @@
+"""What a compression's budget leaves its layers, and what each of them costs at every sparsity.
+
+A budget of bytes is one of the whole weight file: linears as they are packed, embeddings, head, norms and the
+header. A budget of time is one of a token's products with the linears, as timed on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.bench.token_times import token_times
+from gossamer.errors import MethodError, ResumeError
+from gossamer.matrices import most_bytes, value_type
+from gossamer.matrices.geometry import GROUP, PANEL, SECTION_DTYPES
+from gossamer.matrices.storage import file_bytes
+from gossamer.models.checkpoint_writer import METADATA
+from gossamer.models.skeleton import WeightFiles, stored_dtype
+from gossamer.progress import Progress
+from gossamer.prune import Combination
+from gossamer.sparse import NM, Block
+from gossamer.sparse.allocate import LayerInfo
+from gossamer.sparse.budget import Budget, amount_text
+from gossamer.sparse.masks import most_kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SPARSEST = 0.95  # of every layer: the least that a budget may ask for
+TIMED = (0.25, 0.5, 0.75, SPARSEST)  # sparsities at which products are timed, and straight lines between
+TIMINGS = "timings.json"  # in the work folder, so that a resumed run has the same
+
+Shape = tuple[int, ...]
+Cost = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """``costs``: of a layer of each shape by sparsity, bytes or seconds; ``beside``: bytes of all that is no
+    linear; ``timings``: what was measured, as JSON; ``fixed``: the pattern's own sparsity, if it has one."""
+
+    budget: Budget
+    layers: tuple[LayerInfo, ...]
+    costs: Mapping[Shape, Cost]
+    beside: float = 0.0
+    timings: Any = None
+    fixed: float | None = None
+
+    @property
+    def left(self) -> float:
+        """What the linears may cost together."""
+        return self.budget.amount - self.beside
+
+    def total(self, shares: Mapping[str, float | None]) -> float:
+        """What all costs with the linears at ``shares``."""
+        return self.beside + math.fsum(
+            self.costs[layer.shape](shares[layer.name] or 0.0) for layer in self.layers
+        )
+
+    def uniform(self, sparsity: float) -> float:
+        """What all costs with every linear at ``sparsity``."""
+        return self.total({layer.name: sparsity for layer in self.layers})
+
+    @property
+    def least(self) -> float:
+        return self.uniform(SPARSEST if self.fixed is None else self.fixed)
+
+    @property
+    def most(self) -> float:
+        return self.uniform(0.0)
+
+    def sparsity(self) -> float:
+        """The least sparsity, in hundredths of a percent, that keeps the budget where all layers have it."""
+        if self.fixed is not None:
+            return self.fixed
+        low, high = -1, round(SPARSEST * 10_000)
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = self.uniform(middle / 10_000) <= self.budget.amount
+            low, high = (low, middle) if kept else (middle, high)
+        return high / 10_000
+
+    def check(self) -> None:
+        """Raises MethodError where the budget is out of reach, with what is in reach."""
+        if self.least <= self.budget.amount <= self.most:
+            return
+        kind = self.budget.measure
+        pruned = f"all pruned to {100 * SPARSEST:g} %" if self.fixed is None else "all in the pattern"
+        what = "the weight file takes"
+        if kind == "seconds":
+            what = "a token's products with the linears take on this machine"
+        least, most = amount_text(self.least, kind), amount_text(self.most, kind)
+        raise MethodError(
+            f"the budget {self.budget} is out of reach: {what} from {least} ({pruned}) to {most} (all dense)"
+        )
+
+    def record(self, shares: Mapping[str, float | None]) -> dict[str, Any]:
+        """What a checkpoint says of its budget: bytes at most, or seconds as timed."""
+        told = {"asked": self.budget.text, "measure": self.budget.measure, "expected": self.total(shares)}
+        told |= {"least": self.least, "most": self.most}
+        return told if self.timings is None else {**told, "timings": self.timings}
+
+
+def find_prices(
+    budget: Budget,
+    combination: Combination,
+    layers: Sequence[LayerInfo],
+    beside: Mapping[str, Tensor],
+    work: Path,
+    progress: Progress,
+) -> Prices:
+    """The prices of ``layers``, checked against ``budget``. ``beside``: all else that will be stored, on the
+    meta device; ``work``: the folder that may hold timings of an earlier run. Raises MethodError where the
+    budget is out of reach."""
+    fixed = combination.pattern.sparsity if isinstance(combination.pattern, NM) else None
+    shapes = Counter(layer.shape for layer in layers)
+    timings, rest = None, 0.0
+    costs: dict[Shape, Cost]
+    if budget.measure == "bytes":
+        costs = {shape: _bytes_of(shape, combination) for shape in shapes}
+        rest = float(_bytes_beside(layers, beside, combination))
+    else:
+        timings = _timings(shapes, combination, fixed, work, progress)
+        at = timings["sparsities"]
+        costs = {tuple(one["shape"]): _seconds_of(at, one["seconds"]) for one in timings["products"]}
+    prices = Prices(budget, tuple(layers), costs, rest, timings, fixed)
+    prices.check()
+    return prices
+
+
+def stored_beside(
+    model: PreTrainedModel,
+    files: WeightFiles,
+    edges: Mapping[str, Sequence[str]],
+    layers: Sequence[LayerInfo],
+    values: str,
+    group: int,
+) -> dict[str, Tensor]:
+    """All tensors but the linears' as a checkpoint of the skeleton ``model`` will hold them, on the meta
+    device: ``edges`` (names that share one tensor) dense in ``values``, all others as they are."""
+    found: dict[str, Tensor] = {}
+    packed = {name for names in edges.values() for name in names} | {f"{la.name}.weight" for la in layers}
+    for name in edges:
+        out, width = model.get_parameter(name).shape
+        sizes = most_bytes((out, width), out * width, value_type(values), "dense", group)
+        found |= _sections(name, sizes)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in packed:
+            found[name] = torch.empty(tensor.shape, dtype=stored_dtype(tensor, name, files), device="meta")
+    return found
+
+
+def _sections(name: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{section}": torch.empty(
+            size // SECTION_DTYPES[section].itemsize, dtype=SECTION_DTYPES[section], device="meta"
+        )
+        for section, size in sizes.items()
+    }
+
+
+def _bytes_beside(layers: Sequence[LayerInfo], beside: Mapping[str, Tensor], combination: Combination) -> int:
+    """Bytes of the weight file without the linears, its header with their names included."""
+    linears: dict[str, Tensor] = {}
+    for layer in layers:
+        sizes = most_bytes(_plain(layer.shape), layer.size, combination.values, "bitmap", combination.group)
+        linears |= _sections(f"{layer.name}.weight", sizes)
+    whole = file_bytes({**beside, **linears}, metadata=METADATA)
+    return whole - sum(tensor.nbytes for tensor in linears.values())
+
+
+def _bytes_of(shape: Shape, combination: Combination) -> Cost:
+    """Bytes at most of a linear in the layout that `choose_layout` takes."""
+    plain, c, pattern = _plain(shape), combination, combination.pattern
+    dense = sum(most_bytes(plain, math.prod(plain), c.values, "dense", c.group).values())
+    # by chance or in one group of inputs a layout of fixed size is taken, which stores padded outputs
+    layout, covered, first = "bitmap", (-(-plain[0] // PANEL) * PANEL, plain[1]), 0.0
+    if isinstance(pattern, NM):
+        first = pattern.sparsity
+        if GROUP % pattern.m == 0 and plain[1] >= GROUP and pattern.n < pattern.m:
+            layout = f"{GROUP // pattern.m * pattern.n}:64"
+    elif isinstance(pattern, Block) and pattern.rows % 16 == 0 and pattern.cols % 4 == 0:
+        layout = "16x4"  # stores blocks that a border cuts off whole
+        covered = (-(-plain[0] // pattern.rows) * pattern.rows, -(-plain[1] // pattern.cols) * pattern.cols)
+
+    def cost(sparsity: float) -> float:
+        if sparsity == 0 or sparsity < first:
+            return dense
+        kept = most_kept(covered, pattern, sparsity)
+        return min(dense, sum(most_bytes(plain, kept, c.values, layout, c.group).values()))
+
+    return cost
+
+
+def _timings(
+    shapes: Mapping[Shape, int], combination: Combination, fixed: float | None, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """Seconds of products, dense and at some sparsities: those of an earlier run in ``work``, or measured."""
+    path = work / TIMINGS
+    try:
+        if path.exists():
+            held: dict[str, Any] = json.loads(path.read_text())
+            return held
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{TIMINGS} in {work.name} is damaged; delete {work.name}") from error
+    c, sparsities = combination, TIMED if fixed is None else (fixed,)
+    counts = {_plain(shape): count for shape, count in shapes.items()}
+    found = token_times(counts, c.values.name, str(c.pattern), sparsities, c.group, progress=progress)
+    products = [{"shape": list(shape), "seconds": seconds} for shape, seconds in found.seconds.items()]
+    return {"sparsities": list(sparsities), "products": products, "other_work": found.other_work}
+
+
+def _seconds_of(sparsities: Sequence[float], seconds: Sequence[float]) -> Cost:
+    """Seconds of a product: dense or sparse, whichever is faster, straight lines between what was timed.
+    Below the least sparsity that was timed: dense; noise that lets time rise with sparsity is levelled."""
+    dense, *sparse = seconds
+    falling = list(accumulate(sparse, min))
+
+    def cost(sparsity: float) -> float:
+        if sparsity < sparsities[0]:
+            return dense
+        return min(dense, float(np.interp(sparsity, sparsities, falling)))
+
+    return cost
+
+
+def _plain(shape: Shape) -> tuple[int, int]:
+    out, width = shape
+    return out, width
