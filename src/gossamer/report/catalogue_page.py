@@ -10,7 +10,7 @@ from gossamer.recipes.catalogue import MethodFacts, methods
 HEAD = """# Catalogue
 
 Every method of the project, one small file each. Made by `gossamer reproduce --page`. *Measured* is the
-miniature experiment of the claim (`gossamer reproduce NAME`): the method's figure, that of what it is held
+miniature experiment of the claim: the method's figure, that of what it is held
 against, and their ratio with its 95 % bootstrap interval over windows. A claim that does not hold says so;
 methods without a figure have not been run, or their claim is not data yet.
 """
@@ -32,7 +32,7 @@ def page(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [HEAD]
     found = methods()
     for family in dict.fromkeys(method.family for method in found):
-        rows = [["method", "what it is", "needs", "accepts", "paper", "claim", "measured here"]]
+        rows = [["method", "what it is", "needs", "accepts", "paper", "claim", "measured here", "run it"]]
         rows += [_row(method, verdicts.get(method.name)) for method in found if method.family == family]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + " --- |" * len(rows[0]))
@@ -50,6 +50,7 @@ def _row(method: MethodFacts, verdict: Mapping[str, Any] | None) -> list[str]:
         method.cite,
         claim,
         "" if verdict is None else measured(verdict),
+        f"`gossamer reproduce {method.name}`" if method.claim else "",
     ]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
 
