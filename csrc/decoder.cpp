@@ -18,16 +18,53 @@ namespace {
 
 constexpr int64_t kMostOpened = 64 << 20;  // bytes of a layer's cache that is opened for several rows at once
 
-std::string fits(const Packed& w, int64_t out, int64_t in, const std::string& name) {
-    if (w.out == out && w.in == in) return "";
-    return name + " is " + std::to_string(w.out) + " x " + std::to_string(w.in) + ", not " +
+std::string fits(const Selected& w, int64_t out, int64_t in, const std::string& name) {
+    if (w.out == out && row_width(w) == in) return "";
+    return name + " is " + std::to_string(w.out) + " x " + std::to_string(row_width(w)) + ", not " +
            std::to_string(out) + " x " + std::to_string(in);
 }
 
+std::string fits(const Linear& linear, int64_t out, int64_t in, const std::string& name) {
+    if (linear.terms.empty()) return name + " has no weights";
+    for (const Selected& w : linear.terms) {
+        const std::string fault = fits(w, out, in, name);
+        if (!fault.empty()) return fault;
+    }
+    return "";
+}
+
+// Panels of 16 outputs that a sum is split by, and all of them, padding included: the most of any term.
+int64_t unit_of(const Linear& linear) {
+    int64_t unit = 1;
+    for (const Packed& w : linear.terms) unit = std::max(unit, gossamer::unit_of(w.layout));
+    return unit;
+}
+
+int64_t panels_of(const Linear& linear) {
+    int64_t panels = 0;
+    for (const Packed& w : linear.terms) panels = std::max(panels, w.panels);
+    return panels;
+}
+
+int64_t activation_bytes(const Linear& linear, int64_t padded) {
+    int64_t bytes = 0;
+    for (const Packed& w : linear.terms) bytes += gossamer::activation_bytes(w, padded);
+    return bytes;
+}
+
 // Weights that see the same activations, and may be made ready for together.
-bool alike(const Packed& a, const Packed& b) {
+bool alike(const Selected& a, const Selected& b) {
     return a.values == b.values && a.parts == b.parts && (a.layout == kBySteps) == (b.layout == kBySteps) &&
-           (a.layout == kColumns) == (b.layout == kColumns);
+           (a.layout == kColumns) == (b.layout == kColumns) && a.inputs == b.inputs && a.in == b.in;
+}
+
+bool alike(const Linear& a, const Linear& b) {
+    const auto same = [](const Selected& one, const Selected& other) { return alike(one, other); };
+    return std::equal(a.terms.begin(), a.terms.end(), b.terms.begin(), b.terms.end(), same);
+}
+
+bool same_list(const Selected& a, const Selected& b) {
+    return a.inputs && b.inputs && a.in == b.in && std::equal(a.inputs, a.inputs + a.in, b.inputs);
 }
 
 // One row of an embedding as float32 (docs/architecture.md, "Geometry").
@@ -80,6 +117,17 @@ Share share_of(int64_t items, int worker, int workers) {
 
 }  // namespace
 
+void DecoderModel::add(Layer layer) {
+    for (const std::pair<Linear*, Linear*>& pair :
+         {std::pair(&layer.q, &layer.k), {&layer.k, &layer.v}, {&layer.gate, &layer.up}})
+        for (size_t i = 0; i < std::min(pair.first->terms.size(), pair.second->terms.size()); i++) {
+            const Selected& before = pair.first->terms[i];
+            Selected& w = pair.second->terms[i];
+            if (same_list(before, w)) w.inputs = before.inputs;
+        }
+    layers.push_back(std::move(layer));
+}
+
 std::string DecoderModel::check() const {
     if (hidden < 1 || inner < 1 || heads < 1 || kv_heads < 1 || head_dim < 2 || vocabulary < 1 ||
         layers.empty())
@@ -90,19 +138,21 @@ std::string DecoderModel::check() const {
                std::to_string(kMostHead);
     std::string fault = fits(embedding, vocabulary, hidden, "the embedding");
     if (fault.empty() && embedding.layout != kDense) fault = "the embedding is not dense";
-    if (fault.empty()) fault = fits(head.w, vocabulary, hidden, "the head");
+    if (fault.empty()) fault = fits(head, vocabulary, hidden, "the head");
+    if (fault.empty() && (embedding.inputs || head.terms.size() != 1 || head.terms[0].inputs))
+        fault = "the embedding or the head is more than one packed weight";
     for (size_t i = 0; i < layers.size() && fault.empty(); i++) {
         const Layer& l = layers[i];
         const std::string of = " of layer " + std::to_string(i);
         const int64_t queries = heads * head_dim, keys = kv_heads * head_dim;
         const std::string faults[] = {
-            fits(l.q.w, queries, hidden, "q" + of),     fits(l.k.w, keys, hidden, "k" + of),
-            fits(l.v.w, keys, hidden, "v" + of),        fits(l.o.w, hidden, queries, "o" + of),
-            fits(l.gate.w, inner, hidden, "gate" + of), fits(l.up.w, inner, hidden, "up" + of),
-            fits(l.down.w, hidden, inner, "down" + of)};
+            fits(l.q, queries, hidden, "q" + of),     fits(l.k, keys, hidden, "k" + of),
+            fits(l.v, keys, hidden, "v" + of),        fits(l.o, hidden, queries, "o" + of),
+            fits(l.gate, inner, hidden, "gate" + of), fits(l.up, inner, hidden, "up" + of),
+            fits(l.down, hidden, inner, "down" + of)};
         for (const std::string& one : faults)
             if (fault.empty()) fault = one;
-        if (fault.empty() && unit_of(l.gate.w.layout) != unit_of(l.up.w.layout))
+        if (fault.empty() && unit_of(l.gate) != unit_of(l.up))
             fault = "gate and up" + of + " are split differently";
     }
     return fault;
@@ -161,23 +211,27 @@ class DecoderRun {
     // Where everything lies in the workspace.
     void lay_out() {
         const int64_t queries = m_.heads * m_.head_dim, keys = m_.kv_heads * m_.head_dim;
-        int64_t ready = 0, scratch = 0;
-        const auto need = [&](std::initializer_list<const Packed*> group) {
-            int64_t bytes = 0;
-            for (const Packed* w : group) {
-                bytes += activation_bytes(*w, padded_);
-                if (padded_ > 4 || w->layout == kColumns)
-                    scratch = std::max(scratch, aligned(scratch_bytes(*w, padded_, block_)));
+        int64_t ready = 0, room = 0, scratch = 0;
+        const auto need = [&](std::initializer_list<const Linear*> group) {
+            int64_t bytes = 0, selected = 0;
+            for (const Linear* linear : group) {
+                bytes += activation_bytes(*linear, padded_);
+                for (const Selected& w : linear->terms) {
+                    selected += room_bytes(w, padded_);
+                    if (padded_ > 4 || w.layout == kColumns)
+                        scratch = std::max(scratch, aligned(scratch_bytes(w, padded_, block_)));
+                }
             }
             ready = std::max(ready, bytes);
+            room = std::max(room, selected);
         };
         for (const Layer& l : m_.layers) {
-            need({&l.q.w, &l.k.w, &l.v.w});
-            need({&l.o.w});
-            need({&l.gate.w, &l.up.w});
-            need({&l.down.w});
+            need({&l.q, &l.k, &l.v});
+            need({&l.o});
+            need({&l.gate, &l.up});
+            need({&l.down});
         }
-        need({&m_.head.w});
+        need({&m_.head});
         const int64_t state = state_size(m_.head_dim);
         int64_t most_chunks = 16;  // doubled, so that a long answer does not ask for memory chunk by chunk
         while (most_chunks * kChunk < start_ + rows_) most_chunks *= 2;
@@ -197,17 +251,18 @@ class DecoderRun {
                                    rows_ * m_.heads * wide_of(m_.head_dim),
                                    rows_ == 1 ? m_.heads * most_chunks * state : 0,
                                    gates_ && padded_ > 1 ? padded_ * widest : 0,
+                                   padded_ > 1 ? room / 4 : 0,
                                    rows_ > 1 ? cache_.stage_bytes() / 4 : 0,
                                    opened_bytes <= kMostOpened ? opened_bytes / 4 : 0};
-        float** places[] = {&x_,      &normed_, &q_,       &k_,      &v_,     &attended_, &gate_,  &up_,
-                            &angles_, &spare_,  &queries_, &states_, &gated_, &staged_,   &opened_};
+        float** places[] = {&x_,      &normed_, &q_,       &k_,      &v_,     &attended_, &gate_,   &up_,
+                            &angles_, &spare_,  &queries_, &states_, &gated_, &room_,     &staged_, &opened_};
         constexpr int kPlaces = sizeof places / sizeof *places;
         static_assert(kPlaces == sizeof numbers / sizeof *numbers, "each place has a number");
         const bool own = padded_ == 1;  // activations, and the row that they are made of
         const int64_t of_attention =
             aligned(attention_.scratch_bytes(m_.head_dim, cache_.type())) + aligned(4 * kQueries * state);
         const int64_t of_row = aligned(4 * std::max(m_.hidden, queries));
-        const int64_t of_own = own ? ready + of_row + (gates_ ? aligned(4 * widest) : 0) : 0;
+        const int64_t of_own = own ? ready + of_row + room + (gates_ ? aligned(4 * widest) : 0) : 0;
         const int64_t of_worker = scratch + of_own + of_attention;
         int64_t bytes = own ? 0 : ready;
         for (int64_t n : numbers) bytes += aligned(4 * n);
@@ -224,6 +279,7 @@ class DecoderRun {
         ready_bytes_ = own ? ready : 0;
         own_bytes_ = of_own;
         row_bytes_ = of_row;
+        room_bytes_ = own ? room : 0;
     }
 
     struct Worker {
@@ -232,18 +288,21 @@ class DecoderRun {
         uint8_t* ready;            // activations made ready
         float *normed, *attended;  // rows that they are made of
         float* gated;              // and what gates leave of them
+        uint8_t* room;             // what weights select of those
         float* states;             // of queries that attend
         uint8_t* attention;        // scratch of theirs
     };
 
     Worker worker_of(int id) const {
         uint8_t* at = workers_ + id * of_worker_;
-        Worker w{id, at, ready_, normed_, attended_, gated_, nullptr, nullptr};
+        Worker w{id,      at,     ready_, normed_, attended_, gated_, reinterpret_cast<uint8_t*>(room_),
+                 nullptr, nullptr};
         at += scratch_bytes_;
         if (padded_ == 1) {
             w.ready = at;
             w.normed = w.attended = reinterpret_cast<float*>(at + ready_bytes_);
-            w.gated = reinterpret_cast<float*>(at + ready_bytes_ + row_bytes_);
+            w.room = at + ready_bytes_ + row_bytes_;
+            w.gated = reinterpret_cast<float*>(at + ready_bytes_ + row_bytes_ + room_bytes_);
             at += own_bytes_;
         }
         w.states = reinterpret_cast<float*>(at);
@@ -273,10 +332,10 @@ class DecoderRun {
         return gates_ && at.layer >= 0 ? &gates_->of(at.layer, Site(at.first + int(i))) : nullptr;
     }
 
-    // Whether weight i reads what the one before it does.
+    // Whether linear i reads what the one before it does.
     template <size_t N>
-    bool together(const Packed* const (&weights)[N], const Reads& at, size_t i) const {
-        if (i == 0 || !alike(*weights[i], *weights[i - 1])) return false;
+    bool together(const Linear* const (&linears)[N], const Reads& at, size_t i) const {
+        if (i == 0 || !alike(*linears[i], *linears[i - 1])) return false;
         return !gates_ || at.layer < 0 || *gate_at(at, i) == *gate_at(at, i - 1);
     }
 
@@ -294,7 +353,7 @@ class DecoderRun {
 
     // Makes rows of `x` ready for weights that see them, after a norm where there is one.
     template <size_t N>
-    void make_ready(const Worker& me, const Packed* const (&weights)[N], const float* x, const float* norm,
+    void make_ready(const Worker& me, const Linear* const (&linears)[N], const float* x, const float* norm,
                     const Reads& at) {
         const Share rows = own_rows(me.id);
         if (norm) {
@@ -302,65 +361,68 @@ class DecoderRun {
                 ops_.rms_norm(x + r * m_.hidden, norm, m_.hidden, m_.eps, me.normed + r * m_.hidden);
             x = me.normed;
         }
-        uint8_t* memory = me.ready;
+        uint8_t *memory = me.ready, *room = me.room;
         for (size_t i = 0; i < N; i++) {
             const Gate* gate = gate_at(at, i);
             const float* left = x;
-            if (gate && gate->on) left = left_of(me, at, i, x, weights[i]->in, rows);
-            if (together(weights, at, i)) continue;
-            if (rows.begin < rows.end)
-                gossamer::make_ready(tier_, *weights[i], left, kF32, rows.begin, rows.end,
-                                     activations_at(memory, *weights[i], padded_, block_));
-            memory += activation_bytes(*weights[i], padded_);
+            if (gate && gate->on) left = left_of(me, at, i, x, row_width(linears[i]->terms[0]), rows);
+            if (together(linears, at, i)) continue;
+            for (const Selected& w : linears[i]->terms) {
+                if (rows.begin < rows.end)
+                    gossamer::make_ready(tier_, w, left, kF32, rows.begin, rows.end,
+                                         activations_at(memory, w, padded_, block_), room);
+                memory += gossamer::activation_bytes(w, padded_);
+                room += room_bytes(w, padded_);
+            }
         }
         meet();
     }
 
+    // Where the activations of a linear's terms lie, made ready.
     template <size_t N>
-    Activations ready_for(const Worker& me, const Packed* const (&weights)[N], size_t index,
-                          const Reads& at) const {
+    uint8_t* ready_for(const Worker& me, const Linear* const (&linears)[N], size_t index,
+                       const Reads& at) const {
         uint8_t* memory = me.ready;
         for (size_t i = 1; i <= index; i++)
-            if (!together(weights, at, i)) memory += activation_bytes(*weights[i - 1], padded_);
-        return activations_at(memory, *weights[index], padded_, block_);
+            if (!together(linears, at, i)) memory += activation_bytes(*linears[i - 1], padded_);
+        return memory;
     }
 
-    // Outputs of panels [begin, end) of one weight.
-    void multiply_some(const Worker& me, const Linear& linear, const Activations& x, float* y,
-                       const float* base, Share units) {
+    // Outputs of some units of a linear, whose activations lie at `ready`.
+    void multiply_some(const Worker& me, const Linear& linear, uint8_t* ready, float* y, const float* base,
+                       Share units) {
         if (units.begin >= units.end) return;
-        const Packed& w = linear.w;
-        const int64_t unit = unit_of(w.layout), begin = units.begin * unit,
-                      end = std::min(units.end * unit, w.panels);
-        multiply(tier_, w, x, Output{y, kF32, base}, begin, end, me.scratch);
+        const int64_t unit = unit_of(linear), begin = units.begin * unit, out = linear.terms[0].out;
+        for (const Packed& w : linear.terms) {
+            multiply(tier_, w, activations_at(ready, w, padded_, block_), Output{y, kF32, base}, begin,
+                     std::min(units.end * unit, w.panels), me.scratch);
+            ready += gossamer::activation_bytes(w, padded_);
+            base = y;
+        }
         if (linear.bias)
             for (int64_t r = 0; r < padded_; r++)
-                for (int64_t o = kPanel * begin; o < std::min(kPanel * end, w.out); o++)
-                    y[r * w.out + o] += linear.bias[o];
+                for (int64_t o = kPanel * begin; o < std::min(kPanel * unit * units.end, out); o++)
+                    y[r * out + o] += linear.bias[o];
     }
 
-    static int64_t units(const Packed& w) { return w.panels / unit_of(w.layout); }
+    static int64_t units(const Linear& linear) { return panels_of(linear) / unit_of(linear); }
 
     // This worker's share of the outputs of several weights side by side.
     template <size_t N>
     void multiply_all(const Worker& me, const Linear* const (&linears)[N], float* const (&y)[N],
                       const float* base, const Reads& at) {
-        const Packed* weights[N];
         int64_t all = 0;
-        for (size_t i = 0; i < N; i++) {
-            weights[i] = &linears[i]->w;
-            all += weights[i]->panels;
-        }
+        for (const Linear* linear : linears) all += panels_of(*linear);
         const Share mine = share_of(all, me.id, threads_);
         int64_t before = 0;
         for (size_t i = 0; i < N; i++) {
-            const int64_t unit = unit_of(weights[i]->layout), count = units(*weights[i]);
+            const int64_t unit = unit_of(*linears[i]), count = units(*linears[i]);
             const auto clipped = [&](int64_t at) {
                 return std::min(count, std::max<int64_t>(0, (at - before + unit - 1) / unit));
             };
-            multiply_some(me, *linears[i], ready_for(me, weights, i, at), y[i], base,
+            multiply_some(me, *linears[i], ready_for(me, linears, i, at), y[i], base,
                           {clipped(mine.begin), clipped(mine.end)});
-            before += weights[i]->panels;
+            before += panels_of(*linears[i]);
         }
     }
 
@@ -671,7 +733,7 @@ class DecoderRun {
         const Reads at_q{number, kAtQ}, at_o{number, kAtO}, at_gate{number, kAtGate},
             at_down{number, kAtDown};
         take_in(me, number);
-        make_ready(me, {&l.q.w, &l.k.w, &l.v.w}, x_, l.norm_attention, at_q);
+        make_ready(me, {&l.q, &l.k, &l.v}, x_, l.norm_attention, at_q);
         multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr, at_q);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
@@ -688,17 +750,17 @@ class DecoderRun {
         give_back(me, number);
         if (rows_ == 1) merge_chunks(me, number);
         if (timed) spent(&DecoderTimes::attention);
-        make_ready(me, {&l.o.w}, me.attended, nullptr, at_o);
+        make_ready(me, {&l.o}, me.attended, nullptr, at_o);
         multiply_all(me, {&l.o}, {x_}, x_, at_o);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
-        const Packed* inner[] = {&l.gate.w, &l.up.w};
-        make_ready(me, {&l.gate.w, &l.up.w}, x_, l.norm_mlp, at_gate);
+        const Linear* inner[] = {&l.gate, &l.up};
+        make_ready(me, {&l.gate, &l.up}, x_, l.norm_mlp, at_gate);
         const bool activated = gates_ && gates_->of(number, kAtActivated).on;
-        const Share mine = share_of(units(l.gate.w), me.id, threads_);
+        const Share mine = share_of(units(l.gate), me.id, threads_);
         multiply_some(me, l.gate, ready_for(me, inner, 0, at_gate), gate_, nullptr, mine);
         multiply_some(me, l.up, ready_for(me, inner, 1, at_gate), up_, nullptr, mine);
-        const int64_t wide = kPanel * unit_of(l.gate.w.layout), from = mine.begin * wide;
+        const int64_t wide = kPanel * unit_of(l.gate), from = mine.begin * wide;
         const int64_t to = std::min(mine.end * wide, m_.inner);
         for (int64_t r = 0; r < padded_ && from < to; r++)
             if (activated)
@@ -706,7 +768,7 @@ class DecoderRun {
             else
                 ops_.gate(gate_ + r * m_.inner + from, up_ + r * m_.inner + from, to - from);
         barrier_.wait();
-        make_ready(me, {&l.down.w}, activated ? gated_products(me, number) : gate_, nullptr, at_down);
+        make_ready(me, {&l.down}, activated ? gated_products(me, number) : gate_, nullptr, at_down);
         multiply_all(me, {&l.down}, {x_}, x_, at_down);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::mlp);
@@ -723,7 +785,7 @@ class DecoderRun {
     // Logits of all rows, or of the last alone.
     void head(const Worker& me) {
         if (all_) {
-            make_ready(me, {&m_.head.w}, x_, m_.norm, kHead);
+            make_ready(me, {&m_.head}, x_, m_.norm, kHead);
             multiply_all(me, {&m_.head}, {padded_ > rows_ ? spare_ : logits_}, nullptr, kHead);
             if (padded_ > rows_) {
                 barrier_.wait();
@@ -733,16 +795,17 @@ class DecoderRun {
             return;
         }
         // as a row of its own, whatever the others were
-        const Packed& w = m_.head.w;
+        const Selected& w = m_.head.terms[0];
         float* normed = me.id == 0 ? normed_ : nullptr;
         if (normed) {
             ops_.rms_norm(x_ + (rows_ - 1) * m_.hidden, m_.norm, m_.hidden, m_.eps, normed);
-            gossamer::make_ready(tier_, w, normed, kF32, 0, 1, activations_at(ready_of_head(), w, 1));
+            gossamer::make_ready(tier_, w, normed, kF32, 0, 1, activations_at(ready_of_head(), w, 1),
+                                 nullptr);
         }
         barrier_.wait();
-        const Share mine = share_of(units(w), me.id, threads_);
+        const Share mine = share_of(units(m_.head), me.id, threads_);
         if (mine.begin == mine.end) return;
-        const int64_t unit = unit_of(w.layout), begin = mine.begin * unit,
+        const int64_t unit = unit_of(m_.head), begin = mine.begin * unit,
                       end = std::min(mine.end * unit, w.panels);
         multiply(tier_, w, activations_at(ready_of_head(), w, 1), Output{logits_, kF32, nullptr}, begin, end,
                  me.scratch);
@@ -767,9 +830,10 @@ class DecoderRun {
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,
-        *gated_, *staged_, *opened_;
+        *gated_, *room_, *staged_, *opened_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
-    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0;
+    int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0,
+            room_bytes_ = 0;
     std::unique_ptr<std::atomic<int64_t>[]> tickets_;
     DecoderTimes* times_ = nullptr;
     Clock::time_point since_;

@@ -10,18 +10,23 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cache.h"
 #include "dispatch.h"
 #include "gates.h"
 #include "policy.h"
+#include "selected.h"
 
 namespace gossamer {
 
-// A packed weight, and a bias or null.
+// A packed weight, or several whose products with the same activations are added in order; and a bias or
+// null.
 struct Linear {
-    Packed w;
+    Linear(const Selected& w, const float* b) : terms{w}, bias(b) {}
+    Linear(std::vector<Selected> weights, const float* b) : terms(std::move(weights)), bias(b) {}
+    std::vector<Selected> terms;
     const float* bias;
 };
 
@@ -38,10 +43,14 @@ struct DecoderModel {
     float eps, scaling, rotation_scale;
     const float* frequencies;  // head_dim / 2 of them
     const float* norm;
-    Packed embedding;  // (vocabulary, hidden), layout dense
+    Selected embedding;  // (vocabulary, hidden), layout dense
     float embedding_scale;
     Linear head;
     std::vector<Layer> layers;
+
+    // Puts a layer behind the others. Lists of inputs that are equal become one: what weights side by side
+    // read alike is made ready once.
+    void add(Layer layer);
 
     // An empty string, or which part does not fit.
     std::string check() const;

@@ -2,8 +2,9 @@
 // function of its input row and of the weights (multiply.h), and terms are added in their order.
 //
 // Memory of a call: results of stages in float32 (of the last one too, where its terms are summed for
-// bfloat16 outputs) | activations of a stage, made ready | of each thread: scratch, and the activations of
-// one block of a block-diagonal term, which the thread that multiplies it makes ready.
+// bfloat16 outputs) | activations of a stage, made ready | rows of what terms select, before that | of each
+// thread: scratch, and the activations of one block of a block-diagonal term, which the thread that
+// multiplies it makes ready.
 #include "driver.h"
 
 #include <algorithm>
@@ -59,20 +60,20 @@ struct Array {
 };
 
 struct Memory {
-    uint8_t* activations;  // of the terms of a stage that see all inputs
+    uint8_t* activations;  // of the terms of a stage that are no blocks
+    uint8_t* room;         // of what they select
     uint8_t* workers;      // of each thread: scratch | activations of one block
     int64_t of_worker, scratch;
 };
 
 // Makes rows [begin, end) of `from` ready for one block of a term.
 void prepare(const Tier& tier, const Term& term, int64_t block, const Array& from, int64_t begin, int64_t end,
-             const Activations& to) {
+             const Activations& to, void* room) {
     const Packed& w = term.w;
-    const int64_t step =
-        term.blocks == 1 ? end - begin : 1;  // kernels take rows of w.in, one after the other
-    for (int64_t row = begin; row < end; row += step) {
+    if (term.blocks == 1) return make_ready(tier, term.w, from.data, from.dtype, begin, end, to, room);
+    for (int64_t row = begin; row < end; row++) {  // kernels take rows of w.in, one after the other
         const int64_t skipped = row * (from.width - w.in) + block * w.in;
-        family(tier, w).prepare(&w, from.data + skipped * from.size(), from.dtype, row, row + step, &to);
+        family(tier, w).prepare(&w, from.data + skipped * from.size(), from.dtype, row, row + 1, &to);
     }
     if (w.layout == kColumns) tier.columns->prepare(&w, nullptr, kF32, begin, end, &to);
 }
@@ -96,12 +97,13 @@ void run_stage(const Stage& stage, const Tier& tier, int64_t rows, int64_t row_b
 
     if (pads) std::memset(memory.activations, 0, size_t(activation_bytes(stage, padded)));
     parallel_ranges(rows < 16 ? 1 : threads, rows, 8, [&](int, int64_t begin, int64_t end) {
-        uint8_t* activations = memory.activations;
+        uint8_t *activations = memory.activations, *room = memory.room;
         for (const Term& term : stage.terms) {
             if (term.blocks > 1) continue;
             prepare(tier, term, 0, input(term.source), begin, end,
-                    activations_at(activations, term.w, rows, row_block));
+                    activations_at(activations, term.w, rows, row_block), room);
             activations += activation_bytes(term.w, padded);
+            room += room_bytes(term.w, rows);
         }
     });
 
@@ -129,7 +131,7 @@ void run_stage(const Stage& stage, const Tier& tier, int64_t rows, int64_t row_b
                 const int64_t block = from / of_block;
                 until = std::min(end, (block + 1) * of_block);
                 if (pads) std::memset(a.codes, 0, size_t(activation_bytes(w, padded)));
-                prepare(tier, term, block, input(term.source), 0, rows, a);
+                prepare(tier, term, block, input(term.source), 0, rows, a, nullptr);
                 multiply(tier, w, a, out, from, until, scratch);
             }
         }
@@ -147,20 +149,24 @@ void matmul(const Program& program, const Tier& tier, const void* x, int64_t row
     const Stage last = program.stage(program.stages() - 1);
     const bool summed = dtype != kF32 && last.terms.size() > 1;
     const int64_t results = aligned((last.before + (summed ? last.out : 0)) * chunk * 4);
-    int64_t activations = 0, scratch = 0, block = 0, cost = 0;
+    int64_t activations = 0, room = 0, scratch = 0, block = 0, cost = 0;
     for (int64_t s = 0; s < program.stages(); s++) {
         const Stage stage = program.stage(s);
         activations = std::max(activations, activation_bytes(stage, padded));
         cost += cost_of(stage, rows);
+        int64_t selected = 0;
         for (const Term& term : stage.terms) {
             if (padded > 4 || term.w.layout == kColumns)
                 scratch = std::max(scratch, aligned(scratch_bytes(term.w, padded, row_block)));
+            selected += room_bytes(term.w, chunk);
             if (term.blocks > 1) block = std::max(block, activation_bytes(term.w, padded));
         }
+        room = std::max(room, selected);
     }
     if (cost <= kAloneBytes) threads = 1;
-    uint8_t* base = workspace.get(results + activations + std::max(1, threads) * (scratch + block));
-    const Memory memory{base + results, base + results + activations, scratch + block, scratch};
+    uint8_t* base = workspace.get(results + activations + room + std::max(1, threads) * (scratch + block));
+    uint8_t* after = base + results + activations;
+    const Memory memory{base + results, after, after + room, scratch + block, scratch};
 
     const int64_t size = dtype == kF32 ? 4 : 2;
     for (int64_t first = 0; first < rows; first += chunk) {

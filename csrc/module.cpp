@@ -17,6 +17,7 @@
 namespace nb = nanobind;
 using gossamer::Packed;
 using gossamer::Program;
+using gossamer::Selected;
 
 namespace {
 
@@ -42,27 +43,28 @@ int tier_index(const std::string& name) {
 NB_MODULE(_native, m) {
     gossamer::team_kind();  // from now on forks are seen, before any kernel has run
 
-    nb::class_<Packed>(m, "Packed")
+    nb::class_<Selected>(m, "Packed")
         .def("__init__",
-             [](Packed* self, int64_t out, int64_t in, int layout, int values, int keep, int parts,
+             [](Selected* self, int64_t out, int64_t in, int layout, int values, int keep, int parts,
                 uintptr_t data, int64_t data_bytes, uintptr_t masks, uintptr_t scales, uintptr_t offsets) {
                  auto bytes = reinterpret_cast<const uint8_t*>(data);
-                 new (self) Packed{out,
-                                   in,
-                                   gossamer::panels_of(layout, out),
-                                   (in + gossamer::kGroup - 1) / gossamer::kGroup,
-                                   layout,
-                                   values,
-                                   keep,
-                                   parts,
-                                   bytes,
-                                   bytes + data_bytes,
-                                   reinterpret_cast<const uint64_t*>(masks),
-                                   reinterpret_cast<const uint16_t*>(scales),
-                                   reinterpret_cast<const int64_t*>(offsets)};
+                 new (self) Selected(Packed{
+                     out, in, gossamer::panels_of(layout, out),
+                     (in + gossamer::kGroup - 1) / gossamer::kGroup, layout, values, keep, parts, bytes,
+                     bytes + data_bytes, reinterpret_cast<const uint64_t*>(masks),
+                     reinterpret_cast<const uint16_t*>(scales), reinterpret_cast<const int64_t*>(offsets)});
              })
-        .def("check", &gossamer::check, nb::call_guard<nb::gil_scoped_release>(),
-             "An empty string, or what is wrong with the packed bytes.");
+        .def(
+            "check", [](const Selected& w, int threads) { return gossamer::check(w, threads); },
+            nb::call_guard<nb::gil_scoped_release>(),
+            "An empty string, or what is wrong with the packed bytes.")
+        .def(
+            "reading",
+            [](const Selected& w, uintptr_t inputs, int64_t width) {
+                return Selected(w, reinterpret_cast<const int32_t*>(inputs), width);
+            },
+            "The weight where its inputs are those of a list, int32, out of `width`.")
+        .def("check_inputs", &gossamer::check_inputs, "An empty string, or what is wrong with the list.");
     nb::class_<Program>(m, "Program")
         .def(nb::init<>())
         .def("begin_stage", &Program::begin_stage)
@@ -157,7 +159,7 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](gossamer::DecoderModel* self, std::vector<int64_t> sizes, std::vector<float> numbers,
-               uintptr_t frequencies, uintptr_t norm, const Packed& embedding, const Packed& head,
+               uintptr_t frequencies, uintptr_t norm, const Selected& embedding, const Selected& head,
                uintptr_t head_bias) {
                 if (sizes.size() != 6 || numbers.size() != 4) throw nb::value_error("6 sizes and 4 numbers");
                 new (self) gossamer::DecoderModel{sizes[0],
@@ -181,17 +183,22 @@ NB_MODULE(_native, m) {
             "rotations, scale of the embedding; addresses of float32 arrays, 0: none.")
         .def(
             "add_layer",
-            [](gossamer::DecoderModel& self, std::vector<uintptr_t> norms, std::vector<const Packed*> weights,
-               std::vector<uintptr_t> biases, int64_t window, bool rotates) {
+            [](gossamer::DecoderModel& self, std::vector<uintptr_t> norms,
+               std::vector<std::vector<const Selected*>> weights, std::vector<uintptr_t> biases,
+               int64_t window, bool rotates) {
                 if (norms.size() != 4 || weights.size() != 7 || biases.size() != 7)
                     throw nb::value_error("4 norms, 7 weights and 7 biases");
                 const auto array = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
-                const auto linear = [&](size_t i) { return gossamer::Linear{*weights[i], array(biases[i])}; };
-                self.layers.push_back({array(norms[0]), array(norms[1]), array(norms[2]), array(norms[3]),
-                                       linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
-                                       linear(6), window, rotates});
+                const auto linear = [&](size_t i) {
+                    std::vector<Selected> terms;
+                    for (const Selected* w : weights[i]) terms.push_back(*w);
+                    return gossamer::Linear(std::move(terms), array(biases[i]));
+                };
+                self.add({array(norms[0]), array(norms[1]), array(norms[2]), array(norms[3]), linear(0),
+                          linear(1), linear(2), linear(3), linear(4), linear(5), linear(6), window, rotates});
             },
-            "norms: of attention, MLP, query and key; weights: q, k, v, o, gate, up, down.")
+            "norms: of attention, MLP, query and key; weights: q, k, v, o, gate, up, down, each the "
+            "terms of a sum.")
         .def("check", &gossamer::DecoderModel::check, "An empty string, or which part does not fit.")
         .def(
             "decode",

@@ -12,7 +12,7 @@ void Program::begin_stage() {
     starts_.push_back({terms_.size(), before});
 }
 
-void Program::add_term(const Packed& w, int64_t blocks, int64_t source) {
+void Program::add_term(const Selected& w, int64_t blocks, int64_t source) {
     if (starts_.empty()) begin_stage();
     terms_.push_back(Term{w, blocks, source});
 }
@@ -32,7 +32,7 @@ std::string Program::check() const {
         if (stage.terms.size() == 0) return "stage " + std::to_string(s) + " has no terms";
         for (size_t t = 0; t < stage.terms.size(); t++) {
             const Term& term = stage.terms.first[t];
-            const Packed& w = term.w;
+            const Selected& w = term.w;
             const std::string who = "term " + std::to_string(t) + " of stage " + std::to_string(s);
             const int64_t unit = unit_of(w.layout), outputs = kPanel * unit;
             if (term.blocks < 1 || (term.blocks > 1 && (w.out % outputs || w.panels / unit % term.blocks)))
@@ -41,12 +41,14 @@ std::string Program::check() const {
             if (w.out != stage.out)
                 return who + " gives " + std::to_string(w.out) + " outputs, the first one " +
                        std::to_string(stage.out);
+            if (w.inputs && term.blocks > 1) return who + " has blocks, and a list of inputs";
             if (term.source < -1 || term.source >= s)
                 return who + " multiplies stage " + std::to_string(term.source) +
                        ", which does not come before";
             const int64_t wanted = term.source < 0 ? in() : this->stage(term.source).out;
-            if (w.in > wanted / term.blocks || w.in * term.blocks != wanted)
-                return who + " takes " + std::to_string(term.blocks) + " x " + std::to_string(w.in) +
+            const int64_t width = row_width(w);
+            if (width > wanted / term.blocks || width * term.blocks != wanted)
+                return who + " takes " + std::to_string(term.blocks) + " x " + std::to_string(width) +
                        " inputs where there are " + std::to_string(wanted);
         }
     }

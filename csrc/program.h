@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "packed.h"
+#include "selected.h"
 
 namespace gossamer {
 
@@ -14,7 +14,7 @@ namespace gossamer {
 // several blocks it stands for a block-diagonal matrix (out, blocks * in): its first out / blocks outputs see
 // the first `in` inputs only, the next ones the next inputs, and so on.
 struct Term {
-    Packed w;
+    Selected w;
     int64_t blocks;
     int64_t source;
 };
@@ -38,7 +38,7 @@ struct Stage {
 class Program {
   public:
     void begin_stage();
-    void add_term(const Packed& w, int64_t blocks, int64_t source);  // to the stage begun last
+    void add_term(const Selected& w, int64_t blocks, int64_t source);  // to the stage begun last
 
     // An empty string, or a sentence saying which term does not fit. Nothing else may reach the driver. The
     // weights themselves must have been checked.
@@ -46,7 +46,7 @@ class Program {
 
     int64_t stages() const { return int64_t(starts_.size()); }
     Stage stage(int64_t number) const;
-    int64_t in() const { return terms_.front().w.in * terms_.front().blocks; }  // of the activations
+    int64_t in() const { return row_width(terms_.front().w) * terms_.front().blocks; }  // of the activations
     int64_t out() const { return stage(stages() - 1).out; }
 
   private:

@@ -2,6 +2,7 @@
 // way of walking weights is put together from.
 #pragma once
 #include "dispatch.h"
+#include "selected.h"
 
 namespace gossamer {
 
@@ -46,12 +47,20 @@ inline Activations activations_at(uint8_t* memory, const Packed& w, int64_t rows
             active, block};
 }
 
-// Makes rows [begin, end) of `x`, float32 or bfloat16 and w.in wide, ready.
-inline void make_ready(const Tier& tier, const Packed& w, const void* x, int dtype, int64_t begin,
-                       int64_t end, const Activations& to) {
+// Makes rows [begin, end) of `x`, float32 or bfloat16 and row_width(w) wide, ready. `room`: of as many rows
+// of w.in numbers, where the weight has a list of inputs.
+inline void make_ready(const Tier& tier, const Selected& w, const void* x, int dtype, int64_t begin,
+                       int64_t end, const Activations& to, void* room) {
+    if (w.inputs) {
+        select_rows(w, x, dtype == kF32 ? 4 : 2, begin, end, room);
+        x = room;
+    }
     family(tier, w).prepare(&w, x, dtype, begin, end, &to);
     if (w.layout == kColumns) tier.columns->prepare(&w, nullptr, dtype, begin, end, &to);
 }
+
+// Bytes of the room that make_ready needs for `rows` rows.
+inline int64_t room_bytes(const Selected& w, int64_t rows) { return w.inputs ? aligned(4 * w.in * rows) : 0; }
 
 // Multiplies panels [begin, end) of a weight, whole units of its layout.
 inline void multiply(const Tier& tier, const Packed& w, const Activations& x, const Output& out,

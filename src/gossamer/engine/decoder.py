@@ -16,7 +16,7 @@ from gossamer.engine.policy import Looks, new_policy
 from gossamer.errors import ModelError
 from gossamer.kernels import Handle
 from gossamer.kernels.native import native
-from gossamer.matrices import Packed
+from gossamer.matrices import Matrix, Packed, summands
 from gossamer.nn import StructuredEmbedding, StructuredLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -29,9 +29,10 @@ _LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 class Decoder:
     """A model of one of the `FAMILIES` in native code: same weights, same logits within rounding.
 
-    Packed weights are used in place; plain ones are packed in their own dtype (float16 as float32), which
-    keeps every number. Norms, attention and what lies between layers is float32. ``context``: positions that
-    the model knows; ``weights``: those that a token reads whole, by the part of `append`'s times that does;
+    Packed weights, and sums of them, are used in place; plain ones are packed in their own dtype (float16 as
+    float32), which keeps every number. Norms, attention and what lies between layers is float32.
+    ``context``: positions that the model knows; ``weights``: those that a token reads whole, by the part of
+    `append`'s times that does;
     ``windows``: positions that each layer sees, its own among them (0: all). ``gates``: of activations, by
     the names of modules: linear layers of the blocks (what they read), ``act_fn`` of MLPs (what they give);
     they act on every token. Raises ModelError where `why_not` has a reason, and for gates of another model.
@@ -45,13 +46,13 @@ class Decoder:
         config: Any = model.config
         body: Any = model.model
         self.context: int | None = getattr(config, "max_position_embeddings", None)
-        self.weights: dict[str, list[Packed]] = {}
+        self.weights: dict[str, list[Matrix]] = {}
         self.windows = _windows(config)
         self._alive: list[Any] = []
         rows = _matrix(body.embed_tokens)
-        embedding = self._handle(rows)
+        (embedding,) = self._handles(rows)
         tied = _source(body.embed_tokens) is _source(model.lm_head)
-        head = self._weight("head", rows) if tied else self._linear("head", model.lm_head)[0]
+        (head,) = self._weight("head", rows if tied else _matrix(model.lm_head))
         attention, rotary = body.layers[0].self_attn, body.rotary_emb
         self.vocabulary = head.out_features
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -159,7 +160,7 @@ class Decoder:
         linears = [self._linear(part, _part(attention, mlp, name)) for name, part in _LINEARS.items()]
         self._native.add_layer(
             norms,
-            [handle.packed for handle, _ in linears],
+            [[handle.packed for handle in handles] for handles, _ in linears],
             [bias for _, bias in linears],
             window,
             bool(getattr(attention, "use_rope", True)),
@@ -187,18 +188,18 @@ class Decoder:
         self._alive.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, part: str, module: Any) -> tuple[Handle, int]:
+    def _linear(self, part: str, module: Any) -> tuple[list[Handle], int]:
         return self._weight(part, _matrix(module)), self._array(module.bias)
 
-    def _weight(self, part: str, matrix: Packed) -> Handle:
+    def _weight(self, part: str, matrix: Matrix) -> list[Handle]:
         self.weights.setdefault(part, []).append(matrix)
-        return self._handle(matrix)
+        return self._handles(matrix)
 
-    def _handle(self, matrix: Packed) -> Handle:
-        handle = matrix.leaf()
-        assert isinstance(handle, Handle)
-        self._alive.append(handle)
-        return handle
+    def _handles(self, matrix: Matrix) -> list[Handle]:
+        """Of the packed weights that add up to ``matrix``."""
+        handles = [leaf for leaf in summands(matrix) or () if isinstance(leaf, Handle)]
+        self._alive += handles
+        return handles
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -231,8 +232,10 @@ def why_not(model: nn.Module) -> str | None:
         if matrix is None:
             if not isinstance(module, (nn.Linear, nn.Embedding)):
                 return f"{name} is a {type(module).__name__}"
-        elif not isinstance(matrix, Packed):
+        elif not isinstance(matrix, Packed) and name in ("the embedding", "the head"):
             return f"{name} is a {type(matrix).__name__}, not one packed weight"
+        elif summands(matrix) is None:
+            return f"{name} is a {type(matrix).__name__} that is no sum of packed weights"
         elif isinstance(module, StructuredEmbedding) and matrix.layout != "dense":
             return f"{name} has the layout {matrix.layout}"
     return None
@@ -262,10 +265,9 @@ def _source(module: Any) -> Any:
     return module.matrix if hasattr(module, "matrix") else module.weight
 
 
-def _matrix(module: Any) -> Packed:
-    """The packed weight of a linear layer or an embedding, its own or one that is made."""
+def _matrix(module: Any) -> Matrix:
+    """The packed matrix of a linear layer or an embedding, its own or one that is made."""
     if isinstance(module, (StructuredLinear, StructuredEmbedding)):
-        assert isinstance(module.matrix, Packed)  # why_not has looked
         return module.matrix
     values = "bfloat16" if module.weight.dtype == torch.bfloat16 else "float32"
     return Packed.pack(module.weight.detach(), values=values, layout="dense")

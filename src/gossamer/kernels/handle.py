@@ -49,7 +49,8 @@ class Operand:
 
 
 class Handle(Operand):
-    """A validated packed weight; made by ``make_handle``, opaque to callers."""
+    """A validated packed weight; made by ``make_handle``, opaque to callers. ``in_features``: activations of
+    a row, which are more than its inputs where it is `reading` some of them."""
 
     __slots__ = ("group", "layout", "packed", "sections", "values")
 
@@ -64,6 +65,20 @@ class Handle(Operand):
         self.values = values
         self.group = group
         self.sections = sections
+
+    def reading(self, inputs: Tensor, width: int) -> Handle:
+        """The same weight where it reads some of ``width`` activations: its inputs are those that ``inputs``
+        lists, int32 ``(in_features,)``, rising. Raises MatrixError for any other list."""
+        count = self.in_features
+        if inputs.dtype != torch.int32 or tuple(inputs.shape) != (count,) or not inputs.is_contiguous():
+            raise MatrixError(
+                f"the inputs of a weight are {count} int32 numbers, got {inputs.dtype} {tuple(inputs.shape)}"
+            )
+        packed = self.packed.reading(inputs.data_ptr(), width)
+        fault = packed.check_inputs()
+        if fault:
+            raise MatrixError(f"the inputs of a weight {self.out_features} x {count} are wrong: {fault}")
+        return Handle(packed, self.layout, self.values, self.group, {**self.sections, "inputs": inputs})
 
     def __repr__(self) -> str:
         return f"Handle({self.layout} {self.values}, {self.out_features} x {self.in_features})"

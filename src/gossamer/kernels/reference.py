@@ -65,15 +65,18 @@ def matmul_float(weight: Tensor, x: Tensor) -> Tensor:
 
 class Weight(NamedTuple):
     """A packed weight as plain tensors: ``weight`` as `matmul_float` or, with ``scales`` in groups of
-    ``group``, as `matmul_int` takes it."""
+    ``group``, as `matmul_int` takes it; ``inputs``: which of the activations it reads (None: all)."""
 
     weight: Tensor
     scales: Tensor | None = None
     group: int = GROUP
+    inputs: Tensor | None = None
 
 
 def matmul(w: Weight, x: Tensor) -> Tensor:
     """``y = x Wᵀ``: float32 ``(rows, out)``."""
+    if w.inputs is not None:
+        x = x[:, w.inputs]
     if w.scales is None:
         return matmul_float(w.weight, x)
     return matmul_int(w.weight, w.scales, x, w.group)
@@ -84,7 +87,8 @@ def matmul_blocks(w: Weight, blocks: int, x: Tensor) -> Tensor:
     part of the outputs from the b-th part of the inputs."""
     scales = [None] * blocks if w.scales is None else w.scales.chunk(blocks)
     parts = zip(w.weight.chunk(blocks), scales, x.chunk(blocks, dim=1), strict=True)
-    return torch.cat([matmul(Weight(weight, scale, w.group), part) for weight, scale, part in parts], dim=1)
+    made = (matmul(w._replace(weight=weight, scales=scale), part) for weight, scale, part in parts)
+    return torch.cat(list(made), dim=1)
 
 
 def run_program(stages: Sequence[Iterable[tuple[Weight, int, int]]], x: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from gossamer.matrices.blocks import BlockDiagonal
 from gossamer.matrices.compose import LowRank, Product, Sum
 from gossamer.matrices.dense import Dense
+from gossamer.matrices.inference import summands
 from gossamer.matrices.layouts import Unpacked, choose_layout, most_bytes, packed_bytes
 from gossamer.matrices.matrix import Matrix, fit_error, from_description
 from gossamer.matrices.packed import Packed, pack, pack_tree
+from gossamer.matrices.selected import Selected
 from gossamer.matrices.sparse import Sparse
 from gossamer.matrices.values import (
     VALUES,
@@ -26,6 +28,7 @@ __all__ = [
     "Packed",
     "Product",
     "Quantized",
+    "Selected",
     "Sparse",
     "Sum",
     "Unpacked",
@@ -40,5 +43,6 @@ __all__ = [
     "packed_bytes",
     "quantize",
     "quantize_codes",
+    "summands",
     "value_type",
 ]

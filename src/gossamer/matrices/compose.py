@@ -81,6 +81,11 @@ class Composite(Matrix):
 
     @classmethod
     def from_tensors(cls, description: Description, tensors: dict[str, Tensor]) -> Composite:
+        return cls.from_parts(description, cls._parts_of(description, tensors))
+
+    @classmethod
+    def _parts_of(cls, description: Description, tensors: dict[str, Tensor]) -> list[Matrix]:
+        """The parts that `describe` lists, from `tensors` of all of them."""
         inner = description.get("parts")
         if not isinstance(inner, list) or not inner:
             raise MatrixError(f"a {cls.kind} lists its parts, got {inner!r}")
@@ -90,8 +95,7 @@ class Composite(Matrix):
             if not index.isdecimal() or int(index) >= len(inner):
                 raise MatrixError(f"the tensor {name!r} belongs to no part of this {cls.kind}")
             shares[int(index)][rest] = tensor
-        made = [from_description(part, share) for part, share in zip(inner, shares, strict=True)]
-        return cls.from_parts(description, made)
+        return [from_description(part, share) for part, share in zip(inner, shares, strict=True)]
 
     @classmethod
     def from_parts(cls, description: Description, parts: list[Matrix]) -> Composite:

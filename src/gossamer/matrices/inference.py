@@ -28,6 +28,16 @@ def compile_matrix(matrix: Matrix) -> Compiled:
     return kernels.make_program(cast("list[list[kernels.Term]]", stages))
 
 
+def summands(matrix: Matrix) -> list[Leaf] | None:
+    """The leaves whose products with the activations themselves add up to that of ``matrix``, in order; None
+    where it takes more than that: it is not packed, or holds products or blocks."""
+    stages: Stages = []
+    terms = matrix.terms(-1, stages) if matrix.is_packed else []
+    if stages or not terms or any(blocks > 1 for _, blocks, _ in terms):
+        return None
+    return [leaf for leaf, _, _ in terms]
+
+
 class Kept:
     """A compiled matrix, for as long as no part of it is replaced, moved or loaded anew."""
 

@@ -181,6 +181,9 @@ def _bytes(manifest: Manifest, tensor: str) -> int:
 
 
 def _form(description: dict[str, Any]) -> str:
+    parts = [_form(part) for part in description.get("parts", ()) if isinstance(part, dict)]
+    if description.get("kind") in ("sum", "selected") and parts:
+        return " + ".join(parts)
     if "layout" in description:
         return f"{description['layout']} {description.get('values', '')}".strip()
     return str(description.get("kind", "unknown"))
