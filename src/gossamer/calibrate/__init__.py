@@ -1,7 +1,14 @@
 """Streaming statistics: the model is walked block by block, and each layer's inputs are summed up."""
 
 from gossamer.calibrate.gradients import Gradient, gather, gradient_file
-from gossamer.calibrate.statistics import Gram, InputMoments, InputNorm, Statistic, matmul_precision
+from gossamer.calibrate.statistics import (
+    Gram,
+    InputMoments,
+    InputNorm,
+    InputPeak,
+    Statistic,
+    matmul_precision,
+)
 from gossamer.calibrate.stream import Visit, fast_dtype, walk
 from gossamer.calibrate.work import Inputs, WorkFolder
 
@@ -10,6 +17,7 @@ __all__ = [
     "Gram",
     "InputMoments",
     "InputNorm",
+    "InputPeak",
     "Inputs",
     "Statistic",
     "Visit",

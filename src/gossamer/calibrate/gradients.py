@@ -53,6 +53,9 @@ class Gradient(Statistic):
         super().__init__(mean.shape[1])
         self.mean, self.squares, self.outputs = mean, squares, outputs
 
+    def select(self, inputs: Tensor) -> Gradient:
+        return Gradient(self.mean[:, inputs], self.squares[:, inputs], self.outputs)
+
     def to_bytes(self) -> bytes:
         return b"".join(part.numpy().tobytes() for part in (self.mean, self.squares, self.outputs))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from copy import copy
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Statistic:
         """Takes inputs ``x``, float ``(tokens, in_features)``."""
         raise NotImplementedError
 
+    def select(self, inputs: Tensor) -> Statistic:
+        """The finished statistic of some inputs alone, bool ``(in_features,)``, True = of these. Raises
+        CalibrationError where there is no such thing."""
+        raise CalibrationError(f"{self.name} cannot be taken of some inputs alone")
+
     def finish(self) -> None:
         """Ends accumulation; raises CalibrationError where nothing or nothing finite was seen."""
         if self.tokens == 0:
@@ -50,10 +56,37 @@ class InputNorm(Statistic):
         self._squares += x.float().square().sum(dim=0).double()
         self.tokens += x.shape[0]
 
+    def select(self, inputs: Tensor) -> InputNorm:
+        return _with(self, inputs, norm=self.norm[inputs])
+
     def finish(self) -> None:
         super().finish()
         self.norm = self._squares.sqrt().float()
         if not torch.isfinite(self.norm).all():
+            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+
+
+class InputPeak(Statistic):
+    """``peak``: the largest ``|x_j|`` of each input feature over all calibration tokens, float32
+    ``(in_features,)``."""
+
+    name = "input_peak"
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.peak = torch.zeros(features)
+
+    def update(self, x: Tensor) -> None:
+        if len(x):
+            self.peak = torch.maximum(self.peak, x.abs().amax(dim=0).float())
+        self.tokens += x.shape[0]
+
+    def select(self, inputs: Tensor) -> InputPeak:
+        return _with(self, inputs, peak=self.peak[inputs])
+
+    def finish(self) -> None:
+        super().finish()
+        if not torch.isfinite(self.peak).all():
             raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
 
 
@@ -72,6 +105,9 @@ class InputMoments(Statistic):
         self._sums += x.sum(dim=0)
         self._squares += x.square().sum(dim=0)
         self.tokens += x.shape[0]
+
+    def select(self, inputs: Tensor) -> InputMoments:
+        return _with(self, inputs, mean=self.mean[inputs], variance=self.variance[inputs])
 
     def finish(self) -> None:
         super().finish()
@@ -103,12 +139,29 @@ class Gram(Statistic):
                 self.matrix[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
         self.tokens += x.shape[0]
 
+    def select(self, inputs: Tensor) -> Gram:
+        key = ("select", inputs.numpy().tobytes())
+        if key not in self.factors:
+            self.factors[key] = _with(self, inputs, matrix=self.matrix[inputs][:, inputs], factors={})
+        found: Gram = self.factors[key]
+        return found
+
     def finish(self) -> None:
         super().finish()
         upper = self.matrix.triu()
         self.matrix = upper + upper.triu(1).T
         if not torch.isfinite(self.matrix).all():
             raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+def _with(statistic: S, inputs: Tensor, **held: Any) -> S:
+    """A copy of the statistic for some inputs, which holds what is given in place of its own."""
+    made = copy(statistic)
+    made.__dict__ |= {"features": int(inputs.sum()), **held}
+    return made
 
 
 @contextmanager

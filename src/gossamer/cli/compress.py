@@ -52,6 +52,21 @@ def compress(
         str, typer.Option(help=f"Embeddings and head (never pruned) as {_VALUES}.")
     ] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share a scale: 64 or 32.")] = 64,
+    outliers: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep the columns of inputs with activations of this size or more in bf16, beside the "
+            "integers (LLM.int8(): 6.0).",
+            show_default="none",
+        ),
+    ] = None,
+    outlier_share: Annotated[
+        float | None,
+        typer.Option(
+            help="At most so many of a layer's inputs, the largest (0.01); without --outliers just these.",
+            show_default="all",
+        ),
+    ] = None,
     calibration: options.Calibration = None,
     seqlen: options.Seqlen = 1024,
     windows: options.Windows = 128,
@@ -100,6 +115,8 @@ def compress(
             values=values,
             head_values=head_values,
             group=group,
+            outliers=outliers,
+            outlier_share=outlier_share,
             seqlen=seqlen,
             windows=windows,
             seed=seed,

@@ -3,6 +3,7 @@
 from gossamer.claim import Claim, Experiment
 from gossamer.prune.method import (
     ALIASES,
+    FORMATS,
     METHODS,
     Combination,
     Layer,
@@ -16,6 +17,7 @@ from gossamer.prune.method import (
 
 __all__ = [
     "ALIASES",
+    "FORMATS",
     "METHODS",
     "Claim",
     "Combination",

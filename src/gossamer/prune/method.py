@@ -40,12 +40,15 @@ class Layer:
 @dataclass
 class Pruned:
     """What a method makes of a layer: the new ``weight`` (float32, as it will be multiplied), its
-    ``mask`` (None: dense), its integer codes where the values are integers, and what it recorded."""
+    ``mask`` (None: dense), its integer codes where the values are integers, and what it recorded.
+    ``outliers``: bool ``(in,)``, inputs whose columns are kept apart in bfloat16 (None: none are); codes are
+    of the others alone."""
 
     weight: Tensor
     mask: Tensor | None
     quantized: Quantized | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    outliers: Tensor | None = None
 
 
 @dataclass
@@ -118,6 +121,7 @@ METHODS: Registry[Method] = Registry(
         "admm": "gossamer.prune.admm",
     },
 )
+FORMATS: Registry[Any] = Registry("number format", {"llm_int8": "gossamer.prune.outliers"})
 ALIASES = {"sparsegpt": "obs", "gptq": "obs"}
 
 

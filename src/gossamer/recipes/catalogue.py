@@ -9,7 +9,7 @@ from gossamer.claim import Claim
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
-from gossamer.prune import ALIASES, METHODS
+from gossamer.prune import ALIASES, FORMATS, METHODS
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
@@ -22,10 +22,11 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``shrink`` (whole
-    blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint
-    move), ``loss`` (what they are drawn to), ``text`` (what they are tuned on), ``activations`` (inputs,
-    at run time), ``attention`` (keys, at run time) or ``cache`` (how keys and values are kept);
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``format`` (how
+    kept ones are stored), ``shrink`` (whole blocks), ``tune`` (what was kept, a block at a time),
+    ``finetune`` (which weights of a checkpoint move), ``loss`` (what they are drawn to), ``text`` (what they
+    are tuned on), ``activations`` (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how
+    keys and values are kept);
     ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what
     it drops, looks at or keeps; ``comparison_group``: what plain "unstructured" means, or where scores
     compete.
@@ -56,6 +57,9 @@ def methods() -> list[MethodFacts]:
         aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
         group = pruning.comparison_group
         found.append(_facts("prune", METHODS, name, needs, patterns, group, aliases))
+    for name in FORMATS:
+        needs = tuple(kind.__name__ for kind in FORMATS[name].needs)
+        found.append(_facts("format", FORMATS, name, needs, ("any, and dense",), "layer"))
     for name in DEPTH:
         found.append(_facts("shrink", DEPTH, name, ("calibration text",), ("blocks",), "model"))
     for name in TUNERS:

@@ -38,7 +38,7 @@ from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs, layers_of
 from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
-from gossamer.recipes.prune_layer import pack_pruned, prune_layer, record_of
+from gossamer.recipes.prune_layer import form_of, pack_layer, prune_layer, record_of
 from gossamer.recipes.settings import checked
 from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
@@ -120,7 +120,9 @@ class _Job:
         self.source, self.out, self.settings = source, out, settings
         self.combination, self.tuner, self.progress = combination, tuned_by, progress
         self.method = combination.method
-        self.needs = (*self.method.needs, *allocation_needs(combination))
+        self.outliers = settings.outlier_columns()
+        self.layer_needs = settings.layer_needs()
+        self.needs = (*self.layer_needs, *allocation_needs(combination))
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
         self.parts = find_parts(self.model)
@@ -147,7 +149,7 @@ class _Job:
         self._gather()
         self.shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
-        for visit in self._walk(self.work, stage, self.method.needs, targets=self.tuner is not None):
+        for visit in self._walk(self.work, stage, self.layer_needs, targets=self.tuner is not None):
             self._prune_block(visit)
         self._pack_edges()
         made = self._made()
@@ -200,8 +202,8 @@ class _Job:
         solved = dict(side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), visit))
         notes = self._tune(visit, solved)
 
-        def finish(name: str) -> tuple[str, tuple[Packed, dict[str, Any]]]:
-            matrix = pack_pruned(solved[name], self.combination)
+        def finish(name: str) -> tuple[str, tuple[Matrix, dict[str, Any]]]:
+            matrix = pack_layer(solved[name], self.combination)
             visit.replace(name, solved[name].weight)
             record = self._record(visit, name, solved[name], matrix, shares[name] or 0.0)
             return name, (matrix, record | notes)
@@ -223,7 +225,7 @@ class _Job:
     def _prune_layer(self, visit: Visit, name: str, share: float | None) -> Pruned:
         layer = self._layer(visit, name)
         check_finite(layer)
-        return prune_layer(layer, self.combination, share)
+        return prune_layer(layer, self.combination, share, self.outliers)
 
     def _tune(self, visit: Visit, pruned: dict[str, Pruned]) -> dict[str, Any]:
         """Tunes what was made of a block, in place; what every layer's record says of it."""
@@ -240,14 +242,12 @@ class _Job:
         }
 
     def _record(
-        self, visit: Visit, name: str, pruned: Pruned, matrix: Packed, requested: float
+        self, visit: Visit, name: str, pruned: Pruned, matrix: Matrix, requested: float
     ) -> dict[str, Any]:
         return {
             **record_of(self._layer(visit, name), pruned),
             "sparsity_requested": requested,
-            "layout": matrix.layout,
-            "values": matrix.value_type.name,
-            "bits_per_weight": matrix.bits_per_weight,
+            **form_of(matrix),
         }
 
     def _edges(self) -> dict[str, list[str]]:

@@ -6,10 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gossamer.calibrate import Gradient
+from gossamer.calibrate import Gradient, Statistic
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Combination, check_combination
+from gossamer.prune.outliers import OutlierColumns
 from gossamer.recipes.compress_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
@@ -21,7 +22,9 @@ class CompressSettings(BaseModel):
     ``budget``: bytes of the weight file (``60MB``) or a token's time in the linears (``2.5ms``), in place of
     a sparsity; it needs the allocation ``sensitivity``, and N:M patterns then have dense layers beside them.
     ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
-    ``group``: inputs a scale (64 or 32); ``seqlen`` and ``windows``: of calibration; ``options``: of the
+    ``group``: inputs a scale (64 or 32); ``outliers``: inputs with an activation of this size or more keep
+    their columns in bfloat16, at most a share ``outlier_share`` of a layer's (None: all that are so large;
+    alone it takes the largest); ``seqlen`` and ``windows``: of calibration; ``options``: of the
     method; ``tune``: a tuning method that wins quality back block by block, with ``tune_options``.
     """
 
@@ -35,6 +38,8 @@ class CompressSettings(BaseModel):
     values: str = "int4"
     head_values: str = "int8"
     group: int = 64
+    outliers: float | None = None
+    outlier_share: float | None = None
     seqlen: int = Field(default=1024, ge=1)
     windows: int = Field(default=128, ge=1)
     seed: int = 0
@@ -58,12 +63,29 @@ class CompressSettings(BaseModel):
             options=self.options,
             budget=self.budget,
         )
+        if self.outlier_columns() is not None:
+            if not found.values.is_integer:
+                raise MethodError(f"outliers are kept apart from integers, and the values are {self.values}")
+            if self.tune is not None:
+                raise MethodError(f"layers with outliers apart cannot be tuned yet: leave {self.tune} out")
         if self.seqlen < 2 and Gradient in (*found.method.needs, *allocation_needs(found)):
             raise MethodError(
                 f"{self.method} with allocation {self.allocation} needs gradients, and they need windows "
                 "of at least 2 tokens"
             )
         return found
+
+    def outlier_columns(self) -> OutlierColumns | None:
+        """Which inputs are kept apart; raises MethodError for a size or share that is none."""
+        if self.outliers is None and self.outlier_share is None:
+            return None
+        share = 1.0 if self.outlier_share is None else self.outlier_share
+        return OutlierColumns(self.outliers or 0.0, share)
+
+    def layer_needs(self) -> tuple[type[Statistic], ...]:
+        """What must be known of a layer to prune, round and pack it."""
+        needs, outliers = self.combination().method.needs, self.outlier_columns()
+        return needs if outliers is None else (*needs, *outliers.needs)
 
     def tuner(self) -> Tuner | None:
         """The tuning method; raises MethodError for an unknown name or option."""

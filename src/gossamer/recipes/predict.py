@@ -119,7 +119,7 @@ def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> 
     tokens, forward = settings.windows * settings.seqlen, rates.forward * settings.windows
     shares, solve = allocation_needs(chosen), bench.solve()
     block = solve + 2 * forward * bool(tuner)
-    for needs in (chosen.method.needs, shares):  # each a walk of its own
+    for needs in (settings.layer_needs(), shares):  # each a walk of its own
         if any(kind.passes == "streaming" for kind in needs):
             block += 2 * forward + tokens * bench.statistics(needs)
     if Gradient in (*chosen.method.needs, *shares):

@@ -105,7 +105,8 @@ def needs_text(recipe: Recipe) -> bool:
 
 def _compress_reads(recipe: Recipe) -> bool:
     chosen = recipe.compress.combination()
-    return bool(chosen.method.needs or allocation_needs(chosen)) or recipe.compress.tune is not None
+    needs = (*recipe.compress.layer_needs(), *allocation_needs(chosen))
+    return bool(needs) or recipe.compress.tune is not None
 
 
 def text_sha256(text: Text) -> str:

@@ -7,14 +7,20 @@ from typing import Any
 from gossamer.calibrate import Gram
 from gossamer.errors import GossamerError
 from gossamer.evaluate import reconstruction_error
-from gossamer.matrices import Packed
+from gossamer.matrices import Matrix, Packed
 from gossamer.prune import Combination, Layer, Pruned
+from gossamer.prune.outliers import OutlierColumns, pack_apart
 
 
-def prune_layer(layer: Layer, combination: Combination, share: float | None) -> Pruned:
-    """The layer as the method makes it, at the sparsity ``share`` (None: dense); errors name it."""
+def prune_layer(
+    layer: Layer, combination: Combination, share: float | None, outliers: OutlierColumns | None = None
+) -> Pruned:
+    """The layer as the method makes it, at the sparsity ``share`` (None: dense), ``outliers`` apart; errors
+    name it."""
     c = combination
     try:
+        if outliers is not None:
+            return outliers.prune(c.method, layer, c.pattern, share or 0.0, c.values, c.group)
         return c.method.prune(layer, c.pattern, share or 0.0, c.values, c.group)
     except GossamerError as error:
         raise type(error)(f"{layer.name}: {error}") from error
@@ -34,6 +40,21 @@ def record_of(layer: Layer, pruned: Pruned) -> dict[str, Any]:
             layer.weight, pruned.weight, matrix
         ),
         **pruned.record,
+    }
+
+
+def pack_layer(pruned: Pruned, combination: Combination) -> Matrix:
+    """`pack_pruned`, or a sum where outliers are apart."""
+    return pack_pruned(pruned, combination) if pruned.outliers is None else pack_apart(pruned)
+
+
+def form_of(matrix: Matrix) -> dict[str, Any]:
+    """What is told of a packed layer: how it lies, of a sum its first part, and its bits."""
+    leaf = next(part for part in matrix.modules() if isinstance(part, Packed))
+    return {
+        "layout": leaf.layout,
+        "values": leaf.values_name,
+        "bits_per_weight": matrix.bits_per_weight,
     }
 
 

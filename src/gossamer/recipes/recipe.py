@@ -74,6 +74,8 @@ class Recipe(BaseModel):
             self._check_sample(self.sample)
         if self.tune is None:
             return
+        if self.compress.outlier_columns() is not None:
+            raise MethodError("layers with outliers apart cannot be tuned yet: leave tune or outliers out")
         self.tune.check()
         states = [one.name for one, _ in self.tune.chosen_losses() if isinstance(one, StateLoss)]
         if self.shrink is not None and states:

@@ -16,6 +16,7 @@ methods without a figure have not been run, or their claim is not data yet.
 """
 TITLES = {
     "prune": "Pruning",
+    "format": "Number formats",
     "shrink": "Fewer blocks",
     "tune": "Tuning what was kept, block by block",
     "finetune": "Fine-tuning a whole checkpoint: which weights move",

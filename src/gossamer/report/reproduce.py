@@ -15,7 +15,7 @@ from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.evaluate import paired_difference
 from gossamer.progress import Progress, silent
-from gossamer.prune import METHODS
+from gossamer.prune import FORMATS, METHODS
 from gossamer.registry import Registry
 from gossamer.report.one_shot import Texts, figures
 from gossamer.shrink import DEPTH
@@ -53,7 +53,7 @@ class Verdict:
 
 def claimed() -> dict[str, Claim]:
     """The methods that have a claim which runs, by name."""
-    families: tuple[Registry[Any], ...] = (METHODS, DEPTH, TUNERS, WEIGHTS, LOSSES, PROMPTS, ACTIVATIONS)
+    families: tuple[Registry[Any], ...] = (METHODS, FORMATS, DEPTH, TUNERS, WEIGHTS, LOSSES, PROMPTS, ACTIVATIONS)
     return {
         name: claim
         for family in families
