@@ -24,10 +24,11 @@ namespace gossamer {
 // A packed weight, or several whose products with the same activations are added in order; and a bias or
 // null.
 struct Linear {
+    Linear() = default;
     Linear(const Selected& w, const float* b) : terms{w}, bias(b) {}
     Linear(std::vector<Selected> weights, const float* b) : terms(std::move(weights)), bias(b) {}
     std::vector<Selected> terms;
-    const float* bias;
+    const float* bias = nullptr;
 };
 
 struct Layer {

@@ -11,6 +11,7 @@ struct Selected : Packed {
     const int32_t* inputs = nullptr;  // rising, as many as the weight has inputs; null: it reads all
     int64_t width = 0;                // activations of a row, where there is a list
 
+    Selected() : Packed{} {}
     Selected(const Packed& w) : Packed(w) {}
     Selected(const Packed& w, const int32_t* inputs_, int64_t width_)
         : Packed(w), inputs(inputs_), width(width_) {}

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <memory>
 
 #include "running.h"
@@ -33,10 +34,10 @@ class RandomDecoder {
         model.frequencies = frequencies;
         model.norm = numbers(kHidden, 0.5, 1.5);
         model.head = {rows, numbers(kVocabulary, -1, 1)};
-        model.layers = {
+        const std::vector<Layer> layers = {
             {numbers(kHidden, 0.5, 1.5), numbers(kHidden, 0.5, 1.5), numbers(kHead, 0.5, 1.5),
-             numbers(kHead, 0.5, 1.5), linear("dense", "int4", kHeads * kHead, kHidden, false),
-             linear("dense", "int4", kKvHeads * kHead, kHidden, false),
+             numbers(kHead, 0.5, 1.5), sum("dense", "int4", kHeads * kHead, kHidden, false),
+             sum("dense", "int4", kKvHeads * kHead, kHidden, false),
              linear("bitmap", "bfloat16", kKvHeads * kHead, kHidden, false),
              linear("32:64", "int4", kHidden, kHeads * kHead, false),
              linear("32:64", "nl3", kInner, kHidden, false), linear("dense", "nl4", kInner, kHidden, false),
@@ -45,10 +46,12 @@ class RandomDecoder {
              linear("dense", "bfloat16", kHeads * kHead, kHidden, true),
              linear("32:64", "int4 by 32", kKvHeads * kHead, kHidden, true),
              linear("16x4", "int8", kKvHeads * kHead, kHidden, true),
-             linear("dense", "float32", kHidden, kHeads * kHead, true),
+             sum("columns", "int8", kHidden, kHeads * kHead, true),
              linear("columns", "int4", kInner, kHidden, true),
              linear("columns", "int4", kInner, kHidden, true), linear("dense", "int3", kHidden, kInner, true),
              100, true}};
+        for (const Layer& layer : layers) model.add(layer);
+        CHECK(model.layers[0].q.terms[1].inputs == model.layers[0].k.terms[1].inputs, "a list is kept twice");
     }
 
     DecoderModel model;
@@ -83,7 +86,23 @@ class RandomDecoder {
         return {weight(layout, values, out, in), bias ? numbers(out, -1, 1) : nullptr};
     }
 
+    // Of two weights, each of which reads some of the inputs.
+    Linear sum(const char* layout, const char* values, int64_t out, int64_t in, bool bias) {
+        std::vector<int32_t> lists[2];
+        for (int32_t i = 0; i < in; i++) lists[i % 7 == 3].push_back(i);
+        std::vector<Selected> terms;
+        for (int few : {0, 1}) {
+            lists_.push_back(lists[few]);
+            terms.push_back(
+                {weight(few ? "16x4" : layout, few ? "bfloat16" : values, out, int64_t(lists[few].size())),
+                 lists_.back().data(), in});
+            CHECK(check_inputs(terms.back()).empty(), "a good list is refused");
+        }
+        return {terms, bias ? numbers(out, -1, 1) : nullptr};
+    }
+
     Random& random_;
+    std::deque<std::vector<int32_t>> lists_;
     std::vector<Weight> weights_;
     std::vector<Buffer> numbers_;
 };

@@ -13,6 +13,7 @@ namespace {
 struct RandomTerm {
     std::unique_ptr<Weight> weight;
     int64_t blocks, source;
+    std::vector<int32_t> inputs;  // that it reads, none: all
 };
 
 using RandomStages = std::vector<std::vector<RandomTerm>>;
@@ -35,20 +36,30 @@ RandomStages random_stages(Random& random, int64_t in) {
             while (!exists(layout, *kind));
             int64_t blocks = 1 + random.below(4);
             if (wide % blocks || out % (16 * blocks) || layout.layout == kColumns) blocks = 1;
+            std::vector<int32_t> inputs;
+            for (int32_t i = 0; blocks == 1 && i < wide && random.chance(0.9); i++)
+                if (random.chance(0.7)) inputs.push_back(i);
+            const int64_t read = inputs.empty() ? wide / blocks : int64_t(inputs.size());
             stages.back().push_back(
-                {std::make_unique<Weight>(random, layout, *kind, out, wide / blocks), blocks, source});
+                {std::make_unique<Weight>(random, layout, *kind, out, read), blocks, source, inputs});
         }
         widths.push_back(out);
     }
     return stages;
 }
 
-Program program_of(const RandomStages& stages) {
+Program program_of(const RandomStages& stages, int64_t in) {
     Program program;
     for (const auto& stage : stages) {
         program.begin_stage();
-        for (const RandomTerm& term : stage)
-            program.add_term(term.weight->packed(), term.blocks, term.source);
+        for (const RandomTerm& term : stage) {
+            Selected w = term.weight->packed();
+            if (!term.inputs.empty())
+                w = {w, term.inputs.data(),
+                     term.source < 0 ? in : stages[size_t(term.source)][0].weight->out};
+            CHECK(check_inputs(w).empty(), "a good list is refused");
+            program.add_term(w, term.blocks, term.source);
+        }
     }
     return program;
 }
@@ -79,13 +90,15 @@ Rows one_by_one(const RandomStages& stages, const Tier& tier, const Rows& x, int
         Rows sum;
         for (const RandomTerm& term : stage) {
             const Rows& from = results[size_t(term.source + 1)];
-            const int64_t in = term.weight->in, width = in * term.blocks, high = out / term.blocks;
+            const int64_t in = term.weight->in, width = int64_t(from.size()) / rows, high = out / term.blocks;
             Rows y(size_t(rows * out));
             for (int64_t block = 0; block < term.blocks; block++) {
                 Rows part;
                 for (int64_t row = 0; row < rows; row++)
-                    for (int64_t i = 0; i < in; i++)
-                        part.push_back(from[size_t(row * width + block * in + i)]);
+                    for (int64_t i = 0; i < in; i++) {
+                        const int64_t at = term.inputs.empty() ? block * in + i : term.inputs[size_t(i)];
+                        part.push_back(from[size_t(row * width + at)]);
+                    }
                 const Packed w = block_of(*term.weight, term.blocks, block);
                 const Rows some = run(w, tier, part, 0, rows, kF32, 1, random);
                 for (int64_t row = 0; row < rows; row++)
@@ -107,7 +120,7 @@ void test_programs() {
     for (int turn = 0; turn < 150; turn++) {
         const int64_t widths[] = {1, 60, 64, 132, 192}, in = widths[random.below(5)], rows = 21;
         const RandomStages stages = random_stages(random, in);
-        const Program program = program_of(stages);
+        const Program program = program_of(stages, in);
         CHECK(program.check().empty(), "a good program is refused: %s", program.check().c_str());
         const Rows x = random_rows(random, rows, in);
         Rows rounded = x;
@@ -181,6 +194,11 @@ void test_lying_programs() {
     CHECK(refused > 500 && accepted > 500, "%d refused and %d accepted: too few of one kind", refused,
           accepted);
     CHECK(!Program().check().empty(), "a program without stages is accepted");
+    const Weight weight(random, kLayouts[0], kValues[3], 16, 3);
+    for (const std::vector<int32_t>& list :
+         std::vector<std::vector<int32_t>>{{0, 2, 2}, {2, 1, 3}, {-1, 0, 1}, {0, 1, 5}})
+        CHECK(!check_inputs({weight.packed(), list.data(), 5}).empty(),
+              "a list is accepted that ends with %d", list[2]);
 }
 
 }  // namespace testing

@@ -168,6 +168,10 @@ def test_a_threshold_that_nothing_reaches_leaves_plain_integers(source: Path, tm
         ({"outlier_share": 0.0}, "in \\(0, 1\\]"),
         ({"outlier_share": 1.5}, "in \\(0, 1\\]"),
         ({"outliers": 6.0, "tune": "blockwise"}, "cannot be tuned yet"),
+        (
+            {"outliers": 6.0, "sparsity": None, "allocation": "sensitivity", "budget": "1MB"},
+            "does not know what outliers apart take",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -14,6 +15,8 @@ from gossamer.cli.app import app
 from gossamer.cli.reproduce import seconds_of
 from gossamer.dynamic.activations import method as gating
 from gossamer.errors import CheckpointError, MethodError
+from gossamer.matrices import Packed, Sum
+from gossamer.models import load_checkpoint
 from gossamer.prune import METHODS, Claim, Experiment
 from gossamer.recipes.catalogue import methods
 from gossamer.recipes.compress_settings import CompressSettings
@@ -53,6 +56,18 @@ def test_a_verdict_is_its_figures(model: str, tmp_path: Path) -> None:
     again = quality(checkpoint, text=TEXTS.measured, windows=4, seqlen=64)
     assert ours == pytest.approx(again.quality.perplexity, rel=1e-4)
     assert json.dumps(found.to_dict())
+
+
+def test_formats_are_contenders(model: str, tmp_path: Path) -> None:
+    whole = claimed()["llm_int8"]
+    made_of = {**whole.experiment.compressed, "llm_int8": {"method": "magnitude", "outliers": 2.0}}
+    tiny = replace(whole.experiment, model=model, windows=2, seqlen=64, compressed=made_of)
+    found = reproduce("llm_int8", tmp_path, claim=replace(whole, experiment=tiny), texts=TEXTS)
+    assert set(found.figures) == {"llm_int8", "int8", "dense"}
+    made = {path.name.partition("-")[0]: path for path in tmp_path.iterdir() if path.is_dir()}
+    layers = {name: load_checkpoint(path).model.layers for name, path in made.items()}
+    assert isinstance(layers["llm_int8"][0].self_attn.q_proj.matrix, Sum)
+    assert isinstance(layers["int8"][0].self_attn.q_proj.matrix, Packed)
 
 
 @pytest.mark.parametrize(("factor", "bound", "holds"), [

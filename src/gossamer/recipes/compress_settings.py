@@ -66,6 +66,8 @@ class CompressSettings(BaseModel):
         if self.outlier_columns() is not None:
             if not found.values.is_integer:
                 raise MethodError(f"outliers are kept apart from integers, and the values are {self.values}")
+            if self.budget is not None:
+                raise MethodError("a budget does not know what outliers apart take: leave one of both out")
             if self.tune is not None:
                 raise MethodError(f"layers with outliers apart cannot be tuned yet: leave {self.tune} out")
         if self.seqlen < 2 and Gradient in (*found.method.needs, *allocation_needs(found)):

@@ -53,7 +53,16 @@ class Verdict:
 
 def claimed() -> dict[str, Claim]:
     """The methods that have a claim which runs, by name."""
-    families: tuple[Registry[Any], ...] = (METHODS, FORMATS, DEPTH, TUNERS, WEIGHTS, LOSSES, PROMPTS, ACTIVATIONS)
+    families: tuple[Registry[Any], ...] = (
+        METHODS,
+        FORMATS,
+        DEPTH,
+        TUNERS,
+        WEIGHTS,
+        LOSSES,
+        PROMPTS,
+        ACTIVATIONS,
+    )
     return {
         name: claim
         for family in families
