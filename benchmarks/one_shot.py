@@ -93,6 +93,19 @@ CATALOGUE: dict[str, tuple[str, str | None]] = {
     },
 }
 
+# columns of outlier inputs in bfloat16 beside the integers (LLM.int8()), and the integers alone
+OUTLIERS: dict[str, tuple[str, str | None]] = {
+    f"{values}_{name}": (f"--sparsity 0 --values {values} --windows 32 {options}", None)
+    for values in ("int8", "int4", "nl4")
+    for name, options in (
+        ("alone", ""),
+        ("outliers_6", "--outliers 6"),
+        ("outliers_20", "--outliers 20"),
+        ("outliers_1pct", "--outlier-share 0.01"),
+        ("outliers_5pct", "--outlier-share 0.05"),
+    )
+}
+
 
 # equal bytes: a uniform run, and its rival under a budget of the bytes that its weight file took
 EQUAL_BYTES: dict[str, tuple[str, str | None]] = {}
@@ -113,7 +126,8 @@ def parse() -> argparse.Namespace:
         "--configs",
         default="all",
         metavar="A,B",
-        help="all, catalogue, equal_bytes, or some of: " + ", ".join((*CONFIGS, *CATALOGUE, *EQUAL_BYTES)),
+        help="all, catalogue, equal_bytes, outliers, or some of: "
+        + ", ".join((*CONFIGS, *CATALOGUE, *EQUAL_BYTES, *OUTLIERS)),
     )
     parser.add_argument("--missing", action="store_true", help="only those that the results lack")
     parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
@@ -166,7 +180,7 @@ def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         "perplexity": round(quality.perplexity, 3),
         "dense_perplexity": round(quality.reference_perplexity or 0.0, 3),
         "ratio_interval": [low, high],
-        "mean_kl": round(quality.mean_kl or 0.0, 4),
+        "mean_kl": round(quality.mean_kl or 0.0, 5),
         "top1_agreement": round(quality.top1_agreement or 0.0, 4),
         "tokens": quality.tokens,
     }
@@ -190,9 +204,9 @@ def main() -> None:
         raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
     args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())
     protocol.set_threads(args.threads)
-    known = {**CONFIGS, **CATALOGUE, **EQUAL_BYTES}
-    groups = {"all": list(CONFIGS), "catalogue": list(CATALOGUE), "equal_bytes": list(EQUAL_BYTES)}
-    names = groups.get(args.configs) or args.configs.split(",")
+    groups = {"all": CONFIGS, "catalogue": CATALOGUE, "equal_bytes": EQUAL_BYTES, "outliers": OUTLIERS}
+    known = {name: config for group in groups.values() for name, config in group.items()}
+    names = list(groups.get(args.configs) or args.configs.split(","))
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no such configuration: {', '.join(unknown)}; there are {', '.join(known)}")
     if args.missing:

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @needs_kernels
 def test_lists_of_inputs_are_checked_before_a_kernel_reads_them() -> None:
-    handle = Packed.pack(random(16, 3), "float32").leaf()
+    handle = Packed.pack(random(32, 3), "float32").leaf()
     assert isinstance(handle, kernels.Handle)
     for inputs in ([0, 2, 2], [2, 1, 3], [-1, 0, 1], [0, 1, 9]):
         with pytest.raises(MatrixError, match="comes after"):
@@ -193,4 +193,7 @@ def test_lists_of_inputs_are_checked_before_a_kernel_reads_them() -> None:
     for wrong in (torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, 1, 2])):
         with pytest.raises(MatrixError, match="3 int32 numbers"):
             handle.reading(wrong, 9)
-    assert handle.reading(torch.tensor([0, 4, 8], dtype=torch.int32), 9).in_features == 9
+    good = handle.reading(torch.tensor([0, 4, 8], dtype=torch.int32), 9)
+    assert good.in_features == 9
+    with pytest.raises(MatrixError, match="blocks, and a list of inputs"):
+        kernels.make_program([[kernels.Term(good, 2)]])
