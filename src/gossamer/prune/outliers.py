@@ -3,7 +3,8 @@
 An outlier sets the scale of all activations that share one with it, and takes their bits. So the product is
 taken apart by inputs, W x = W_o x_o + W_r x_r, the first in bfloat16, the second in integers which never see
 an outlier. The paper finds outliers of each input while it runs; here they are found once, on calibration
-text, and stored (as a `Sum` of two `Selected`).
+text, and stored (as a `Sum` of two `Selected`). The paper's size of 6.0 is of large models: in SmolLM2-135M
+it takes a quarter of what down projections read, and a share of each layer's inputs took fewer and won more.
 """
 
 from __future__ import annotations
