@@ -104,7 +104,7 @@ def tuned_dense(args: argparse.Namespace) -> Path:
         _run(args, ["compress", str(args.model), *options, "--out", str(packed)])
     if not tuned.exists():
         options = ["--loss", "task", "--rate", str(args.dense_rate), "--tokens", str(args.tokens)]
-        options += ["--text", text]
+        options += ["--text", text, "--micro", "4", "--evaluations", "4"]
         _run(args, ["tune", str(packed), *options, "--out", str(tuned)])
     if not out.exists():
         _run(args, ["export", str(tuned), "--out", str(out)], threads=False)
