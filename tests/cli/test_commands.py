@@ -16,7 +16,7 @@ from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
-from gossamer.prune import METHODS
+from gossamer.prune import FORMATS, METHODS
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.shrink import DEPTH
 from gossamer.tune import TUNERS, WEIGHTS
@@ -271,6 +271,7 @@ def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
     families = {
         "prune": METHODS,
+        "format": FORMATS,
         "shrink": DEPTH,
         "tune": TUNERS,
         "finetune": WEIGHTS,
