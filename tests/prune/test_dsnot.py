@@ -11,7 +11,7 @@ from gossamer.calibrate import Gram, InputMoments, InputNorm
 from gossamer.errors import MethodError
 from gossamer.prune import Layer, check_combination
 from gossamer.prune.dsnot import DSnoT
-from gossamer.sparse import check_mask, mask_from_scores, parse_pattern
+from gossamer.sparse import Unstructured, check_mask, mask_from_scores, parse_pattern
 
 
 def make_layer(out: int = 12, cols: int = 40, seed: int = 0) -> Layer:
@@ -60,17 +60,18 @@ def plain_loop(layer: Layer, start: torch.Tensor, width: int, cycles: int) -> to
 
 
 @pytest.mark.parametrize("pattern", ["unstructured:row", "unstructured:columns:8", "2:4", "4:8"])
-@pytest.mark.parametrize("start", ["wanda", "magnitude", "obs"])
-def test_swaps_are_those_of_a_plain_loop(pattern: str, start: str) -> None:
+@pytest.mark.parametrize(("start", "cycles"), [("wanda", 50), ("magnitude", 3), ("obs", None)])
+def test_swaps_are_those_of_a_plain_loop(pattern: str, start: str, cycles: int | None) -> None:
     layer, parsed = make_layer(), parse_pattern(pattern)
+    options = {"start": start, "cycles": cycles}
     c = check_combination(
-        "dsnot", pattern=pattern, sparsity=0.5 if "un" in pattern else None, options={"start": start}
+        "dsnot", pattern=pattern, sparsity=0.5 if "un" in pattern else None, options=options
     )
     pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
     assert pruned.mask is not None
     first = mask_from_scores(c.method.scores(layer), parsed, c.sparsity)
     width = {"unstructured:row": 40, "unstructured:columns:8": 8, "2:4": 4, "4:8": 8}[pattern]
-    assert torch.equal(pruned.mask, plain_loop(layer, first, width, 50))
+    assert torch.equal(pruned.mask, plain_loop(layer, first, width, cycles or 1))
     check_mask(pruned.mask, parsed)
     assert torch.equal(pruned.mask.sum(dim=1), first.sum(dim=1))
     assert torch.equal(pruned.weight, layer.weight * pruned.mask)
@@ -79,7 +80,7 @@ def test_swaps_are_those_of_a_plain_loop(pattern: str, start: str) -> None:
 
 def test_the_means_of_outputs_come_back() -> None:
     layer = make_layer(64, 256)
-    c = check_combination("dsnot", sparsity=0.6)
+    c = check_combination("dsnot", sparsity=0.6, options={"cycles": 50})
     mask = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64).mask
     start = mask_from_scores(c.method.scores(layer), c.pattern, c.sparsity)
 
@@ -90,6 +91,16 @@ def test_the_means_of_outputs_come_back() -> None:
     assert error(mask).mean() < 0.5 * error(start).mean()
     unswapped = DSnoT(cycles=0).prune(layer, c.pattern, c.sparsity, c.values, 64)
     assert torch.equal(unswapped.mask, start)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("width", "swaps"), [(40, 1), (576, 7), (4096, 50)])
+def test_a_row_is_swapped_in_proportion_to_its_inputs(width: int, swaps: int) -> None:
+    layer = make_layer(4, width)
+    masks = [
+        DSnoT(cycles=cycles).swap(layer, mask_from_scores(layer.weight.abs(), Unstructured(), 0.5), width)
+        for cycles in (None, swaps)
+    ]
+    assert torch.equal(*masks)
 
 
 def test_layers_of_a_skipped_module_keep_their_first_mask() -> None:
