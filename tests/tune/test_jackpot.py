@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tuned_models import RUN, masked
+from tuned_models import RUN, Toy, masked
 
 import gossamer as gs
 from gossamer.errors import MethodError
@@ -62,22 +61,12 @@ def searched(dense: torch.Tensor, pattern: str, loss: Any, steps: int = 200) -> 
 
 
 def test_it_comes_near_the_best_masks_that_there_are() -> None:
-    torch.manual_seed(0)
-    dense, inputs = torch.randn(6, 16), torch.randn(64, 16)
-    inputs[:, 1::4] += 2 * inputs[:, ::4]  # neighbours stand in for each other: magnitude does not see it
-
-    def lost(weight: torch.Tensor) -> torch.Tensor:
-        x, d = inputs.reshape(64, 4, 4), (weight - dense).reshape(6, 4, 4)
-        return torch.einsum("ngi,ogi->nog", x, d).square().mean(0)
-
-    candidates = [torch.zeros(4).index_fill_(0, torch.tensor(kept), 1) for kept in combinations(range(4), 2)]
-    best = torch.stack([lost(dense * one.repeat(4)) for one in candidates]).amin(0).sum()
-    start = lost(dense * mask_from_scores(dense.abs(), parse_pattern("2:4"))).sum()
-    weight = searched(dense, "2:4", lambda w: lost(w).sum())
+    toy = Toy()
+    weight = searched(toy.dense, "2:4", toy.lost)
     with torch.no_grad():
-        found = lost(weight()).sum()
-    assert best < 0.9 * start
-    assert found < best + 0.3 * (start - best)
+        found = toy.lost(weight())
+    assert toy.best < 0.9 * toy.start
+    assert found < toy.best + 0.3 * (toy.start - toy.best)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])

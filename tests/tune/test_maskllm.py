@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tuned_models import RUN, masked
+from tuned_models import RUN, Toy, masked
 
 import gossamer as gs
 from gossamer.errors import GossamerError, MethodError, PatternError
@@ -40,23 +39,12 @@ def learned(dense: torch.Tensor, loss: Any, steps: int = 300, **options: Any) ->
 
 @pytest.mark.parametrize("prior", [0.0, 3.0])
 def test_it_finds_the_best_masks_that_there_are(prior: float) -> None:
-    torch.manual_seed(0)
-    dense, inputs = torch.randn(6, 16), torch.randn(64, 16)
-    inputs[:, 1::4] += 2 * inputs[:, ::4]  # neighbours stand in for each other: magnitude does not see it
-
-    def lost(weight: torch.Tensor) -> torch.Tensor:
-        # groups by themselves, so that the best mask of each can be found by trying all
-        x, d = inputs.reshape(64, 4, 4), (weight - dense).reshape(6, 4, 4)
-        return torch.einsum("ngi,ogi->nog", x, d).square().mean(0)
-
-    candidates = [torch.zeros(4).index_fill_(0, torch.tensor(kept), 1) for kept in combinations(range(4), 2)]
-    best = torch.stack([lost(dense * one.repeat(4)) for one in candidates]).amin(0).sum()
-    start = lost(dense * mask_from_scores(dense.abs(), PATTERN)).sum()
-    weight = learned(dense, lambda w: lost(w).sum(), prior=prior)
+    toy = Toy()
+    weight = learned(toy.dense, toy.lost, prior=prior)
     with torch.no_grad():
-        found = lost(weight()).sum()
-    assert best < 0.9 * start
-    assert found < best + 0.1 * (start - best)
+        found = toy.lost(weight())
+    assert toy.best < 0.9 * toy.start
+    assert found < toy.best + 0.1 * (toy.start - toy.best)
 
 
 def test_weights_stand_still_and_masks_are_exact_without_gradients() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -28,3 +29,27 @@ def masked(pattern: str = "2:4") -> tuple[Any, dict[str, torch.Tensor | None]]:
     return model, {
         n: mask_from_scores(m.weight.detach().abs(), parse_pattern(pattern)) for n, m in layers.items()
     }
+
+
+class Toy:
+    """A layer whose best 2:4 masks are known: groups count by themselves, and all masks of each are tried.
+    Neighbouring inputs stand in for each other, which magnitude does not see."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.dense, self.inputs = torch.randn(6, 16), torch.randn(64, 16)
+        self.inputs[:, 1::4] += 2 * self.inputs[:, ::4]
+        candidates = [
+            torch.zeros(4).index_fill_(0, torch.tensor(kept), 1) for kept in combinations(range(4), 2)
+        ]
+        tried = [self.groups(self.dense * one.repeat(4)) for one in candidates]
+        self.best = torch.stack(tried).amin(0).sum()
+        self.start = self.lost(self.dense * mask_from_scores(self.dense.abs(), parse_pattern("2:4")))
+
+    def groups(self, weight: torch.Tensor) -> torch.Tensor:
+        """What each group loses, ``(out, groups)``."""
+        x, d = self.inputs.reshape(64, 4, 4), (weight - self.dense).reshape(6, 4, 4)
+        return torch.einsum("ngi,ogi->nog", x, d).square().mean(0)
+
+    def lost(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.groups(weight).sum()

@@ -62,8 +62,7 @@ class InputNorm(Statistic):
     def finish(self) -> None:
         super().finish()
         self.norm = self._squares.sqrt().float()
-        if not torch.isfinite(self.norm).all():
-            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+        check_inputs_finite(self.norm)
 
 
 class InputPeak(Statistic):
@@ -86,8 +85,7 @@ class InputPeak(Statistic):
 
     def finish(self) -> None:
         super().finish()
-        if not torch.isfinite(self.peak).all():
-            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+        check_inputs_finite(self.peak)
 
 
 class InputMoments(Statistic):
@@ -114,8 +112,7 @@ class InputMoments(Statistic):
         mean = self._sums / self.tokens
         self.mean = mean.float()
         self.variance = (self._squares / self.tokens - mean.square()).clamp_min(0).float()
-        if not torch.isfinite(self._squares).all():
-            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+        check_inputs_finite(self._squares)
 
 
 class Gram(Statistic):
@@ -150,8 +147,13 @@ class Gram(Statistic):
         super().finish()
         upper = self.matrix.triu()
         self.matrix = upper + upper.triu(1).T
-        if not torch.isfinite(self.matrix).all():
-            raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
+        check_inputs_finite(self.matrix)
+
+
+def check_inputs_finite(found: Tensor) -> None:
+    """Raises CalibrationError unless all that was ``found`` of a layer's inputs is finite."""
+    if not torch.isfinite(found).all():
+        raise CalibrationError("the layer's inputs are not finite: NaN or infinite weights before it?")
 
 
 S = TypeVar("S", bound=Statistic)

@@ -14,6 +14,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from gossamer.errors import EvaluationError
+from gossamer.evaluate.task_files import spread
 
 PREFIX = "harness:"
 OUTPUTS = ("multiple_choice", "loglikelihood")
@@ -83,13 +84,12 @@ def _load(manager: TaskManager, name: str, spec: str, items: int | None) -> Harn
         raise EvaluationError(f"{name} is a group of tasks: name those of it that are to be asked")
     task, total = found[0], len(docs)
     _check(name, vars(task.config))
-    count = total if items is None else min(items, total)
-    if not count:
+    if not total:
         raise EvaluationError(f"the task {name} has no items")
     if task.config.num_fewshot is None:
         task.set_config("num_fewshot", 0)
     label = name if name.startswith(PREFIX) else task.task_name
-    return HarnessTask(label, task, tuple(index * total // count for index in range(count)), total)
+    return HarnessTask(label, task, spread(total, items), total)
 
 
 def _check(name: str, config: Mapping[str, Any]) -> None:

@@ -59,13 +59,18 @@ def read_task(name: str, items: int | None = ITEMS) -> TaskItems:
     if not rows:
         raise EvaluationError(f"{path.name} holds no items")
     total = len(rows)
-    count = total if items is None else min(items, total)
     label = path.name.partition(".")[0]
     ends_with = TASKS.get(name, "")
-    chosen = [_item(*rows[index * total // count], path.name, ends_with) for index in range(count)]
+    chosen = [_item(*rows[index], path.name, ends_with) for index in spread(total, items)]
     if len({len(set(item.contexts)) > 1 for item in chosen}) > 1:
         raise EvaluationError(f"{path.name} mixes choices of continuations with choices of contexts")
     return TaskItems(label, tuple(chosen), total, _sha256(data))
+
+
+def spread(total: int, items: int | None) -> tuple[int, ...]:
+    """So many places of ``total``, evenly apart and always the same; None, or more than there are: all."""
+    count = total if items is None else min(items, total)
+    return tuple(index * total // count for index in range(count))
 
 
 def check_tasks(names: Sequence[str]) -> None:

@@ -11,17 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.claim import Claim
-from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.evaluate import paired_difference
 from gossamer.progress import Progress, silent
-from gossamer.prune import FORMATS, METHODS
-from gossamer.registry import Registry
+from gossamer.recipes.catalogue import methods
 from gossamer.report.one_shot import Texts, figures
-from gossamer.shrink import DEPTH
-from gossamer.tune import TUNERS, WEIGHTS
-from gossamer.tune.losses import LOSSES
-from gossamer.tune.self_data import PROMPTS
 
 __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 
@@ -53,22 +47,7 @@ class Verdict:
 
 def claimed() -> dict[str, Claim]:
     """The methods that have a claim which runs, by name."""
-    families: tuple[Registry[Any], ...] = (
-        METHODS,
-        FORMATS,
-        DEPTH,
-        TUNERS,
-        WEIGHTS,
-        LOSSES,
-        PROMPTS,
-        ACTIVATIONS,
-    )
-    return {
-        name: claim
-        for family in families
-        for name in family
-        if (claim := getattr(family[name], "claim", None)) is not None
-    }
+    return {method.name: method.claim for method in methods() if method.claim is not None}
 
 
 def reproduce(

@@ -13,9 +13,10 @@ from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import Quantized
 from gossamer.sparse import mask_from_scores, parse_pattern
-from gossamer.sparse.masks import check_mask, keep_highest
+from gossamer.sparse.masks import keep_highest
 from gossamer.sparse.patterns import NM, Unstructured
-from gossamer.tune.weights import WEIGHTS, TunedWeight
+from gossamer.tune.ways.search import MaskSearch
+from gossamer.tune.weights import WEIGHTS
 
 KEPT, PRUNED = 1.0, 0.99  # where scores start
 MOMENTUM = 0.9
@@ -43,7 +44,7 @@ class JackpotOptions:
 
 
 @WEIGHTS.register("jackpot", cite="Zhang et al. 2023, Lottery Jackpots Exist in Pre-trained Models")
-class JackpotWeight(TunedWeight):
+class JackpotWeight(MaskSearch):
     """``W = W0 ⊙ mask``. Only ``importance`` ``(out, in)`` is trained, on the gradient of the mask itself,
     ``g ⊙ W0`` (STE): 1 where the start keeps a weight, 0.99 where it does not. It steps by itself, by SGD
     with momentum at a rate that falls by a cosine, gradients in units of their layer's root mean square:
@@ -51,8 +52,7 @@ class JackpotWeight(TunedWeight):
 
     The mask wants the highest of them. Of the pairs (one to come, one to go) that this asks for, only the
     share ``(1 - fraction)^power`` with the most to gain is swapped: changes that depend on each other disturb
-    the loss, and more so near the end (the paper's short restriction). W0 are the dense model's weights
-    where they are known (`fill`): give it as the teacher. Floats only.
+    the loss, and more so near the end (the paper's short restriction).
     """
 
     Options: ClassVar[type[Any]] = JackpotOptions
@@ -81,14 +81,8 @@ class JackpotWeight(TunedWeight):
         quantized: Quantized | None = None,
         options: JackpotOptions | None = None,
     ) -> None:
-        super().__init__(weight, None, None, options)
-        if quantized is not None:
-            raise MethodError("jackpot searches masks of floats: search first, and quantize what it gives")
-        if mask is None:
-            raise MethodError("jackpot begins with masks, and this weight has none")
-        self._pattern = parse_pattern(self.options.pattern)
-        check_mask(mask, self._pattern)
-        self.freeze()
+        super().__init__(weight, mask, quantized, options)
+        assert mask is not None
         self.register_buffer("importance", torch.where(mask, KEPT, PRUNED).requires_grad_())
         self.register_buffer("speed", torch.zeros(mask.shape))
         self.register_buffer("kept", mask.clone())
@@ -98,10 +92,6 @@ class JackpotWeight(TunedWeight):
 
     def leaf(self) -> Tensor:
         return self.importance
-
-    @torch.no_grad()
-    def fill(self, dense: Tensor) -> None:
-        self.latent.copy_(dense.float())
 
     def dense(self) -> Tensor:
         straight = self.importance - self.importance.detach()
@@ -122,10 +112,8 @@ class JackpotWeight(TunedWeight):
         share = (1 - fraction) ** self.options.power
         self.kept.copy_(swapped(self.kept, self._wanted(), self.importance, self._group(), share))
 
-    @torch.no_grad()
-    def finished(self) -> tuple[Tensor, Quantized | None]:
-        self.mask = self.kept.clone()
-        return self.latent * self.mask, None
+    def likeliest(self) -> Tensor:
+        return self.kept.clone()
 
     def _wanted(self) -> Tensor:
         """The mask of the highest scores, of as many as are kept."""

@@ -14,9 +14,9 @@ from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import Quantized
 from gossamer.sparse import parse_pattern
-from gossamer.sparse.masks import check_mask
 from gossamer.sparse.patterns import NM
-from gossamer.tune.weights import WEIGHTS, TunedWeight, seed_of
+from gossamer.tune.ways.search import MaskSearch
+from gossamer.tune.weights import WEIGHTS, seed_of
 
 MOST_CANDIDATES = 70  # masks of a group: those of 4:8
 SPREAD = 0.01  # standard deviation of logits at the start
@@ -50,7 +50,7 @@ class MaskLlmOptions:
     "maskllm",
     cite="Fang et al. 2024, MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
 )
-class MaskLlmWeight(TunedWeight):
+class MaskLlmWeight(MaskSearch):
     """``W = W0 ⊙ Σ y S`` while it is trained: S are all masks of a group within the pattern, and
     ``y = softmax((κ logits + gumbel) / τ)`` with noise anew in each step. τ falls and κ rises linearly over
     the run. Only ``logits`` ``(out, groups, masks)`` are trained, at a rate of their own order (1e-4 in the
@@ -86,18 +86,14 @@ class MaskLlmWeight(TunedWeight):
         quantized: Quantized | None = None,
         options: MaskLlmOptions | None = None,
     ) -> None:
-        super().__init__(weight, None, None, options)
-        pattern = parse_pattern(self.options.pattern)
+        super().__init__(weight, mask, quantized, options)
+        pattern = self._pattern
         assert isinstance(pattern, NM)
-        if quantized is not None:
-            raise MethodError("maskllm learns masks of floats: tune first, and quantize what it gives")
-        if mask is None:
-            raise MethodError("maskllm begins with masks, and this weight has none")
-        check_mask(mask, pattern)
+        assert mask is not None
         out, width = weight.shape
         if width % pattern.m:
             raise MethodError(f"{width} inputs are no whole groups of {pattern}")
-        self._seed = seed_of(self.freeze())  # of the noise too
+        self._seed = seed_of(self.latent)  # of the noise too
         kept = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
         self.register_buffer(
             "masks", torch.zeros(len(kept), pattern.m).scatter_(1, kept, 1), persistent=False
@@ -116,10 +112,6 @@ class MaskLlmWeight(TunedWeight):
 
     def size(self) -> float:
         return float(self.logits.detach().abs().mean())
-
-    @torch.no_grad()
-    def fill(self, dense: Tensor) -> None:
-        self.latent.copy_(dense.float())
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self._learns != torch.is_grad_enabled():
@@ -147,11 +139,6 @@ class MaskLlmWeight(TunedWeight):
     def after_step(self, fraction: float) -> None:
         self.steps += 1
         self.done.fill_(min(max(fraction, 0.0), 1.0))
-
-    @torch.no_grad()
-    def finished(self) -> tuple[Tensor, Quantized | None]:
-        self.mask = self.likeliest()
-        return self.latent * self.mask, None
 
     def _gumbel(self) -> Tensor:
         """The noise of this step, the same however often it is asked for."""

@@ -53,14 +53,12 @@ class ScalesWeight(TunedWeight):
     def __init__(
         self, weight: Tensor, mask: Tensor | None, quantized: Quantized | None = None, options: Any = None
     ) -> None:
-        super().__init__(weight, mask, quantized, options)
-        if quantized is None or self.scales is None:
+        super().__init__(weight, mask, None, options)  # floats, to what makes and follows them
+        if quantized is None:
             raise MethodError("scales are tuned where values are integers, and these are floats")
         self.freeze()
-        first = self.scales.detach()
-        del self.scales
-        self.scales = None
-        self.factors = nn.Parameter(first)
+        self.values, self.group = quantized.values, quantized.group
+        self.factors = nn.Parameter(quantized.scales.float())
         self.register_buffer("codes", quantized.q, persistent=False)
 
     def size(self) -> float:
