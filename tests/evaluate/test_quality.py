@@ -63,6 +63,23 @@ def test_kl_and_agreement_equal_float64_kl_div_on_whole_logits() -> None:
     assert quality.perplexity_ratio == pytest.approx(quality.perplexity / reference.perplexity)
 
 
+def test_predictions_from_a_position_on_are_those_of_whole_windows() -> None:
+    dense, other = tiny_llama(0), tiny_llama(1)
+    quality = evaluate(other, WINDOWS, reference=dense, first=25, chunk=8)
+    with torch.no_grad():
+        p = dense(WINDOWS).logits[:, 25:-1].double().log_softmax(-1)
+        q = other(WINDOWS).logits[:, 25:-1].double().log_softmax(-1)
+    nll = -q.gather(-1, WINDOWS[:, 26:, None])[..., 0].mean(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean(-1)
+    assert quality.nll == pytest.approx(nll.tolist(), rel=1e-5)
+    assert quality.kl == pytest.approx(kl.tolist(), rel=1e-4)
+    assert (quality.tokens, quality.first, len(quality.nll)) == (5 * 14, 25, 5)
+    assert evaluate(other, WINDOWS, first=38).tokens == 5
+    for nothing in (39, -1):
+        with pytest.raises(EvaluationError, match="nothing to measure"):
+            evaluate(other, WINDOWS, first=nothing)
+
+
 def test_known_values_of_a_bigram_table() -> None:
     uniform = Bigram(torch.zeros(4, 4))
     skewed = Bigram(torch.tensor([0.5, 0.25, 0.125, 0.125]).log().repeat(4, 1))

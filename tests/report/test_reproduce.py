@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from gossamer.cli.app import app
 from gossamer.cli.reproduce import seconds_of
 from gossamer.dynamic.activations import method as gating
+from gossamer.dynamic.attention import POLICIES
+from gossamer.dynamic.cache import CACHES
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.matrices import Packed, Sum
 from gossamer.models import load_checkpoint
@@ -129,6 +131,7 @@ def test_every_claim_names_contenders_that_exist() -> None:
     for name, one in claimed().items():
         tried = one.experiment
         others = {*tried.tuned, *tried.compressed, *tried.shrunk, *tried.gated}
+        others |= {*tried.attending, *tried.caching}
         assert {name, one.than, tried.start, *tried.against} <= {"dense", *METHODS, *others}, name
         assert not others & {"dense", *METHODS}, name
         assert one.metric in ("perplexity", "kl"), name
@@ -141,6 +144,45 @@ def test_every_claim_names_contenders_that_exist() -> None:
             ShrinkSettings(**settings).chosen()
         for settings in tried.gated.values():
             gating(settings["method_name"])
+        for contender, settings in tried.attending.items():
+            assert settings.get("method", contender) in POLICIES
+        for contender, settings in tried.caching.items():
+            assert settings.get("method", contender) in CACHES
+        assert tried.length is None or tried.first < tried.length - 1
+
+
+RUN_TIME = {
+    "attending": {
+        "everything": {"method": "block_topk", "count": 99},
+        "sink_window": {"sink": 0, "window": 64},
+        "minference": {"budget": 4},
+    },
+    "caching": {
+        "everything": {"method": "low_rank_keys", "rank": 32, "tokens": 999, "value_bits": 16, "outliers": 0},
+        "gear": {"bits": 2, "recent": 0},
+        "double_sparsity": {"labels": 2, "tokens": 64},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RUN_TIME)
+def test_contenders_may_look_or_keep_less_at_run_time(kind: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "tiny", initializer_range=0.4)
+    made: dict[str, Any] = {kind: RUN_TIME[kind]}
+    names = list(RUN_TIME[kind])
+    experiment = Experiment(
+        model=str(folder), windows=1, seqlen=448, length=448, first=192, against=tuple(names), **made
+    )
+    asked = Claim("it reads less", experiment, "kl", "everything", factor=1.0, bound="at_least")
+    texts = replace(TEXTS, windows=14)  # of 64: two windows of 448
+    found = reproduce(names[1], tmp_path / "work", claim=asked, texts=texts)
+    assert {len(one["nll"]) for one in found.figures.values()} == {2}
+    kl = {name: one["kl"] for name, one in found.figures.items()}
+    assert kl["dense"] == 0
+    assert 10 * kl["everything"] < min(kl[name] for name in names[1:]), kl
+    assert found.holds
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+    assert reproduce(names[1], tmp_path / "work", claim=asked, texts=texts).figures == found.figures
 
 
 def tuned_claim(model: str) -> Claim:
@@ -268,6 +310,6 @@ def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
     listed = run(app, ["reproduce", "--list", "--json"])
     assert set(json.loads(listed.stdout)) == set(claimed())
     assert run(app, ["reproduce"]).exit_code == 2
-    assert run(app, ["reproduce", "gear"]).exit_code == 2
+    assert run(app, ["reproduce", "rewrites"]).exit_code == 2
     assert run(app, ["reproduce", "--page", str(tmp_path / "catalogue.md")]).exit_code == 0
     assert "| `obs` |" in (tmp_path / "catalogue.md").read_text()

@@ -27,7 +27,8 @@ CHUNK = 256  # positions whose logits are held at once: 50 MB a model at a vocab
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured on ``windows`` windows of ``seqlen`` tokens, each predicting ``seqlen - 1`` of them.
+    """What was measured on ``windows`` windows of ``seqlen`` tokens, each predicting all of them but those up
+    to position ``first``, which are read and not measured.
 
     ``nll``: mean negative log-likelihood of each window, nats per token. With a reference model also
     ``reference_nll`` (its own), ``kl``: mean KL(reference || model) of each window, nats per token, and
@@ -43,6 +44,7 @@ class Quality:
     agreement: tuple[float, ...] | None = None
     calibration_error: float | None = None
     reference_calibration_error: float | None = None
+    first: int = 0
 
     @property
     def windows(self) -> int:
@@ -52,7 +54,7 @@ class Quality:
     @property
     def tokens(self) -> int:
         """Number of predicted tokens."""
-        return self.windows * (self.seqlen - 1)
+        return self.windows * (self.seqlen - 1 - self.first)
 
     @property
     def perplexity(self) -> float:
@@ -109,6 +111,7 @@ class Quality:
             "tokens": self.tokens,
             "windows": self.windows,
             "seqlen": self.seqlen,
+            "first": self.first,
             "intervals": {name: interval.to_dict() for name, interval in self.intervals().items()},
             "per_window": {
                 "nll": list(self.nll),
@@ -124,12 +127,13 @@ def evaluate(
     windows: Tensor,
     *,
     reference: nn.Module | LogitReader | None = None,
+    first: int = 0,
     batch: int = 1,
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> Quality:
     """Measure one causal language model on ``windows``; see `compare`."""
-    options: dict[str, Any] = {"batch": batch, "chunk": chunk, "progress": progress}
+    options: dict[str, Any] = {"first": first, "batch": batch, "chunk": chunk, "progress": progress}
     return compare({"the model": model}, windows, reference=reference, **options)["the model"]
 
 
@@ -138,6 +142,7 @@ def compare(
     windows: Tensor,
     *,
     reference: nn.Module | LogitReader | None = None,
+    first: int = 0,
     batch: int = 1,
     chunk: int = CHUNK,
     progress: Progress = silent,
@@ -146,21 +151,23 @@ def compare(
 
     ``windows``: int64 token ids ``(n, seqlen)``, cut without overlap; each window starts anew and predicts
     its tokens 1 .. seqlen - 1, so n * (seqlen - 1) tokens count. ``reference``: the dense model, which may be
-    one of ``models``, and is then run once; or its reader, which may remember what it read. ``batch``:
-    windows run together (memory). ``chunk``: positions whose logits are held at once (the result does not
-    depend on it, beyond the rounding of a matrix product).
+    one of ``models``, and is then run once; or its reader, which may remember what it read. ``first``: only
+    predictions made from this position on count (those of long contexts, say). ``batch``: windows run
+    together (memory). ``chunk``: positions whose logits are held at once (the result does not depend on it,
+    beyond the rounding of a matrix product).
     ``progress("evaluate", done, n)`` is called after each batch of windows.
 
     Logits are taken in the dtype the model gives, log-softmax is in float32, sums in float64.
     Raises EvaluationError for windows that are no ``(n, seqlen >= 2)`` integers or hold tokens outside the
     vocabulary, for NaN or infinite logits, and where a model's vocabulary is not the reference's.
     """
-    _check_windows(windows, batch, chunk)
+    _check_windows(windows, first, batch, chunk)
     base = LogitReader(reference, "the reference model") if isinstance(reference, nn.Module) else reference
     dense = None if base is None else base.model
     for name, model in models.items():
         _check_vocabulary(name, model, windows, dense)
     n, seqlen = windows.shape
+    counted = seqlen - 1 - first
     windows = windows.to(torch.int64)
     readers = {name: LogitReader(model, name) for name, model in models.items()}
     tallies = {name: _Tally() for name in models}
@@ -174,29 +181,30 @@ def compare(
             rows = {name: reader(ids) for name, reader in readers.items() if reader.model is not dense}
             for tally in (base_tally, *tallies.values()):
                 tally.open(len(ids))
-            for first in range(0, seqlen - 1, chunk):
-                last = min(first + chunk, seqlen - 1)
-                targets = ids[:, first + 1 : last + 1]
+            for start_at in range(first, seqlen - 1, chunk):
+                last = min(start_at + chunk, seqlen - 1)
+                targets = ids[:, start_at + 1 : last + 1]
                 expected = None
                 if base_rows is not None:
-                    logp = base_rows(first, last).log_softmax(dim=-1)
+                    logp = base_rows(start_at, last).log_softmax(dim=-1)
                     expected = logp, base_tally.add(logp, targets, None)
                 for name, tally in tallies.items():
                     if name in rows:
-                        tally.add(rows[name](first, last).log_softmax(dim=-1), targets, expected)
+                        tally.add(rows[name](start_at, last).log_softmax(dim=-1), targets, expected)
                     elif expected is not None:
                         tally.add(expected[0], targets, expected)
             progress("evaluate", min(start + batch, n), n)
-    reference_nll = None if base is None else base_tally.mean("nll", seqlen - 1)
+    reference_nll = None if base is None else base_tally.mean("nll", counted)
     return {
         name: Quality(
             seqlen=seqlen,
-            nll=tally.mean("nll", seqlen - 1),
+            nll=tally.mean("nll", counted),
             reference_nll=reference_nll,
-            kl=None if base is None else tally.mean("kl", seqlen - 1),
-            agreement=None if base is None else tally.mean("agreement", seqlen - 1),
+            kl=None if base is None else tally.mean("kl", counted),
+            agreement=None if base is None else tally.mean("agreement", counted),
             calibration_error=tally.sure.error,
             reference_calibration_error=None if base is None else base_tally.sure.error,
+            first=first,
         )
         for name, tally in tallies.items()
     }
@@ -253,7 +261,7 @@ def _check_vocabulary(name: str, model: nn.Module, windows: Tensor, reference: n
         )
 
 
-def _check_windows(windows: Tensor, batch: int, chunk: int) -> None:
+def _check_windows(windows: Tensor, first: int, batch: int, chunk: int) -> None:
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise EvaluationError(
             f"windows must be token ids of shape (n, seqlen >= 2), got {tuple(windows.shape)}"
@@ -262,6 +270,8 @@ def _check_windows(windows: Tensor, batch: int, chunk: int) -> None:
         raise EvaluationError(f"windows must be integer token ids, got {windows.dtype}")
     if int(windows.min()) < 0:
         raise EvaluationError(f"windows hold the negative token id {int(windows.min())}")
+    if not 0 <= first < windows.shape[1] - 1:
+        raise EvaluationError(f"windows of {windows.shape[1]} tokens have nothing to measure from {first} on")
     if batch < 1 or chunk < 1:
         raise EvaluationError(f"batch and chunk must be at least 1, got {batch} and {chunk}")
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gossamer.claim import Experiment
+from gossamer.dynamic.attention import POLICIES, attach
+from gossamer.dynamic.cache import CACHES
+from gossamer.dynamic.cache.through import Through
 from gossamer.evaluate import evaluate
 from gossamer.evaluate.logits import LogitReader
 from gossamer.matrices.atomic import atomic_file
-from gossamer.models.text import TextSource, read_text
+from gossamer.models.text import TextSource, calibration_windows, read_text
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
@@ -35,6 +38,12 @@ class Texts:
     measured: TextSource = None
     windows: int = 20
     seqlen: int = 2048
+
+    def windows_of(self, length: int | None) -> tuple[int, int]:
+        """Tokens of a window, and how many there are: about as many tokens of another ``length``."""
+        if length is None:
+            return self.seqlen, self.windows
+        return length, max(1, self.windows * self.seqlen // length)
 
 
 def figures(
@@ -57,14 +66,18 @@ def figures(
     if name == "dense":
         measured: LoadedModel = dense
         seconds = 0.0
+    elif name in experiment.attending or name in experiment.caching:
+        measured = _at_run_time(name, experiment, texts.calibration)
+        seconds = time.perf_counter() - start
     else:
         if not out.exists():
             _make(name, experiment, texts, work, out, progress)
         seconds = time.perf_counter() - start
         measured = load(out, dtype="bfloat16", engine="transformers", progress=progress)
     read = read_text(texts.measured, part="measure")
-    windows = windows_for(measured, read, texts.seqlen, texts.windows)
-    found = evaluate(measured.model, windows, reference=reference, progress=progress)
+    length, count = texts.windows_of(experiment.length)
+    windows = windows_for(dense, read, length, count)
+    found = evaluate(measured.model, windows, reference=reference, first=experiment.first, progress=progress)
     result = {
         "asked": asked,
         "perplexity": found.perplexity,
@@ -94,6 +107,21 @@ def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path
     else:
         model, settings = _shrunk(experiment, texts, work, progress), experiment.settings(name)
         compress(model, out, calibration=texts.calibration, progress=progress, **{"method": name, **settings})
+
+
+def _at_run_time(name: str, experiment: Experiment, calibration: TextSource) -> LoadedModel:
+    """The dense model under a policy of attention, or with a cache."""
+    found = load(experiment.model, dtype="bfloat16", engine="transformers")
+    settings = dict(experiment.attending.get(name) or experiment.caching[name])
+    method = settings.pop("method", name)
+    windows = calibration_windows(
+        read_text(calibration), found.tokenizer, experiment.seqlen, experiment.windows
+    )
+    if name in experiment.attending:
+        attach(found.model, POLICIES[method].calibrated(found.model, windows, **settings))
+        return found
+    cache = CACHES[method].calibrated(found.model, windows, **settings)
+    return replace(found, model=Through(found.model, cache, experiment.first))
 
 
 @lru_cache(maxsize=1)
@@ -136,8 +164,11 @@ def _written(name: str, experiment: Experiment, texts: Texts, work: Path, progre
 
 def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     """All that the figures of a contender depend on."""
-    others = {"shrunk": experiment.shrunk.get(name), "gated": experiment.gated.get(name)}
-    settings = None if name == "dense" or others["shrunk"] else experiment.settings(name)
+    others = {
+        kind: getattr(experiment, kind).get(name) for kind in ("shrunk", "gated", "attending", "caching")
+    }
+    plain = name == "dense" or others["shrunk"] or others["attending"] or others["caching"]
+    settings = None if plain else experiment.settings(name)
     asked = {"method": name, "model": experiment.model, "version": VERSION, "settings": settings}
     tuning = experiment.tuning_of(name)
     tuned: dict[str, Any] = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
@@ -150,6 +181,10 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
         tuned["sampled"] = experiment.sampled[name]
     if experiment.blocks and name != "dense":
         tuned["blocks"] = experiment.blocks
+    if others["attending"] or others["caching"]:
+        tuned["calibrated"] = [experiment.windows, experiment.seqlen]
+    if experiment.length is not None:
+        tuned["measured"] = [experiment.length, experiment.first]
     return {**asked, "texts": _named(texts), **tuned}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from gossamer.claim import Claim, Experiment
 from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK, block_count
@@ -18,6 +19,13 @@ class Policy(ABC):
     """Chooses, per layer and head, which blocks of `BLOCK` keys each block of queries looks at."""
 
     name: ClassVar[str]
+    claim: ClassVar[Claim | None] = None
+
+    @classmethod
+    def calibrated(cls, model: Any, windows: Tensor, **settings: Any) -> Policy:
+        """The policy with plain ``settings``, what it needs besides found on ``windows``, int64
+        ``(windows, n)``, of the transformers ``model``."""
+        return cls(**settings)
 
     @abstractmethod
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
@@ -37,6 +45,23 @@ class Policy(ABC):
         """`look` for every head of a model."""
         return [[self.look(layer, head) for head in range(heads)] for layer in range(layers)]
 
+
+LONG = Experiment(
+    windows=1,
+    seqlen=8064,
+    length=8064,
+    first=4032,
+    attending={
+        "sink_window": {"sink": BLOCK, "window": 14 * BLOCK},
+        "window": {"method": "sink_window", "sink": 0, "window": 15 * BLOCK},
+        "block_topk": {"count": 16},
+        "hip": {"count": 13, "window": 2 * BLOCK},
+        "minference": {"budget": 16},
+        "strided": {"window": 8 * BLOCK, "stride": 15},
+    },
+    against=("sink_window",),
+)
+"""A quarter of the blocks, 16 for each block of queries, in the second half of windows of 8,064 tokens."""
 
 POLICIES: Registry[Policy] = Registry(
     "attention policy",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gossamer.dynamic.attention.policy import POLICIES, Policy, blocks_back, latest, numbers
+from gossamer.claim import Claim
+from gossamer.dynamic.attention.policy import LONG, POLICIES, Policy, blocks_back, latest, numbers
 from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
@@ -19,6 +20,15 @@ class SinkWindow(Policy):
 
     The paper keeps 4 sink tokens; a block is the least that is kept here.
     """
+
+    claim = Claim(
+        says="Without the first tokens a window fails (Llama-2 13B, 1,024 keys: 5,158), with four of "
+        "them it reads on (5.40).",
+        experiment=LONG,
+        metric="perplexity",
+        than="window",
+        factor=0.5,
+    )
 
     sink: int = 4
     window: int = 1024

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.dynamic.cache.method import CACHES, CacheMethod, KeptLayer, head_dim
+from gossamer.claim import Claim
+from gossamer.dynamic.cache.method import CACHES, STEPS, CacheMethod, KeptLayer, head_dim
 from gossamer.dynamic.cache.parts import split
 from gossamer.dynamic.cache.quantize import BITS, GROUP, Quantized, of_keys, of_values
 from gossamer.errors import MethodError
@@ -67,6 +68,15 @@ class Gear(CacheMethod):
 
     keeps = "all, in few bits"
     reads = "nothing: all is read"
+
+    claim = Claim(
+        says="A low-rank part and outliers beside codes of 2 bits are near lossless where codes alone "
+        "(KIVI) are not.",
+        experiment=STEPS,
+        metric="kl",
+        than="kivi",
+        factor=0.75,
+    )
 
     bits: int = 4
     rank: int = 4

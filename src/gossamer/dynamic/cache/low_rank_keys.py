@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gossamer.dynamic.cache.method import CACHES, CacheMethod, head_dim, kv_heads
+from gossamer.claim import Claim
+from gossamer.dynamic.cache.method import CACHES, STEPS, CacheMethod, head_dim, kv_heads
 from gossamer.dynamic.cache.parts import split
 from gossamer.dynamic.cache.quantize import Quantized, of_values
 from gossamer.dynamic.cache.rotation import Rotation
@@ -51,6 +52,15 @@ class LowRankKeys(CacheMethod):
     """
 
     keeps = "keys in low rank"
+
+    claim = Claim(
+        says="Keys in low rank, of which steps rebuild the likeliest, take a sixth of the memory with "
+        "no loss of accuracy.",
+        experiment=STEPS,
+        metric="perplexity",
+        than="dense",
+        factor=1.01,
+    )
 
     rank: int = 96
     tokens: int = 1024

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from gossamer.claim import Claim, Experiment
 from gossamer.dynamic.cache.parts import mapped, nbytes
 from gossamer.errors import MethodError
 from gossamer.registry import Registry
@@ -107,9 +108,16 @@ class CacheMethod(ABC):
     """How keys and values are kept: `new` makes an empty cache, for ``past_key_values=`` of a model."""
 
     name: ClassVar[str]
+    claim: ClassVar[Claim | None] = None
     keeps: ClassVar[str]  # in a word, for lists of methods
     reads: ClassVar[str] = "step"  # within what positions compete to be read
     needs: ClassVar[tuple[str, ...]] = ()  # what is calibrated beforehand
+
+    @classmethod
+    def calibrated(cls, model: Any, windows: Tensor, **settings: Any) -> CacheMethod:
+        """The method with plain ``settings``, what it needs besides found on ``windows``, int64
+        ``(windows, n)``, of the transformers ``model``."""
+        return cls(**settings)
 
     @abstractmethod
     def layer(self, model: Any, number: int) -> KeptLayer:
@@ -135,6 +143,21 @@ class CacheMethod(ABC):
                 ]
             )
 
+
+STEPS = Experiment(
+    windows=4,
+    seqlen=1024,
+    length=8064,
+    first=7552,
+    caching={
+        "gear": {"bits": 2},
+        "kivi": {"method": "gear", "bits": 2, "rank": 0, "later_rank": 0, "outliers": 0},
+        "low_rank_keys": {"rank": 48, "tokens": 1024},
+        "double_sparsity": {"labels": 4, "tokens": 504},
+    },
+    against=(),
+)
+"""The last 512 of 8,064 tokens, which read a cache of what went before."""
 
 CACHES: Registry[CacheMethod] = Registry(
     "cache",
