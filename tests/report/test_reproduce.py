@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -70,6 +71,30 @@ def test_formats_are_contenders(model: str, tmp_path: Path) -> None:
     layers = {name: load_checkpoint(path).model.layers for name, path in made.items()}
     assert isinstance(layers["llm_int8"][0].self_attn.q_proj.matrix, Sum)
     assert isinstance(layers["int8"][0].self_attn.q_proj.matrix, Packed)
+
+
+def test_seeds_are_runs_of_their_own_and_figures_their_means(model: str, tmp_path: Path) -> None:
+    asked = Claim("it is no worse", claim(model).experiment, "perplexity", "magnitude")
+    found = reproduce("wanda", tmp_path, claim=asked, texts=TEXTS, seeds=3)
+    each = [
+        reproduce("wanda", tmp_path, texts=TEXTS, claim=replace(
+            asked, experiment=replace(asked.experiment, seed=seed))).figures
+        for seed in range(3)
+    ]  # fmt: skip
+    ours = [one["wanda"]["perplexity"] for one in each]
+    assert len(set(ours)) == 3
+    assert len({one["magnitude"]["perplexity"] for one in each}) == 1  # it reads no text
+    mean = math.exp(sum(map(math.log, ours)) / 3)
+    assert found.figures["wanda"]["perplexity"] == pytest.approx(mean)
+    assert found.ratios == pytest.approx([one / each[0]["magnitude"]["perplexity"] for one in ours])
+    assert found.ratio == pytest.approx(mean / each[0]["magnitude"]["perplexity"])
+    ends = found.interval or ()
+    assert found.clear == (len({one <= 1 for one in (*found.ratios, *ends)}) == 1)
+    made = [json.loads((path / "gossamer.json").read_text())["made"]["settings"]["seed"]
+            for path in tmp_path.glob("wanda-*") if path.is_dir()]  # fmt: skip
+    assert sorted(made) == [0, 1, 2]
+    assert len({one["random"]["perplexity"] for one in each}) == 3
+    assert "3 seeds" in page({"wanda": found.to_dict()})
 
 
 @pytest.mark.parametrize(("factor", "bound", "holds"), [

@@ -79,7 +79,7 @@ Calibration = Annotated[
 Text = Annotated[str | None, typer.Option("--text", metavar="TEXT", help=_CALIBRATION, show_default=BUILT_IN)]
 Seqlen = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens a calibration window.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
-WindowSeed = Annotated[int, typer.Option("--seed", help="Of the places that windows are cut from.")]
+WindowSeed = Annotated[int, typer.Option("--seed", help="Of the windows' places, and of methods that draw.")]
 MethodOption = Annotated[
     list[str] | None,
     typer.Option(

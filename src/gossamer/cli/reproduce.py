@@ -35,6 +35,9 @@ def reproduce(
     calibration: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to calibrate on.")] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="Text to measure on.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of 2,048 tokens to measure on.")] = 20,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each contender, each with text and tuning drawn anew.")
+    ] = 1,
     work: Annotated[Path, typer.Option(help="Where figures are kept, to go on from.")] = Path(
         "reproduce.work"
     ),
@@ -65,7 +68,8 @@ def reproduce(
     texts = _texts(calibration, text, windows)
     found = []
     with resumable(work), progress() as report:
-        for verdict in run_all(chosen, work, budget=seconds_of(budget), texts=texts, progress=report):
+        verdicts = run_all(chosen, work, budget=seconds_of(budget), texts=texts, seeds=seeds, progress=report)
+        for verdict in verdicts:
             found.append(verdict)
             if out is not None:
                 _merge(out, verdict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -163,15 +163,18 @@ def check_combination(
     group: int = 64,
     options: dict[str, Any] | None = None,
     budget: str | None = None,
+    seed: int = 0,
 ) -> Combination:
     """Everything that can be known to be wrong before any work starts.
 
     ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
     method's paper. ``sparsity`` None means 0 unless the pattern implies one. ``budget``: bytes or time a
-    token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. Raises
-    PatternError, SparsityError or MethodError with a sentence.
+    token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. ``seed``: of
+    methods that draw, unless their options have one. Raises PatternError, SparsityError or MethodError with
+    a sentence.
     """
-    chosen = method(method_name, **(options or {}))
+    draws = any(one.name == "seed" for one in fields(METHODS[ALIASES.get(method_name, method_name)]))
+    chosen = method(method_name, **({"seed": seed} if draws else {}) | (options or {}))
     wanted = None if budget is None else parse_budget(budget)
     if wanted is not None and allocation_name != "sensitivity":
         raise MethodError(

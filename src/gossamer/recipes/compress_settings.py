@@ -24,8 +24,9 @@ class CompressSettings(BaseModel):
     ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
     ``group``: inputs a scale (64 or 32); ``outliers``: inputs with an activation of this size or more keep
     their columns in bfloat16, at most a share ``outlier_share`` of a layer's (None: all that are so large;
-    alone it takes the largest); ``seqlen`` and ``windows``: of calibration; ``options``: of the
-    method; ``tune``: a tuning method that wins quality back block by block, with ``tune_options``.
+    alone it takes the largest); ``seqlen`` and ``windows``: of calibration; ``seed``: of those and of
+    methods that draw; ``options``: of the method; ``tune``: a tuning method that wins quality back block by
+    block, with ``tune_options``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +63,7 @@ class CompressSettings(BaseModel):
             group=self.group,
             options=self.options,
             budget=self.budget,
+            seed=self.seed,
         )
         if self.outlier_columns() is not None:
             if not found.values.is_integer:

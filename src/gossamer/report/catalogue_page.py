@@ -68,4 +68,6 @@ def measured(verdict: Mapping[str, Any]) -> str:
     bound = f"{claim['bound'].replace('_', ' ')} {claim['factor']:g}"
     words = "holds" if verdict["holds"] else "**does not hold**"
     words += "" if verdict["clear"] else " (not clearly)"
-    return f"{values}: ratio {verdict['ratio']:.3g}{around}, asked {bound}: {words}"
+    ratios = verdict.get("ratios") or ()
+    seeds = f", {len(ratios)} seeds {min(ratios):.3g} to {max(ratios):.3g}" if ratios else ""
+    return f"{values}: ratio {verdict['ratio']:.3g}{around}{seeds}, asked {bound}: {words}"

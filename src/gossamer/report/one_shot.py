@@ -97,10 +97,11 @@ def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path
     """The contender's files."""
     begun = work / _label(_asked(experiment.start, experiment, texts))
     if name in experiment.shrunk:
-        settings = experiment.shrunk[name]
+        settings = experiment.seeded(experiment.shrunk[name])
         remove_blocks(experiment.model, out, calibration=texts.calibration, progress=progress, **settings)
     elif name in experiment.gated:
-        gate(begun, out, text=texts.calibration, progress=progress, **experiment.gated[name])
+        settings = experiment.seeded(experiment.gated[name])
+        gate(begun, out, text=texts.calibration, progress=progress, **settings)
     elif (tuning := experiment.tuning_of(name)) is not None:
         text = _written(name, experiment, texts, work, progress)
         finetune(begun, out, text=text, teacher=experiment.model, progress=progress, **tuning)
@@ -115,7 +116,7 @@ def _at_run_time(name: str, experiment: Experiment, calibration: TextSource) -> 
     settings = dict(experiment.attending.get(name) or experiment.caching[name])
     method = settings.pop("method", name)
     windows = calibration_windows(
-        read_text(calibration), found.tokenizer, experiment.seqlen, experiment.windows
+        read_text(calibration), found.tokenizer, experiment.seqlen, experiment.windows, experiment.seed
     )
     if name in experiment.attending:
         attach(found.model, POLICIES[method].calibrated(found.model, windows, **settings))
@@ -136,7 +137,9 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
     if not experiment.blocks:
         return experiment.model
     seqlen = min(experiment.seqlen, 512)
+    drawn = experiment.seeded({})
     asked = {"method": "shrunk", "model": experiment.model, "blocks": experiment.blocks, "seqlen": seqlen}
+    asked |= drawn
     out = work / _label({**asked, "version": VERSION, "texts": _named(texts)})
     if not out.exists():
         remove_blocks(
@@ -146,6 +149,7 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
             blocks=experiment.blocks,
             seqlen=seqlen,
             progress=progress,
+            **drawn,
         )
     return out
 
@@ -155,18 +159,19 @@ def _written(name: str, experiment: Experiment, texts: Texts, work: Path, progre
     tokens = experiment.sampled.get(name)
     if tokens is None:
         return texts.calibration
-    asked = {"method": "sampled", "model": experiment.model, "tokens": tokens, "version": VERSION}
+    drawn = experiment.seeded({})
+    asked = {"method": "sampled", "model": experiment.model, "tokens": tokens, "version": VERSION, **drawn}
     out = work / f"{_label({**asked, 'texts': _named(texts)})}.jsonl"
     if not out.exists():
-        sample(experiment.model, out, text=texts.calibration, tokens=tokens, progress=progress)
+        sample(experiment.model, out, text=texts.calibration, tokens=tokens, progress=progress, **drawn)
     return out
 
 
 def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     """All that the figures of a contender depend on."""
-    others = {
-        kind: getattr(experiment, kind).get(name) for kind in ("shrunk", "gated", "attending", "caching")
-    }
+    kinds = ("shrunk", "gated", "attending", "caching")
+    found = {kind: getattr(experiment, kind).get(name) for kind in kinds}
+    others = {kind: made and experiment.seeded(made) for kind, made in found.items()}
     plain = name == "dense" or others["shrunk"] or others["attending"] or others["caching"]
     settings = None if plain else experiment.settings(name)
     asked = {"method": name, "model": experiment.model, "version": VERSION, "settings": settings}
@@ -182,7 +187,7 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     if experiment.blocks and name != "dense":
         tuned["blocks"] = experiment.blocks
     if others["attending"] or others["caching"]:
-        tuned["calibrated"] = [experiment.windows, experiment.seqlen]
+        tuned["calibrated"] = [experiment.windows, experiment.seqlen, *experiment.seeded({}).values()]
     if experiment.length is not None:
         tuned["measured"] = [experiment.length, experiment.first]
     return {**asked, "texts": _named(texts), **tuned}

@@ -6,8 +6,9 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gossamer.claim import Claim
@@ -24,7 +25,8 @@ __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 class Verdict:
     """What came of a claim. ``figures``: by contender; ``ratio`` of the method's metric to that of
     ``claim.than``, and its 95 % bootstrap interval over windows, where the metric has one; ``holds``: the
-    ratio keeps the bound; ``clear``: so does its whole interval, or none of it."""
+    ratio keeps the bound; ``clear``: so do its whole interval and every seed, or none of them. Of several
+    seeds figures are means, and ``ratios`` those of each."""
 
     name: str
     claim: Claim
@@ -34,6 +36,7 @@ class Verdict:
     holds: bool
     clear: bool
     seconds: float
+    ratios: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the values of each window are left out."""
@@ -56,10 +59,12 @@ def reproduce(
     *,
     claim: Claim | None = None,
     texts: Texts | None = None,
+    seeds: int = 1,
     progress: Progress = silent,
 ) -> Verdict:
     """Runs the claim of the method ``name`` (or ``claim`` in its place): the method, ``claim.than`` and all
-    that its experiment names beside, on the same windows.
+    that its experiment names beside, on the same windows. ``seeds``: of calibration text, methods and tuning,
+    one run for each.
 
     Figures are kept under ``work``, so that an interrupted run goes on and contenders are measured once for
     all claims that share them. Raises MethodError for a method without a claim.
@@ -72,13 +77,37 @@ def reproduce(
     work.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     names = dict.fromkeys([name, claim.than, *claim.experiment.against, "dense"])
-    found = {one: figures(one, claim.experiment, texts, work, progress) for one in names}
-    ratio = float(found[name][claim.metric]) / float(found[claim.than][claim.metric])
+    runs = [
+        {one: figures(one, experiment, texts, work, progress) for one in names}
+        for experiment in (replace(claim.experiment, seed=claim.experiment.seed + i) for i in range(seeds))
+    ]
+    found = {one: _mean([run[one] for run in runs]) for one in names}
+    ratio, *ratios = (
+        float(run[name][claim.metric]) / run[claim.than][claim.metric] for run in (found, *runs)
+    )
     interval = _interval(claim, found[name], found[claim.than])
-    ends = interval or (ratio, ratio)
-    kept = [_keeps(claim, end) for end in ends]
-    seconds = time.perf_counter() - start
-    return Verdict(name, claim, found, ratio, interval, _keeps(claim, ratio), kept[0] == kept[1], seconds)
+    kept = {_keeps(claim, one) for one in (ratio, *ratios, *(interval or ()))}
+    return Verdict(
+        name,
+        claim,
+        found,
+        ratio,
+        interval,
+        _keeps(claim, ratio),
+        len(kept) == 1,
+        time.perf_counter() - start,
+        tuple(ratios) if seeds > 1 else (),
+    )
+
+
+def _mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A contender's figures over seeds, window by window."""
+    if len(runs) == 1:
+        return runs[0]
+    nll = [fmean(window) for window in zip(*(run["nll"] for run in runs), strict=True)]
+    kl = None if runs[0]["kl"] is None else fmean(run["kl"] for run in runs)
+    found = {"perplexity": math.exp(min(fmean(nll), 700.0)), "kl": kl, "nll": nll}
+    return {**runs[0], **found, "seconds": round(fmean(run["seconds"] for run in runs), 1)}
 
 
 def _keeps(claim: Claim, ratio: float) -> bool:
