@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import protocol
 from benchmarks.quality_cells import CELLS, LEVELS, SHRUNK
+from gossamer.evaluate import paired_difference
 
 DENSE = "dense bfloat16"
 RATIOS, KLS = (1.02, 1.05, 1.10), (0.05, 0.10, 0.20)  # the bars, fixed beforehand
@@ -78,10 +79,23 @@ def rows_of(model: dict[str, Any]) -> list[Row]:
 
 def mean_accuracy(found: dict[str, Any]) -> float | None:
     tasks = found.get("tasks")
-    if not tasks:
-        return None
-    each = tasks.values() if isinstance(tasks, dict) else tasks
-    return statistics.mean(float(task["accuracy"]) for task in each)
+    return statistics.mean(task["accuracy"] for task in tasks.values()) if tasks else None
+
+
+def zero_shot(model: dict[str, Any]) -> list[list[str]]:
+    """Accuracy task by task, their mean, and its difference to the dense model's, paired item by item."""
+    dense = model[DENSE].get("tasks")
+    asked = {name: found["tasks"] for name, found in model.items() if "tasks" in found}
+    if not dense:
+        return []
+    table = [["accuracy", *dense, "mean", "beside dense"]]
+    for name, tasks in sorted(asked.items(), key=lambda one: (one[0] != DENSE, one[0])):
+        theirs, ours = ([right for task in dense for right in of[task]["correct"]] for of in (dense, tasks))
+        change = paired_difference([float(x) for x in ours], [float(x) for x in theirs])
+        cells = [f"{tasks[task]['accuracy']:.1%}" for task in dense]
+        beside = f"{change.estimate:+.1%} [{change.low:+.1%} to {change.high:+.1%}]"
+        table.append([name, *cells, f"{statistics.mean(ours):.1%}", "" if tasks is dense else beside])
+    return table
 
 
 def front(row: Row, rows: Iterable[Row]) -> str:
@@ -244,4 +258,13 @@ def write(results: Path, page: Path) -> None:
         ]
         if len(tuned) > 1:
             parts += ["### Before and after tuning\n", markdown(tuned) + "\n"]
+        if asked := zero_shot(model):
+            items = {task["items"] for task in model[DENSE]["tasks"].values()}
+            parts += [
+                "### Zero-shot\n",
+                f"`gossamer eval --tasks {','.join(model[DENSE]['tasks'])}` (lm-evaluation-harness), "
+                f"{' or '.join(map(str, sorted(items)))} fixed items a task; 95 % intervals over items, in "
+                "pairs with the dense model's answers.\n",
+                markdown(asked) + "\n",
+            ]
     page.write_text("\n".join(parts))
