@@ -89,6 +89,24 @@ def test_eval_against_dense(checkpoint: Path, model: Path, text: Path) -> None:
     assert "SMOKE" not in printed.out
 
 
+def test_eval_under_a_policy_of_attention(model: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "two.json"
+    policy.write_text('{"policy": "sink_window", "sink": 0, "window": 64}')
+    arguments = ("--against", model, "--text", text, "--windows", "2", "--seqlen", "256", "--first", "128")
+    for one in (model, checkpoint):
+        dense = run("eval", one, *arguments, "--json").document
+        found = run("eval", one, *arguments, "--attention", policy, "--json").document
+        assert (found["first"], found["tokens"]) == (128, 2 * 127)
+        assert found["reference_perplexity"] == dense["reference_perplexity"]
+        assert found["perplexity"] != dense["perplexity"]
+        assert found["kl"] > dense["kl"]
+    done = run("eval", model, *arguments)
+    assert "2 windows of 256, from position 128 on" in " ".join(done.out.split())
+    assert run("eval", model, *arguments[:-1], "255").err.endswith("nothing to measure from 255 on\n")
+    assert "too short for it" in run("eval", model, "--attention", "hip", "--tasks", "piqa").err
+    assert "there are:" in run("eval", model, *arguments, "--attention", "nothing").err
+
+
 def test_eval_labels_the_built_in_text(model: Path) -> None:
     done = run("eval", model, "--windows", "2", "--seqlen", "32")
     assert done.code == 0, done.err

@@ -38,6 +38,10 @@ def evaluate(
     ] = None,
     windows: Annotated[int, typer.Option("--windows", min=0, help="Windows to measure on; 0: all.")] = 20,
     seqlen: Annotated[int, typer.Option("--seqlen", min=2, help="Tokens a window.")] = 2048,
+    first: Annotated[
+        int, typer.Option("--first", min=0, help="Only predictions from this position of a window on count.")
+    ] = 0,
+    attention: options.Attention = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -70,6 +74,8 @@ def evaluate(
     ]
     if len(given) > 1:
         raise EvaluationError(" and ".join(f"--{name}" for name in given) + " are measured one at a time")
+    if attention is not None and (tasks or probes):
+        raise EvaluationError("--attention is measured on a text: tasks and probes are too short for it")
     if tasks is not None:
         _tasks(model, against, _names(tasks), items or None, dtype.value, as_json)
         return
@@ -86,6 +92,8 @@ def evaluate(
             text=text,
             windows=windows or None,
             seqlen=seqlen,
+            first=first,
+            attention=attention,
             dtype=dtype.value,
             progress=report,
         )
@@ -196,8 +204,10 @@ def _probe_rows(measured: MeasuredProbes) -> list[list[str]]:
 def _rows(measured: MeasuredQuality) -> list[tuple[str, str]]:
     found, intervals = measured.quality, measured.quality.intervals()
     label = f"{measured.text} (smoke test)" if measured.smoke else measured.text
+    behind = f", from position {found.first:,} on" if found.first else ""
+    of = f"{found.tokens:,} tokens in {found.windows} windows of {found.seqlen:,}{behind}"
     rows = [
-        ("text", f"{label}, {found.tokens:,} tokens in {found.windows} windows of {found.seqlen:,}"),
+        ("text", f"{label}, {of}"),
         ("perplexity", figure(found.perplexity, intervals.get("perplexity"), 3)),
     ]
     if found.reference_perplexity is not None and found.perplexity_ratio is not None:

@@ -52,24 +52,31 @@ def quality(
     text: str | Path | Sequence[str] | None = None,
     windows: int | None = WINDOWS,
     seqlen: int = 2048,
+    first: int = 0,
     dtype: torch.dtype | str = "auto",
+    attention: str | Path | None = None,
     progress: Progress = silent,
 ) -> MeasuredQuality:
     """Perplexity of ``model``, and its distance to the dense model ``against``.
 
     ``text``: a file, folder, jsonl or list of strings; None takes the built-in prose that calibration never
     sees. ``windows``: at most so many of ``seqlen`` tokens, from the text's start without overlap; None =
-    all. ``dtype``: of models that are no checkpoints. Raises a GossamerError for whatever a person can mend.
+    all. ``first``: only predictions from this position of each window on count; ``dtype``: of models that
+    are no checkpoints; ``attention``: a policy that ``model`` looks at some of the keys by (`load`). Raises a
+    GossamerError for whatever a person can mend.
     """
     read = read_text(text, part="measure")
-    loaded = model if isinstance(model, LoadedModel) else load(model, dtype=dtype, progress=progress)
+    if isinstance(model, LoadedModel):
+        loaded = model
+    else:  # it is the transformers model that is measured
+        engine: Engine = "auto" if attention is None else "transformers"
+        loaded = load(model, dtype=dtype, engine=engine, attention=attention, progress=progress)
     ids = windows_for(loaded, read, seqlen, windows)
     dense = None
     if against is not None:
         dense = against if isinstance(against, LoadedModel) else load(against, dtype=dtype, progress=progress)
-    measured = compare(
-        {loaded.label: loaded.model}, ids, reference=None if dense is None else dense.model, progress=progress
-    )
+    reference = None if dense is None else dense.model
+    measured = compare({loaded.label: loaded.model}, ids, reference=reference, first=first, progress=progress)
     return MeasuredQuality(
         loaded.label, None if dense is None else dense.label, read.label, read.smoke, measured[loaded.label]
     )
