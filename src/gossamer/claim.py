@@ -16,7 +16,9 @@ class Experiment:
     `gate`, and of ``tuned``, with settings of `finetune`, which both begin with the checkpoint of ``start``,
     another contender; of ``attending`` and ``caching``, the dense model with a policy of attention or a
     cache, whose settings may name the ``method``. The tuned share the settings ``tuning``; those of
-    ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text.
+    ``sampled`` are tuned on so many tokens that the dense model writes itself, not on the calibration text;
+    those of ``rewritten`` on as many ``answers`` to instructions cut from it, in the dense model's own words
+    (True) or as the text has them (False).
     ``blocks``: the share of the blocks that is taken from the model first, the dense contender's apart.
     ``windows`` of ``seqlen`` tokens are what is calibrated on; ``length``: of the windows that are measured,
     where it matters, from their position ``first`` on. ``seed``: of all that is drawn.
@@ -39,6 +41,8 @@ class Experiment:
     tuning: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampled: Mapping[str, int] = field(default_factory=dict)
+    rewritten: Mapping[str, bool] = field(default_factory=dict)
+    answers: int = 400
     blocks: float = 0.0
     length: int | None = None
     first: int = 0

@@ -160,7 +160,7 @@ def test_every_claim_names_contenders_that_exist() -> None:
         assert {name, one.than, tried.start, *tried.against} <= {"dense", *METHODS, *others}, name
         assert not others & {"dense", *METHODS}, name
         assert one.metric in ("perplexity", "kl"), name
-        assert tried.sampled.keys() <= tried.tuned.keys()
+        assert {*tried.sampled, *tried.rewritten} <= tried.tuned.keys()
         for contender in tried.tuned:
             FinetuneSettings(**(tried.tuning_of(contender) or {})).check()
         for contender in tried.compressed:
@@ -285,6 +285,45 @@ def test_contenders_may_lose_blocks_and_be_tuned_on_what_the_dense_model_writes(
     assert found.interval is None
 
 
+def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ASKED", 6), ("ANSWERED", 10), ("ANSWER_TOKENS", 8)):
+        monkeypatch.setattr(f"gossamer.report.texts.{name}", value)
+    experiment = Experiment(
+        model=model,
+        sparsity=0.5,
+        values="float32",
+        windows=2,
+        seqlen=64,
+        against=("magnitude",),
+        start="magnitude",
+        tuning={"tokens": 256, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "losses": {"task": 1}},
+        tuned={"rewrites": {}, "given": {}},
+        rewritten={"rewrites": True, "given": False},
+        answers=4,
+    )
+    claim = Claim("its own words keep it nearer", experiment, "kl", "given")
+    found = reproduce("rewrites", tmp_path, claim=claim, texts=TEXTS)
+    assert found.ratio == pytest.approx(found.figures["rewrites"]["kl"] / found.figures["given"]["kl"])
+    texts = {}
+    for name in ("rewrites", "given"):
+        folder = next(path for path in tmp_path.glob(f"{name}-*") if path.is_dir())
+        lines = (tmp_path / _tuned_on(folder)).read_text().splitlines()
+        texts[name] = [json.loads(line)["text"] for line in lines]
+    assert len(texts["given"]) == 4 <= len(texts["rewrites"])
+    words = " ".join(PROSE[:20_000].split())
+    for path in tmp_path.glob("*.pairs"):  # one for each contender, alike
+        pairs = list(map(json.loads, path.read_text().splitlines()))
+        assert len(pairs) == 4
+        for pair, own, given in zip(pairs, texts["rewrites"], texts["given"], strict=False):
+            assert pair["prompt"] in own
+            assert pair["prompt"] in given
+            assert f"{pair['prompt'].partition(':')[2].strip()} {pair['response']}" in words
+            assert pair["response"] in given
+            assert pair["response"] not in own
+
+
 def _tuned_on(folder: Path) -> str:
     return str(json.loads((folder / "gossamer.json").read_text())["made"]["tuned"][0]["text"]["text"])
 
@@ -335,6 +374,6 @@ def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
     listed = run(app, ["reproduce", "--list", "--json"])
     assert set(json.loads(listed.stdout)) == set(claimed())
     assert run(app, ["reproduce"]).exit_code == 2
-    assert run(app, ["reproduce", "rewrites"]).exit_code == 2
+    assert run(app, ["reproduce", "nothing"]).exit_code == 2
     assert run(app, ["reproduce", "--page", str(tmp_path / "catalogue.md")]).exit_code == 0
     assert "| `obs` |" in (tmp_path / "catalogue.md").read_text()

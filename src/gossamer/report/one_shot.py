@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,26 +23,9 @@ from gossamer.recipes.finetune import finetune
 from gossamer.recipes.gate import gate
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.measure import windows_for
-from gossamer.recipes.sample import sample
 from gossamer.recipes.shrink import remove_blocks
+from gossamer.report.texts import Texts, label, tuned_on
 from gossamer.version import VERSION
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What contenders are calibrated and measured on (None: the prose inside Python, a smoke test), and on
-    how many windows of ``seqlen`` tokens they are measured."""
-
-    calibration: TextSource = None
-    measured: TextSource = None
-    windows: int = 20
-    seqlen: int = 2048
-
-    def windows_of(self, length: int | None) -> tuple[int, int]:
-        """Tokens of a window, and how many there are: about as many tokens of another ``length``."""
-        if length is None:
-            return self.seqlen, self.windows
-        return length, max(1, self.windows * self.seqlen // length)
 
 
 def figures(
@@ -55,7 +37,7 @@ def figures(
     interrupted compression or tuning goes on. Raises a GossamerError for whatever a person can mend.
     """
     asked = _asked(name, experiment, texts)
-    out = work / _label(asked)
+    out = work / label(asked)
     file = out.with_name(f"{out.name}.json")
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -95,7 +77,7 @@ def figures(
 
 def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path, progress: Progress) -> None:
     """The contender's files."""
-    begun = work / _label(_asked(experiment.start, experiment, texts))
+    begun = work / label(_asked(experiment.start, experiment, texts))
     if name in experiment.shrunk:
         settings = experiment.seeded(experiment.shrunk[name])
         remove_blocks(experiment.model, out, calibration=texts.calibration, progress=progress, **settings)
@@ -103,7 +85,7 @@ def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path
         settings = experiment.seeded(experiment.gated[name])
         gate(begun, out, text=texts.calibration, progress=progress, **settings)
     elif (tuning := experiment.tuning_of(name)) is not None:
-        text = _written(name, experiment, texts, work, progress)
+        text = tuned_on(name, experiment, texts, work, progress)
         finetune(begun, out, text=text, teacher=experiment.model, progress=progress, **tuning)
     else:
         model, settings = _shrunk(experiment, texts, work, progress), experiment.settings(name)
@@ -140,7 +122,7 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
     drawn = experiment.seeded({})
     asked = {"method": "shrunk", "model": experiment.model, "blocks": experiment.blocks, "seqlen": seqlen}
     asked |= drawn
-    out = work / _label({**asked, "version": VERSION, "texts": _named(texts)})
+    out = work / label({**asked, "version": VERSION, "texts": texts.named})
     if not out.exists():
         remove_blocks(
             experiment.model,
@@ -151,19 +133,6 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
             progress=progress,
             **drawn,
         )
-    return out
-
-
-def _written(name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress) -> TextSource:
-    """What a contender is tuned on: the calibration text, or what the dense model makes of its beginnings."""
-    tokens = experiment.sampled.get(name)
-    if tokens is None:
-        return texts.calibration
-    drawn = experiment.seeded({})
-    asked = {"method": "sampled", "model": experiment.model, "tokens": tokens, "version": VERSION, **drawn}
-    out = work / f"{_label({**asked, 'texts': _named(texts)})}.jsonl"
-    if not out.exists():
-        sample(experiment.model, out, text=texts.calibration, tokens=tokens, progress=progress, **drawn)
     return out
 
 
@@ -184,28 +153,12 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     tuned |= {kind: made for kind, made in others.items() if made}
     if name in experiment.sampled:
         tuned["sampled"] = experiment.sampled[name]
+    if name in experiment.rewritten:
+        tuned["rewritten"] = [experiment.rewritten[name], experiment.answers]
     if experiment.blocks and name != "dense":
         tuned["blocks"] = experiment.blocks
     if others["attending"] or others["caching"]:
         tuned["calibrated"] = [experiment.windows, experiment.seqlen, *experiment.seeded({}).values()]
     if experiment.length is not None:
         tuned["measured"] = [experiment.length, experiment.first]
-    return {**asked, "texts": _named(texts), **tuned}
-
-
-def _label(asked: dict[str, Any]) -> str:
-    """What a contender's files are called."""
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    return f"{asked['method']}-{key}"
-
-
-def _named(texts: Texts) -> dict[str, Any]:
-    """Texts by what they are called: a path's name and size, or a digest of strings."""
-
-    def name(source: TextSource) -> Any:
-        if source is None or not isinstance(source, (str, Path)):
-            return source and hashlib.sha256("\0".join(source).encode()).hexdigest()
-        path = Path(source).expanduser()
-        return [path.name, path.stat().st_size if path.is_file() else None]
-
-    return {**asdict(texts), "calibration": name(texts.calibration), "measured": name(texts.measured)}
+    return {**asked, "texts": texts.named, **tuned}

@@ -16,7 +16,8 @@ from gossamer.errors import CheckpointError, MethodError
 from gossamer.evaluate import paired_difference
 from gossamer.progress import Progress, silent
 from gossamer.recipes.catalogue import methods
-from gossamer.report.one_shot import Texts, figures
+from gossamer.report.one_shot import figures
+from gossamer.report.texts import Texts
 
 __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 

@@ -120,6 +120,22 @@ class Rewrites:
     begin anew with the first.
     """
 
+    claim: ClassVar[Claim | None] = Claim(
+        says="Fine-tuned on answers in its own words a model stays nearer to what it was than on the given "
+        "answers of the same instructions.",
+        experiment=Experiment(
+            sparsity=0.0,
+            blocks=0.2,
+            start="magnitude",
+            against=("magnitude",),
+            tuning={"tokens": 65_536, "seqlen": 256, "losses": {"task": 1}},
+            tuned={"rewrites": {}, "given": {}},
+            rewritten={"rewrites": True, "given": False},
+        ),
+        metric="kl",
+        than="given",
+    )
+
     pairs: Sequence[tuple[str, str]]
     tokenizer: PreTrainedTokenizerBase
 
@@ -131,12 +147,13 @@ class Rewrites:
         prompt, response = self._pair(index)
         own = bool(answer.strip()) and same_result(answer, response)
         chosen = answer.strip() if own else response
-        return {"text": self._document(prompt, chosen), "own": own}
+        return {"text": self.document(prompt, chosen), "own": own}
 
     def _pair(self, index: int) -> tuple[str, str]:
         return self.pairs[index % len(self.pairs)]
 
-    def _document(self, prompt: str, answer: str) -> str:
+    def document(self, prompt: str, answer: str) -> str:
+        """An instruction and an answer as one text."""
         if not self.tokenizer.chat_template:
             return f"{prompt}\n{answer}"
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

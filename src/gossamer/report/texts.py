@@ -1,0 +1,106 @@
+"""The texts of a miniature experiment: those given, and those that contenders are tuned on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.claim import Experiment
+from gossamer.matrices.atomic import atomic_file
+from gossamer.models.sources import resolve
+from gossamer.models.text import TextSource, read_text
+from gossamer.models.tokenizer import load_tokenizer
+from gossamer.progress import Progress
+from gossamer.recipes.sample import read_pairs, sample
+from gossamer.tune.self_data import Rewrites
+from gossamer.version import VERSION
+
+ASKED, ANSWERED = 30, 60  # words of an instruction, and of what follows it in the text
+ANSWER_TOKENS = 96  # of an answer in own words, at most
+INSTRUCTION = "Go on with this text, in its manner:\n\n"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What contenders are calibrated and measured on (None: the prose inside Python, a smoke test), and on
+    how many windows of ``seqlen`` tokens they are measured."""
+
+    calibration: TextSource = None
+    measured: TextSource = None
+    windows: int = 20
+    seqlen: int = 2048
+
+    def windows_of(self, length: int | None) -> tuple[int, int]:
+        """Tokens of a window, and how many there are: about as many tokens of another ``length``."""
+        if length is None:
+            return self.seqlen, self.windows
+        return length, max(1, self.windows * self.seqlen // length)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Texts by what they are called: a path's name and size, or a digest of strings."""
+
+        def name(source: TextSource) -> Any:
+            if source is None or not isinstance(source, (str, Path)):
+                return source and hashlib.sha256("\0".join(source).encode()).hexdigest()
+            path = Path(source).expanduser()
+            return [path.name, path.stat().st_size if path.is_file() else None]
+
+        return {**asdict(self), "calibration": name(self.calibration), "measured": name(self.measured)}
+
+
+def label(asked: dict[str, Any]) -> str:
+    """What the files of a contender, or of a text, are called that depends on all of ``asked``."""
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{asked['method']}-{key}"
+
+
+def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress) -> TextSource:
+    """What a contender is tuned on: the calibration text, what the dense model makes of its beginnings, or
+    instructions cut from it with answers, made once in the folder ``work``."""
+    drawn = experiment.seeded({})
+    asked: dict[str, Any] = {"method": "sampled", "model": experiment.model, "version": VERSION, **drawn}
+    if name in experiment.sampled:
+        asked["tokens"] = tokens = experiment.sampled[name]
+        out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"
+        if not out.exists():
+            sample(experiment.model, out, text=texts.calibration, tokens=tokens, progress=progress, **drawn)
+        return out
+    if name not in experiment.rewritten:
+        return texts.calibration
+    asked |= {"method": "answered", "own": experiment.rewritten[name], "count": experiment.answers}
+    out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"
+    if not out.exists():
+        pairs = out.with_suffix(".pairs")
+        _write(pairs, instructions(texts.calibration, experiment.answers, experiment.seed))
+        if experiment.rewritten[name]:
+            tokens = experiment.answers * ANSWER_TOKENS
+            options = {"tokens": tokens, "max_new_tokens": ANSWER_TOKENS, **drawn}
+            sample(experiment.model, out, rewrite=pairs, progress=progress, **options)
+        else:
+            given = read_pairs(pairs)
+            told = Rewrites(given, load_tokenizer(resolve(experiment.model).folder))
+            _write(out, [{"text": told.document(*pair)} for pair in given])
+    return out
+
+
+def instructions(source: TextSource, count: int, seed: int) -> list[dict[str, str]]:
+    """Pairs of ``prompt`` and ``response`` from random places of a text: go on with some of its words."""
+    words = read_text(source).joined.split()
+    draw, length = random.Random(seed), ASKED + ANSWERED
+    pairs = []
+    for _ in range(count):
+        begin = draw.randint(0, max(0, len(words) - length))
+        piece = words[begin : begin + length]
+        asked, answer = " ".join(piece[:ASKED]), " ".join(piece[ASKED:])
+        pairs.append({"prompt": INSTRUCTION + asked, "response": answer})
+    return pairs
+
+
+def _write(path: Path, records: list[dict[str, str]]) -> None:
+    with atomic_file(path) as out:
+        out.write("".join(json.dumps(record) + "\n" for record in records).encode())
