@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gossamer.errors import CalibrationError, ModelError
-from gossamer.nn.views import WeightView, weight_views
+from gossamer.nn.views import WeightView, positional, weight_views
 
 
 def of(module: nn.Module) -> dict[str, WeightView]:
@@ -135,12 +135,46 @@ def equations(
     return torch.stack(outs, 1)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_projections_of_fused_attention(batch_first: bool, bias: bool, masked: bool) -> None:
+    torch.manual_seed(0)
+    batch, steps, width, heads = 2, 5, 6, 3
+    module = nn.MultiheadAttention(width, heads, bias=bias, batch_first=batch_first).eval()
+    x = torch.randn((batch, steps, width) if batch_first else (steps, batch, width))
+    mask = torch.ones(steps, steps).triu(1).bool() if masked else None
+    want = module(x, x, x, attn_mask=mask)[0]
+    views, args = of(module), positional(module, (x, x, x), {"attn_mask": mask})
+    assert list(views) == ["in_proj_weight", "out_proj"]
+    projected = product(views["in_proj_weight"], *args)
+    projected = projected + module.in_proj_bias if bias else projected
+    shape = (batch, steps, heads, 2) if batch_first else (steps, batch, heads, 2)
+    order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+    q, k, v = (part.reshape(shape).permute(order) for part in projected.chunk(3, 1))
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=masked)
+    mixed = mixed.transpose(1, 2) if batch_first else mixed.permute(2, 0, 1, 3)
+    torch.testing.assert_close(views["out_proj"].inputs(module, args), mixed.reshape(-1, width))
+    given = product(views["out_proj"], *args)
+    given = given + module.out_proj.bias if bias else given
+    torch.testing.assert_close(given.reshape(want.shape), want)
+    assert not module._forward_pre_hooks
+    torch.testing.assert_close(module(x, x, x, attn_mask=mask)[0], want)  # its weights are back
+
+
+def test_attention_to_something_else_is_refused() -> None:
+    module = nn.MultiheadAttention(4, 2)
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    with pytest.raises(CalibrationError, match="name it in `skip`"):
+        of(module)["in_proj_weight"].inputs(module, (x, y, y))
+
+
 def test_what_is_left_is_said() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 4, 3, groups=2),
         nn.ConvTranspose2d(4, 4, 3),
         nn.LSTM(4, 4, proj_size=2),
-        nn.MultiheadAttention(4, 2),
+        nn.MultiheadAttention(4, 2, kdim=3),
         nn.Linear(4, 4),
         nn.LayerNorm(4),
         nn.Embedding(4, 4),

@@ -225,3 +225,36 @@ def test_statistics_are_shared_only_where_inputs_are_read_alike() -> None:
     found = gather_inputs(model, weight_views(model)[0], [torch.randn(1, 2, 9)], [InputNorm])
     assert found["a"] is found["c"]
     assert (found["a"][InputNorm].tokens, found["b"][InputNorm].tokens) == (7, 4)
+
+
+def test_pytorchs_own_transformer() -> None:
+    """Its fused attention is pruned by the method, on what it is called with."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3))
+    dense = copy.deepcopy(model).eval()
+    inputs = [torch.randn(2, 7, 16) for _ in range(3)]
+    found = gs.sparsify(model, inputs, method="obs", pattern="2:4", skip=r"^1$")
+    assert found.left == {"1": "skipped"}
+    assert len(found.layers) == 8  # of each of two layers: projections, outputs, two linear layers
+    assert {one["sparsity"] for one in found.layers} == {0.5}
+    for name, mask in found.masks.items():
+        check_mask(mask, parse_pattern("2:4"))
+        own = dict(model.named_parameters())
+        weight = own[name] if name in own else own[f"{name}.weight"]
+        assert bool((weight[~mask] == 0).all())
+    # the first projections, by hand: they read what the model is given
+    gram = Gram(16)
+    for x in inputs:
+        gram.update(x.reshape(-1, 16))
+    gram.finish()
+    name = "0.layers.0.self_attn.in_proj_weight"
+    weight = dense.get_parameter(name).detach()
+    want = method("obs").prune(
+        Layer(name, weight, {Gram: gram}), parse_pattern("2:4"), 0.5, value_type("float32"), 64
+    )
+    torch.testing.assert_close(model.get_parameter(name).detach(), want.weight)
+    model.eval()
+    with torch.no_grad():
+        change = (model(inputs[0]) - dense(inputs[0])).abs().max()
+    assert 0 < change < 1

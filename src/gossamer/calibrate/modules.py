@@ -13,7 +13,7 @@ from gossamer.calibrate.gradients import Gradient
 from gossamer.calibrate.inputs import InputSums, Statistics, by_module, first_input
 from gossamer.calibrate.statistics import Statistic
 from gossamer.errors import CalibrationError
-from gossamer.nn.views import WeightView
+from gossamer.nn.views import WeightView, positional
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -123,7 +123,10 @@ def gather_gradients(
 def _hooked(
     modules: Mapping[nn.Module, Any], see: Callable[[nn.Module, tuple[Any, ...]], None]
 ) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(see) for module in modules]
+    def heard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(module, positional(module, args, kwargs))
+
+    handles = [module.register_forward_pre_hook(heard, with_kwargs=True) for module in modules]
     try:
         yield
     finally:

@@ -1,12 +1,16 @@
 """Weights of any module as matrices ``(out, in)``, and what each of them multiplies while a model runs.
 
-Linear layers (GPT-2's transposed ones too), convolutions (a kernel's patches are its inputs) and recurrent
-layers (of every layer and direction the weights of its inputs and those of its states).
+Linear layers (GPT-2's transposed ones too), convolutions (a kernel's patches are its inputs), recurrent
+layers (of every layer and direction the weights of its inputs and those of its states) and PyTorch's fused
+attention (its three projections as one matrix, and that of its outputs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +40,7 @@ class WeightView:
 
     @property
     def weight(self) -> nn.Parameter:
-        found = getattr(self.module, self.parameter)
-        assert isinstance(found, nn.Parameter)
-        return found
+        return self.module.get_parameter(self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,14 +108,14 @@ def _why_not(module: nn.Module) -> str:
         return "a transposed or three-dimensional convolution"
     if isinstance(module, nn.RNNBase) and module.proj_size:
         return "recurrent with projected states"
-    if isinstance(module, nn.MultiheadAttention):
-        return "PyTorch's fused attention, whose projections are one parameter"
+    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+        return "attention whose keys or values have a width of their own"
     return ""
 
 
 def _views(name: str, module: nn.Module) -> Iterator[WeightView]:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return  # inside nn.MultiheadAttention, which never calls it
+        return  # inside nn.MultiheadAttention, which never calls it, and has its view
     if isinstance(module, nn.Linear) or is_conv1d(module):
         yield linear_view(name, module)
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -127,6 +129,20 @@ def _views(name: str, module: nn.Module) -> Iterator[WeightView]:
                     parameter = f"weight_{kind}_l{layer}{suffix}"
                     full = f"{name}.{parameter}" if name else parameter
                     yield WeightView(full, module, parameter, _Recurrent(at, kind), (full,))
+
+    elif isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim:
+        of = f"{name}." if name else ""
+        yield WeightView(f"{of}in_proj_weight", module, "in_proj_weight", _attending, ("rows",))
+        yield WeightView(f"{of}out_proj", module, "out_proj.weight", _attended, (f"{of}out_proj",))
+
+
+def positional(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call as positional ones, for `WeightView.inputs`."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
 
 
 def _rows(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
@@ -153,6 +169,29 @@ def _patches(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
         x, pair(module.kernel_size), dilation=pair(module.dilation), stride=pair(module.stride)
     )
     return found.transpose(1, 2).reshape(-1, found.shape[1])
+
+
+def _attending(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """What the projections of self-attention read, all the same."""
+    if any(other is not args[0] for other in args[1:3]):
+        raise CalibrationError(
+            "attention whose queries, keys and values are not one tensor has three matrices in one weight: "
+            "name it in `skip`"
+        )
+    return _rows(module, args)
+
+
+def _attended(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    """What attention gives to its last projection: its outputs where that is the identity."""
+    assert isinstance(module, nn.MultiheadAttention)
+    alone = copy.copy(module)  # without whoever listens to the module
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        setattr(alone, hooks, OrderedDict())
+    plain = {"out_proj.weight": torch.eye(module.embed_dim, dtype=args[0].dtype, device=args[0].device)}
+    if module.out_proj.bias is not None:
+        plain["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+    out: Tensor = torch.func.functional_call(alone, plain, args)[0]
+    return out.reshape(-1, out.shape[-1])
 
 
 @dataclass(frozen=True)

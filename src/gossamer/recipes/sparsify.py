@@ -65,7 +65,7 @@ def sparsify(
     options: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Sparsified:
-    """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers.
+    """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers, attention.
 
     ``batches``: calibration inputs, each a tensor, a tuple of arguments or a mapping of named ones; they run
     through the model many times, in its evaluation mode. ``method``, ``pattern``, ``sparsity``, ``values``,
