@@ -67,6 +67,19 @@ def test_lora_gradients_are_those_of_the_product() -> None:
         assert torch.allclose(weight.B.grad, B.grad, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
 
 
+def test_a_step_of_lora_is_as_large_as_one_of_the_weights() -> None:
+    torch.manual_seed(0)
+    dense, mask = torch.randn(8, 12), torch.rand(8, 12) < 0.5
+    weight = LoraWeight(dense, mask, None, LoraOptions(rank=4, alpha=8.0))
+    mean = float(dense[mask].abs().mean())
+    group, *none = weight.groups(0.01)
+    assert (group["lr"], none) == (pytest.approx(0.01 * mean / 2), [])  # deltas count alpha / rank times
+    before = weight.dense().detach()
+    weight.B.data += 1e-3
+    moved = (weight.dense().detach() - before).abs().mean()
+    assert float(moved) == pytest.approx(2e-3 * float(weight.A.detach().sum(0).abs().mean()), rel=1e-3)
+
+
 def test_moving_masks_stay_within_the_pattern_and_stand_still_at_the_end() -> None:
     torch.manual_seed(0)
     pattern, dense = parse_pattern("2:4"), torch.randn(16, 32)

@@ -59,10 +59,9 @@ class LoraWeight(TunedWeight):
         self.B = nn.Parameter(torch.zeros(out, rank))
 
     def size(self) -> float:
-        """What moves W as far in a step of B, along rows of A of length 1, as a step of W itself would."""
-        rank, width = self.A.shape
-        share: float = self.options.rank / self.options.alpha
-        return float(super().size() * share * (width / rank) ** 0.5)
+        """Steps of B as large as those of W itself. Larger ones, which move single weights as far as tuning
+        all of them does, move outputs much further: all weights of a row go together."""
+        return float(super().size() * self.options.rank / self.options.alpha)
 
     def dense(self) -> Tensor:
         share: float = self.options.alpha / self.options.rank
