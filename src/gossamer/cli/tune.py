@@ -83,8 +83,11 @@ def tune(
         int, typer.Option(min=1, help="How often, evenly over the run, held-out windows are judged.")
     ] = 10,
     patience: Annotated[
-        int, typer.Option(min=1, help="Evaluations without a better held-out loss that end the run.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=1, help="Evaluations without a better held-out loss that end the run.", show_default="none do"
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,

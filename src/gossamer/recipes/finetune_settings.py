@@ -47,7 +47,7 @@ class FinetuneSettings(BaseModel):
     clip: float = Field(default=1.0, gt=0)
     held_out: int = Field(default=8, ge=1)
     evaluations: int = Field(default=10, ge=1)
-    patience: int = Field(default=3, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     seed: int = 0
     gradient_checkpointing: bool = False
     bfloat16: bool | None = None

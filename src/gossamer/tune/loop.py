@@ -19,15 +19,16 @@ from gossamer.tune.sparse import SparseTuning
 class Loop:
     """``tokens``, ``minutes``: the budget, of which one at least is given; the run ends with the first that
     is spent. ``batch`` windows make a step, ``micro`` of them at once. ``evaluations``: how often, evenly
-    over the run, the held-out loss is measured and the state saved; after ``patience`` of them without a
-    better loss the run ends. ``seed``: of the order of the windows."""
+    over the run, the held-out loss is measured and the state saved, and the best state is the result; after
+    ``patience`` of them without a better loss the run ends (None: never, since losses that rise while the
+    rate is high fall again with it). ``seed``: of the order of the windows."""
 
     tokens: int | None = None
     minutes: float | None = None
     batch: int = 8
     micro: int = 1
     evaluations: int = 10
-    patience: int = 3
+    patience: int | None = None
     seed: int = 0
 
 
@@ -97,7 +98,7 @@ class _Run:
                 self._evaluate()
                 if after >= 1:
                     self.now.ended = "tokens" if self._token_share() >= 1 else "minutes"
-                elif self.now.stale() >= self.loop.patience:
+                elif self.loop.patience is not None and self.now.stale() >= self.loop.patience:
                     self.now.ended = "patience"
                 self._save()
         self.tuning.load_values(self.saves.tensors("best") if self.saves else self.best)

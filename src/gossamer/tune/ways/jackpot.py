@@ -63,7 +63,7 @@ class JackpotWeight(MaskSearch):
         experiment=Experiment(
             against=("magnitude",),
             start="magnitude",
-            tuning={"tokens": 131_072, "seqlen": 256, "batch": 2, "patience": 99, "norms": False},
+            tuning={"tokens": 131_072, "seqlen": 256, "batch": 2, "norms": False},
             tuned={"jackpot": {"method": "jackpot", "losses": {"task": 1}}},
         ),
         metric="perplexity",

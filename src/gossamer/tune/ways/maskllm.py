@@ -69,7 +69,7 @@ class MaskLlmWeight(MaskSearch):
             pattern="2:4",
             sparsity=None,
             against=("magnitude", "wanda"),
-            tuning={"tokens": 131_072, "seqlen": 256, "batch": 2, "patience": 99, "norms": False},
+            tuning={"tokens": 131_072, "seqlen": 256, "batch": 2, "norms": False},
             tuned={"maskllm": {"method": "maskllm", "losses": {"task": 1}, "rate": 1e-3}},
         ),
         metric="perplexity",

@@ -42,7 +42,7 @@ class ScalesWeight(TunedWeight):
             windows=16,
             compressed={"blockwise": {"method": "obs", "tune": "blockwise"}},
             start="blockwise",
-            tuning={"tokens": 65_536, "seqlen": 256, "batch": 2, "patience": 99},
+            tuning={"tokens": 65_536, "seqlen": 256, "batch": 2},
             tuned={"scales": {"method": "scales", "losses": {"kl": 1}}},
         ),
         metric="perplexity",
