@@ -84,7 +84,7 @@ def test_moving_masks_stay_within_the_pattern_and_stand_still_at_the_end() -> No
     torch.manual_seed(0)
     pattern, dense = parse_pattern("2:4"), torch.randn(16, 32)
     mask = mask_from_scores(dense.abs(), pattern)
-    weight = AstWeight(dense * mask, mask, None, AstOptions(every=1, decay=0.0, freeze=0.5))
+    weight = AstWeight(dense * mask, mask, None, AstOptions(every=1, decay=0.0, freeze=0.5, begin="dense"))
     weight.fill(dense)
     want = dense.flip(1)
     optimizer = torch.optim.SGD(weight.parameters(), lr=0.3)
@@ -106,7 +106,8 @@ def test_moving_masks_stay_within_the_pattern_and_stand_still_at_the_end() -> No
 
 def test_what_is_pruned_gets_the_gradient_and_decays() -> None:
     mask = torch.tensor([[True, True, False, False]])
-    weight = AstWeight(torch.tensor([[4.0, 3.0, 0.0, 0.0]]), mask, None, AstOptions(decay=0.1, freeze=0.9))
+    options = AstOptions(decay=0.1, freeze=0.9, begin="dense")
+    weight = AstWeight(torch.tensor([[4.0, 3.0, 0.0, 0.0]]), mask, None, options)
     weight.fill(torch.tensor([[9.0, 9.0, 2.0, -1.0]]))
     assert weight.latent.tolist() == [[4.0, 3.0, 2.0, -1.0]]
     weight.before_step(0.25)  # half of the rise
@@ -117,6 +118,20 @@ def test_what_is_pruned_gets_the_gradient_and_decays() -> None:
     weight.before_step(0.95)
     weight().sum().backward()
     assert weight.latent.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_what_was_pruned_may_begin_at_zero() -> None:
+    mask = torch.tensor([[True, True, False, False]])
+    weight = AstWeight(torch.tensor([[0.4, 0.3, 0.0, 0.0]]), mask, None, AstOptions(every=1, decay=0.0))
+    weight.fill(torch.tensor([[9.0, 9.0, 2.0, -1.0]]))
+    assert weight.latent[0].tolist() == pytest.approx([0.4, 0.3, 0.0, 0.0])
+    weight.after_step(0.1)
+    assert torch.equal(weight.mask, mask)  # nothing has grown yet
+    (weight() * torch.tensor([[0.0, 0.0, 1.0, 0.0]])).sum().backward()
+    with torch.no_grad():
+        weight.latent -= 0.35 * weight.latent.grad
+    weight.after_step(0.2)
+    assert weight.mask.tolist() == [[True, False, True, False]]
 
 
 @pytest.mark.parametrize("method", ["lora", "ast"])
@@ -142,6 +157,7 @@ def test_a_checkpoint_is_tuned_by_other_ways_too(method: str, tmp_path: Path) ->
     [
         ("lora", {"rank": 0}, MethodError),
         ("lora", {"every": 1}, MethodError),
+        ("ast", {"begin": "one"}, MethodError),
         ("ast", {"pattern": "unstructured"}, MethodError),
         ("ast", {"pattern": "3:2"}, PatternError),
         ("ast", {"every": 0}, MethodError),

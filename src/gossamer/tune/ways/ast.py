@@ -21,16 +21,21 @@ from gossamer.tune.weights import WEIGHTS, TunedWeight
 class AstOptions:
     """``pattern``: the N:M that masks stay within; ``every``: steps between two choices of masks; ``decay``:
     λ of what is pruned, which rises to this over the first half of the run; ``freeze``: the share of the run
-    after which masks stand still (ours; in the paper a falling rate ends their moves)."""
+    after which masks stand still (ours; in the paper a falling rate ends their moves); ``begin``: what was
+    pruned begins as ``dense`` weights, as in the paper, which goes with masks of the largest weights that are
+    still the dense ones, or at ``zero``, where kept weights were updated for what was pruned (OBS)."""
 
     pattern: str = "2:4"
     every: int = 10
     decay: float = 6e-5
     freeze: float = 0.75
+    begin: str = "zero"
 
     def __post_init__(self) -> None:
         if not isinstance(parse_pattern(self.pattern), NM):
             raise MethodError(f"ast moves masks within N:M patterns such as 2:4, not {self.pattern}")
+        if self.begin not in ("dense", "zero"):
+            raise MethodError(f"ast begins what was pruned as dense or zero, not {self.begin!r}")
         if self.every < 1 or self.decay < 0 or not 0 <= self.freeze <= 1:
             raise MethodError(
                 "ast takes every of at least 1, a decay of at least 0 and a freeze in 0 to 1, got "
@@ -47,7 +52,7 @@ class AstWeight(TunedWeight):
     also decays: ``g + λ (1 - mask) ⊙ W`` (SR-STE, Zhou et al. 2021), λ annealed. Masks keep the largest
     ``|W|`` of each group of the pattern.
 
-    What was pruned starts at the dense model's weights where they are known (`fill`), else at zero. The paper
+    What was pruned starts at zero, or at the dense model's weights where they are known (`fill`). The paper
     adds the decay behind Adam's mean of gradients; here it is part of the gradient, as in SR-STE.
     """
 
@@ -91,6 +96,8 @@ class AstWeight(TunedWeight):
     @torch.no_grad()
     def fill(self, dense: Tensor) -> None:
         assert self.mask is not None
+        if self.options.begin == "zero":
+            return
         self.latent.copy_(torch.where(self.mask, self.latent, dense.float()))
 
     def before_step(self, fraction: float) -> None:
