@@ -207,8 +207,17 @@ def tasks(args: argparse.Namespace) -> None:
         command += ["--tasks", "arc_easy,piqa,openbook_qa,winogrande,boolq"]
         env = limited(args.threads) | {"GOSSAMER_DATA": str(args.data)}
         done = subprocess.run(command, stdout=subprocess.PIPE, env=env, check=True)
-        save(args, name, {"tasks": json.loads(done.stdout)["tasks"]})
-        progress(f"{name}: {done.stdout.decode()[:200]}")
+        found = {task: compact(score) for task, score in json.loads(done.stdout)["tasks"].items()}
+        save(args, name, {"tasks": found})
+        shown = ", ".join(f"{task} {score['accuracy']:.1%}" for task, score in found.items())
+        progress(f"{name}: {shown}")
+
+
+def compact(score: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a task's answers: ``correct`` as a string of 0 and 1, an item each."""
+    kept = ("items", "of", "accuracy", "accuracy_interval", "accuracy_norm", "file_sha256")
+    right = "".join(str(int(one)) for one in score["correct"])
+    return {**{key: score[key] for key in kept if key in score}, "correct": right}
 
 
 def speed(args: argparse.Namespace) -> None:

@@ -90,8 +90,8 @@ def zero_shot(model: dict[str, Any]) -> list[list[str]]:
         return []
     table = [["accuracy", *dense, "mean", "beside dense"]]
     for name, tasks in sorted(asked.items(), key=lambda one: (one[0] != DENSE, one[0])):
-        theirs, ours = ([right for task in dense for right in of[task]["correct"]] for of in (dense, tasks))
-        change = paired_difference([float(x) for x in ours], [float(x) for x in theirs])
+        theirs, ours = ([float(x) for task in dense for x in of[task]["correct"]] for of in (dense, tasks))
+        change = paired_difference(ours, theirs)
         cells = [f"{tasks[task]['accuracy']:.1%}" for task in dense]
         beside = f"{change.estimate:+.1%} [{change.low:+.1%} to {change.high:+.1%}]"
         table.append([name, *cells, f"{statistics.mean(ours):.1%}", "" if tasks is dense else beside])
