@@ -250,19 +250,27 @@ def test_contenders_may_be_tuned_from_one_start(
     assert f"{found.ratio:.3g}" in row
 
 
-def test_contenders_may_lose_blocks_and_be_tuned_on_what_the_dense_model_writes(
-    model: str, tmp_path: Path
-) -> None:
+def tuned_by_the_task(model: str, **changes: Any) -> Experiment:
+    tuning = {"tokens": 256, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "losses": {"task": 1}}
     experiment = Experiment(
         model=model,
-        sparsity=0.0,
-        blocks=1,
         values="float32",
         windows=2,
         seqlen=64,
         against=("magnitude",),
         start="magnitude",
-        tuning={"tokens": 256, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "losses": {"task": 1}},
+        tuning=tuning,
+    )
+    return replace(experiment, **changes)
+
+
+def test_contenders_may_lose_blocks_and_be_tuned_on_what_the_dense_model_writes(
+    model: str, tmp_path: Path
+) -> None:
+    experiment = tuned_by_the_task(
+        model,
+        sparsity=0.0,
+        blocks=1,
         tuned={"continuations": {}, "ordinary": {}},
         sampled={"continuations": 600},
     )
@@ -290,15 +298,9 @@ def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
 ) -> None:
     for name, value in (("ASKED", 6), ("ANSWERED", 10), ("ANSWER_TOKENS", 8)):
         monkeypatch.setattr(f"gossamer.report.texts.{name}", value)
-    experiment = Experiment(
-        model=model,
+    experiment = tuned_by_the_task(
+        model,
         sparsity=0.5,
-        values="float32",
-        windows=2,
-        seqlen=64,
-        against=("magnitude",),
-        start="magnitude",
-        tuning={"tokens": 256, "seqlen": 32, "batch": 2, "held_out": 2, "rate": 1e-3, "losses": {"task": 1}},
         tuned={"rewrites": {}, "given": {}},
         rewritten={"rewrites": True, "given": False},
         answers=4,
@@ -313,15 +315,14 @@ def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
         texts[name] = [json.loads(line)["text"] for line in lines]
     assert len(texts["given"]) == 4 <= len(texts["rewrites"])
     words = " ".join(PROSE[:20_000].split())
-    for path in tmp_path.glob("*.pairs"):  # one for each contender, alike
-        pairs = list(map(json.loads, path.read_text().splitlines()))
-        assert len(pairs) == 4
-        for pair, own, given in zip(pairs, texts["rewrites"], texts["given"], strict=False):
-            assert pair["prompt"] in own
-            assert pair["prompt"] in given
-            assert f"{pair['prompt'].partition(':')[2].strip()} {pair['response']}" in words
-            assert pair["response"] in given
-            assert pair["response"] not in own
+    pairs = [json.loads(line) for line in next(tmp_path.glob("*.pairs")).read_text().splitlines()]
+    assert len(pairs) == 4
+    for pair, own, given in zip(pairs, texts["rewrites"], texts["given"], strict=False):
+        assert pair["prompt"] in own
+        assert pair["prompt"] in given
+        assert f"{pair['prompt'].partition(':')[2].strip()} {pair['response']}" in words
+        assert pair["response"] in given
+        assert pair["response"] not in own
 
 
 def _tuned_on(folder: Path) -> str:

@@ -158,7 +158,7 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     if experiment.blocks and name != "dense":
         tuned["blocks"] = experiment.blocks
     if others["attending"] or others["caching"]:
-        tuned["calibrated"] = [experiment.windows, experiment.seqlen, *experiment.seeded({}).values()]
+        tuned["calibrated"] = [experiment.windows, experiment.seqlen]
     if experiment.length is not None:
         tuned["measured"] = [experiment.length, experiment.first]
     return {**asked, "texts": texts.named, **tuned}

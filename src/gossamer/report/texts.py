@@ -15,7 +15,7 @@ from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.progress import Progress
-from gossamer.recipes.sample import read_pairs, sample
+from gossamer.recipes.sample import sample
 from gossamer.tune.self_data import Rewrites
 from gossamer.version import VERSION
 
@@ -75,14 +75,15 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
     asked |= {"method": "answered", "own": experiment.rewritten[name], "count": experiment.answers}
     out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"
     if not out.exists():
-        pairs = out.with_suffix(".pairs")
-        _write(pairs, instructions(texts.calibration, experiment.answers, experiment.seed))
+        pairs = instructions(texts.calibration, experiment.answers, experiment.seed)
         if experiment.rewritten[name]:
+            asking = out.with_suffix(".pairs")
+            _write(asking, pairs)
             tokens = experiment.answers * ANSWER_TOKENS
             options = {"tokens": tokens, "max_new_tokens": ANSWER_TOKENS, **drawn}
-            sample(experiment.model, out, rewrite=pairs, progress=progress, **options)
+            sample(experiment.model, out, rewrite=asking, progress=progress, **options)
         else:
-            given = read_pairs(pairs)
+            given = [(pair["prompt"], pair["response"]) for pair in pairs]
             told = Rewrites(given, load_tokenizer(resolve(experiment.model).folder))
             _write(out, [{"text": told.document(*pair)} for pair in given])
     return out

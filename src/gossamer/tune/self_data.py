@@ -35,6 +35,17 @@ REWRITE = (
     "result as the reference answer. Give only the answer.\n\nInstruction:\n{prompt}\n\nReference answer:\n"
     "{response}"
 )
+SHORTENED = Experiment(
+    sparsity=0.0,
+    blocks=0.2,
+    start="magnitude",
+    against=("magnitude",),
+    tuning={"tokens": 65_536, "seqlen": 256, "losses": {"task": 1}},
+    tuned={"continuations": {}, "ordinary": {}, "rewrites": {}, "given": {}},
+    sampled={"continuations": 32_768},
+    rewritten={"rewrites": True, "given": False},
+)
+"""A model that lost a fifth of its blocks, tuned on text of the dense model's or of others."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -70,15 +81,7 @@ class Continuations:
     claim: ClassVar[Claim | None] = Claim(
         says="Tuned on what the dense model itself writes, a model that lost blocks stays nearer to it than "
         "when tuned on other people's text.",
-        experiment=Experiment(
-            sparsity=0.0,
-            blocks=0.2,
-            start="magnitude",
-            against=("magnitude",),
-            tuning={"tokens": 65_536, "seqlen": 256, "losses": {"task": 1}},
-            tuned={"continuations": {}, "ordinary": {}},
-            sampled={"continuations": 32_768},
-        ),
+        experiment=SHORTENED,
         metric="kl",
         than="ordinary",
     )
@@ -123,15 +126,7 @@ class Rewrites:
     claim: ClassVar[Claim | None] = Claim(
         says="Fine-tuned on answers in its own words a model stays nearer to what it was than on the given "
         "answers of the same instructions.",
-        experiment=Experiment(
-            sparsity=0.0,
-            blocks=0.2,
-            start="magnitude",
-            against=("magnitude",),
-            tuning={"tokens": 65_536, "seqlen": 256, "losses": {"task": 1}},
-            tuned={"rewrites": {}, "given": {}},
-            rewritten={"rewrites": True, "given": False},
-        ),
+        experiment=SHORTENED,
         metric="kl",
         than="given",
     )
