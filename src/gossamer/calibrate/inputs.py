@@ -49,7 +49,10 @@ class InputSums:
                     "what changes its wiring between windows cannot be calibrated"
                 )
             if first == name:
-                rows = view.inputs(module, args)
+                try:
+                    rows = view.inputs(module, args)
+                except CalibrationError as error:
+                    raise CalibrationError(f"{name}: {error}") from error
                 for statistic in self._found[name].values():
                     statistic.update(rows)
 
