@@ -12,7 +12,6 @@ from benchmarks import protocol
 from benchmarks.decode_protocol import PARTS, SUBJECTS, Contender
 from benchmarks.decode_start import medians
 
-BEGIN, END = "<!-- decode: begin -->", "<!-- decode: end -->"
 Run = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
@@ -132,17 +131,11 @@ def markdown(results: dict[str, Any]) -> str:
         parts.append(f"**{name}**, {isa}, {threads} threads" + (", huge pages" if huge else ""))
         for head, rows in of_rows(runs):
             if rows:
-                lines = [head, ["---"] * len(head), *rows]
-                parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+                parts.append(protocol.markdown_table(head, rows))
     return "\n\n".join(parts)
 
 
 def write_tables(results: Path, document: Path) -> None:
     """Puts the tables between the marks in a Markdown file. Raises SystemExit where it has none."""
-    text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{document} has no place for the tables: {BEGIN} and {END} on lines of their own")
     tables = markdown(json.loads(results.read_text(encoding="utf-8")))
-    document.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+    protocol.write_between(document, "decode", tables)

@@ -134,6 +134,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--measure-only", action="store_true", help="measure what --keep holds already")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints in this folder")
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "one_shot.json", metavar="FILE")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing: write the catalogue there"
+    )
     return parser.parse_args()
 
 
@@ -194,12 +197,37 @@ def bytes_of(results: Path, name: str) -> int:
     return int(run["weight_file_bytes"])
 
 
+def catalogue_table(runs: dict[str, Any]) -> str:
+    """Methods x patterns in Markdown: perplexity and KL; over all patterns seconds and the peak of memory."""
+    head = ["method", "50 %", "60 %", "70 %", "32:64", "2:4", "4:8", "16x4, 30 %", "seconds", "peak GB"]
+    rows = []
+    for method in METHODS:
+        cells = [runs.get(f"{method}_{pattern}") for pattern in PATTERNS]
+        if done := [run for run in cells if run]:
+            seconds = [run["seconds"] for run in done]
+            peak = max(run["peak_rss_gb"] for run in done)
+            took = f"{min(seconds):.0f} to {max(seconds):.0f}"
+            rows.append([method, *map(_cell, cells), took, f"{peak:.1f}"])
+    return protocol.markdown_table(head, rows)
+
+
+def _cell(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    perplexity = run["perplexity"]
+    return f"{perplexity:.1f} · {run['mean_kl']:.2f}" if perplexity < 10_000 else f"{perplexity:.0e}"
+
+
 def _ends(interval: Any) -> tuple[float, float]:
     return interval.low, interval.high
 
 
 def main() -> None:
     args = parse()
+    if args.table:
+        runs = protocol.read_json(args.out).get("runs", {})
+        protocol.write_between(args.table, "catalogue", catalogue_table(runs))
+        return
     if not args.data:
         raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
     args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())

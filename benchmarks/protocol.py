@@ -167,3 +167,19 @@ def print_table(head: list[str], rows: list[list[Any]]) -> None:
     widths = [max(len(row[i]) for row in texts) for i in range(len(head))]
     for row in texts:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_between(document: Path, mark: str, text: str) -> None:
+    """Puts ``text`` between the lines ``<!-- mark: begin -->`` and ``<!-- mark: end -->`` of a Markdown file.
+    Raises SystemExit where it has none."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{document} has no place for the tables: {begin} and {end} on lines of their own")
+    document.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

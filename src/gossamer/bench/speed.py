@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_threads
 from gossamer.errors import EvaluationError
-from gossamer.models.session import Session, SessionFactory
+from gossamer.models.session import Session, SessionFactory, context_length
 from gossamer.nn import StructuredEmbedding
 from gossamer.progress import Progress, silent
 
@@ -283,7 +283,7 @@ def prompt_for(
         prompt = tokens.numel()
     configs: dict[str, Any] = {name: model.config for name, model in models.items()}
     for name, config in configs.items():
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = context_length(config)
         if limit is not None and prompt + decode > limit:
             raise EvaluationError(
                 f"a prompt of {prompt} and {decode} new tokens are more than the {limit} positions "

@@ -17,6 +17,7 @@ from gossamer.errors import ModelError
 from gossamer.kernels import Handle
 from gossamer.kernels.native import native
 from gossamer.matrices import Matrix, Packed, summands
+from gossamer.models.session import context_length
 from gossamer.nn import StructuredEmbedding, StructuredLinear
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -45,7 +46,7 @@ class Decoder:
         self.model = model
         config: Any = model.config
         body: Any = model.model
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.context: int | None = context_length(config)
         self.weights: dict[str, list[Matrix]] = {}
         self.windows = _windows(config)
         self._alive: list[Any] = []

@@ -7,7 +7,14 @@ from gossamer.models.generate import Token, generate
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.parts import read_part, write_part
 from gossamer.models.sampling import Sampling
-from gossamer.models.session import DecodingSession, PrefixSession, ScoringSession, Session, SessionFactory
+from gossamer.models.session import (
+    DecodingSession,
+    PrefixSession,
+    ScoringSession,
+    Session,
+    SessionFactory,
+    context_length,
+)
 from gossamer.models.skeleton import (
     WeightFiles,
     empty_model,
@@ -59,6 +66,7 @@ __all__ = [
     "WeightFiles",
     "calibration_windows",
     "capture_block_inputs",
+    "context_length",
     "default_text",
     "empty_model",
     "encode_prompt",

@@ -11,7 +11,7 @@ from torch import nn
 
 from gossamer.errors import SamplingError, TextError
 from gossamer.models.sampling import Floats, Sampler, Sampling, finite_logits, log_probabilities
-from gossamer.models.session import PrefixSession, Session
+from gossamer.models.session import PrefixSession, Session, context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def generate(
 def room(model: nn.Module, ids: Sequence[int], max_new_tokens: int) -> int:
     """How many of ``max_new_tokens`` there are positions for after ``ids``: the last token needs none to be
     given out. Raises TextError for ``ids`` that are empty or longer than the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model.config)
     if len(ids) == 0:
         raise TextError("the prompt is empty: give at least one token to continue from")
     if limit is None:

@@ -36,6 +36,12 @@ class ScoringSession(DecodingSession, Protocol):
 SessionFactory = Callable[[], DecodingSession]
 
 
+def context_length(config: Any) -> int | None:
+    """Positions that a model of this configuration knows; None where it does not say."""
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
 class Session:
     """One sequence in progress: a transformers decoder and its key/value cache."""
 

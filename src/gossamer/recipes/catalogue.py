@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,6 +94,7 @@ def _facts(
     within: str,
     aliases: tuple[str, ...] = (),
 ) -> MethodFacts:
-    says = (registry[name].__doc__ or "").partition("\n")[0]
+    paragraph = " ".join((registry[name].__doc__ or "").partition("\n\n")[0].split())
+    says = re.split(r"(?<=[.])(?<!al[.])\s", paragraph)[0]  # its first sentence
     cite, claim = registry.citations[name], getattr(registry[name], "claim", None)
     return MethodFacts(name, aliases, family, says, needs, patterns, within, cite, claim)

@@ -16,7 +16,7 @@ from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.generate import generate, room, stop_tokens
 from gossamer.models.sampling import Sampling
-from gossamer.models.session import DecodingSession, PrefixSession, Session, SessionFactory
+from gossamer.models.session import DecodingSession, PrefixSession, Session, SessionFactory, context_length
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
 from gossamer.models.stops import StopStrings
@@ -253,7 +253,7 @@ def _gated(loaded: LoadedModel, folder: Path) -> LoadedModel:
 
 def check_context(config: PreTrainedConfig, seqlen: int, label: str) -> None:
     """Raises ModelError where windows of ``seqlen`` tokens are longer than the model's context."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(config)
     if context is not None and seqlen > context:
         raise ModelError(
             f"windows of {seqlen} tokens are longer than the {context} positions that {label} knows: "

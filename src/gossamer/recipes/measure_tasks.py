@@ -12,6 +12,7 @@ import torch
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.task_files import ITEMS, TaskItems, check_tasks, read_task
 from gossamer.evaluate.task_scores import Flips, TaskScore, flips
+from gossamer.models.session import context_length
 from gossamer.progress import Progress, silent
 from gossamer.recipes.load import Engine, LoadedModel, load
 
@@ -92,7 +93,7 @@ def measure_tasks(
         loaded = (
             one if isinstance(one, LoadedModel) else load(one, dtype=dtype, engine=engine, progress=progress)
         )
-        positions = getattr(loaded.model.config, "max_position_embeddings", None)
+        positions = context_length(loaded.model.config)
         asking = harness.SessionLM(loaded.session, loaded.tokenizer, positions, progress)
         return loaded.label, tuple(harness.ask(asking, chosen))
 

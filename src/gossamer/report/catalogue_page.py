@@ -61,7 +61,7 @@ def measured(verdict: Mapping[str, Any]) -> str:
     claim, figures = verdict["claim"], verdict["figures"]
     metric, name, than = claim["metric"], verdict["name"], claim["than"]
     values = f"{metric} {figures[name][metric]:.4g}, {than} {figures[than][metric]:.4g}"
-    if "dense" in figures:
+    if "dense" in figures and than != "dense":
         values += f", dense {figures['dense'][metric]:.4g}"
     interval = verdict["interval"]
     around = "" if interval is None else f" [{interval[0]:.3g} to {interval[1]:.3g}]"

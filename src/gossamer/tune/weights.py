@@ -52,7 +52,7 @@ class NoOptions:
 
 @WEIGHTS.register("full", cite="Bengio et al. 2013; Esser et al. 2020, Learned Step Size Quantization")
 class TunedWeight(nn.Module):
-    """What a layer multiplies by while ``latent`` ``(out, in)`` is tuned, float32.
+    """What a layer multiplies by while all that is kept of ``latent`` ``(out, in)`` is tuned, in float32.
 
     ``mask``: bool ``(out, in)``, True = kept, or None; ``quantized``: the codes to begin with where values
     are integers. Then ``scales`` ``(out, groups)`` are tuned too (LSQ, Esser et al. 2020), and the forward

@@ -8,6 +8,7 @@ from typing import ClassVar
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.probes.probe import PROBES, ProbeScore, Subject
 from gossamer.evaluate.task_files import check_tasks, read_task
+from gossamer.models.session import context_length
 from gossamer.progress import Progress
 
 
@@ -29,7 +30,7 @@ class Knowledge:
     def ask(self, subject: Subject, items: int | None, progress: Progress) -> ProbeScore:
         from gossamer.evaluate import harness
 
-        positions = getattr(subject.model.config, "max_position_embeddings", None)
+        positions = context_length(subject.model.config)
         asking = harness.SessionLM(subject.session, subject.tokenizer, positions, progress)
         (score,) = harness.ask(asking, [read_task(self.task, items)])
         if score.correct_norm is None:

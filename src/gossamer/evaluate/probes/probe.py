@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.likelihood import LikelihoodReader
 from gossamer.evaluate.task_scores import Flips, flips, wilson
-from gossamer.models.session import DecodingSession
+from gossamer.models.session import DecodingSession, context_length
 from gossamer.progress import Progress
 from gossamer.registry import Registry
 
@@ -131,7 +131,7 @@ class TextReader:
 
     def __init__(self, subject: Subject) -> None:
         self._tokenizer = subject.tokenizer
-        self._positions = getattr(subject.model.config, "max_position_embeddings", None)
+        self._positions = context_length(subject.model.config)
         self._read = LikelihoodReader(subject.session, self._positions)
 
     def fits(self, text: str) -> bool:

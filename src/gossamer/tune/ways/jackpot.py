@@ -45,10 +45,10 @@ class JackpotOptions:
 
 @WEIGHTS.register("jackpot", cite="Zhang et al. 2023, Lottery Jackpots Exist in Pre-trained Models")
 class JackpotWeight(MaskSearch):
-    """``W = W0 ⊙ mask``. Only ``importance`` ``(out, in)`` is trained, on the gradient of the mask itself,
-    ``g ⊙ W0`` (STE): 1 where the start keeps a weight, 0.99 where it does not. It steps by itself, by SGD
-    with momentum at a rate that falls by a cosine, gradients in units of their layer's root mean square:
-    Adam would step as far for every weight, and which one has the most to gain is what counts here.
+    """``W = W0 ⊙ mask``: only ``importance`` ``(out, in)`` is trained, on the gradient of the mask itself,
+    ``g ⊙ W0`` (STE). It begins at 1 where the start keeps a weight, at 0.99 where it does not, and steps by
+    itself, by SGD with momentum at a rate that falls by a cosine, gradients in units of their layer's root
+    mean square: Adam would step as far for every weight, and which one has the most to gain counts here.
 
     The mask wants the highest of them. Of the pairs (one to come, one to go) that this asks for, only the
     share ``(1 - fraction)^power`` with the most to gain is swapped: changes that depend on each other disturb
