@@ -61,9 +61,9 @@ def quality(
 
     ``text``: a file, folder, jsonl or list of strings; None takes the built-in prose that calibration never
     sees. ``windows``: at most so many of ``seqlen`` tokens, from the text's start without overlap; None =
-    all. ``first``: only predictions from this position of each window on count; ``dtype``: of models that
-    are no checkpoints; ``attention``: a policy that ``model`` looks at some of the keys by (`load`). Raises a
-    GossamerError for whatever a person can mend.
+    all. ``first``: only predictions from this position of each window on count. Of what is not loaded yet:
+    ``dtype`` of models that are no checkpoints; ``attention``, a policy that ``model`` looks at some of the
+    keys by (`load`). Raises a GossamerError for whatever a person can mend.
     """
     read = read_text(text, part="measure")
     if isinstance(model, LoadedModel):
@@ -104,9 +104,9 @@ def speed(
 ) -> SpeedComparison:
     """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
 
-    ``dtype``: of models that are no checkpoints; by default bfloat16, in which a dense model is read fastest.
-    ``huge_pages``, ``engine``, ``cache``, ``attention``: see `load`.
-    Raises a GossamerError for whatever a person can mend.
+    Of those not loaded: ``dtype`` of models that are no checkpoints, by default bfloat16, in which a dense
+    model is read fastest; ``huge_pages``, ``engine``, ``cache``, ``attention``: see `load`. Raises a
+    GossamerError for whatever a person can mend.
     """
     options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "engine": engine, "cache": cache}
     options |= {"attention": attention, "progress": progress}
