@@ -12,6 +12,7 @@ import gossamer as gs
 from gossamer.errors import GossamerError, OutputError, ResumeError, TextError
 from gossamer.models.text import read_text
 from gossamer.recipes import sample as module
+from gossamer.tune.self_data import Sampled
 from tiny import tiny_folder
 
 SMALL: dict[str, Any] = {"tokens": 60, "prompt_tokens": 6, "max_new_tokens": 12, "seed": 5}
@@ -96,3 +97,14 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
     with pytest.raises(TextError, match="cannot be cut from a text"):
         gs.sample(model, out, text=["short"], prompt_tokens=500)
     assert not list(tmp_path.glob("*.work"))
+
+
+def test_a_model_that_says_nothing_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(prompts: Any, index: int, *rest: Any) -> Sampled:
+        return Sampled(prompts.record(index, ""), 0)
+
+    monkeypatch.setattr(module, "sample_one", nothing)
+    with pytest.raises(TextError, match="ended 100 answers in a row"):
+        gs.sample(model, tmp_path / "own.jsonl", text=TEXT, **SMALL)

@@ -258,3 +258,36 @@ def test_pytorchs_own_transformer() -> None:
     with torch.no_grad():
         change = (model(inputs[0]) - dense(inputs[0])).abs().max()
     assert 0 < change < 1
+
+
+class Threefold(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Odd(nn.Module):
+    """A linear layer with a forward of its own, a recurrent cell, and a head that shares its embedding's
+    weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.cell = nn.Embedding(12, 8), nn.GRUCell(8, 8)
+        self.own, self.plain, self.head = Threefold(8, 8), nn.Linear(8, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.plain(self.own(self.cell(self.embedding(ids)))))
+
+
+def test_what_packing_or_pruning_would_break_is_left() -> None:
+    ids = torch.arange(12)
+    loose, packed = Odd(), Odd()
+    table = loose.embedding.weight.detach().clone()
+    found = gs.sparsify(loose, [ids], method="magnitude", sparsity=0.5)
+    gs.sparsify(packed, [ids], method="magnitude", sparsity=0.5, pack=True)
+    assert set(found.left) == {"cell", "head"}
+    assert torch.equal(loose.embedding.weight, table)
+    assert isinstance(packed.plain, StructuredLinear)
+    assert isinstance(packed.own, Threefold)
+    torch.testing.assert_close(packed(ids), loose(ids))

@@ -149,3 +149,14 @@ def test_a_walk_without_targets_is_refused() -> None:
     with pytest.raises(MethodError, match="hidden states"):
         Blockwise().tune(stream.Visit(0, "block", torch.nn.Linear(2, 2), {}, None), {}, 0)  # type: ignore[arg-type]
     assert isinstance(tuner("blockwise", epochs=2), Blockwise)
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "falcon", "mistral", "bloom"])
+def test_masks_and_positions_are_those_of_one_window(arch: str, tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "tiny", arch, num_hidden_layers=2)
+    done = compress(
+        source, tmp_path / "out", method="magnitude", sparsity=0.5, **(SMALL | FEW | {"windows": 4})
+    )
+    for layer in done.made["layers"]:
+        if "tuned" in layer:
+            assert layer["tuned"]["after"] <= layer["tuned"]["before"]

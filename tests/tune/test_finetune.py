@@ -27,6 +27,7 @@ from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
 from gossamer.tune import Loop, SparseTuning, saves, train
 from gossamer.tune.losses import loss
+from gossamer.tune.place import dense_weight
 from gossamer.tune.sparse import SHARE
 from tiny import tiny_folder, tiny_model, tiny_tokens
 
@@ -228,7 +229,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     calls = 0
     step = SparseTuning.step
 
-    def failing(self: SparseTuning, fraction: float = 0.0) -> None:
+    def failing(self: SparseTuning, fraction: float) -> None:
         nonlocal calls
         calls += 1
         if calls == 6:
@@ -389,3 +390,58 @@ def test_another_vocabulary_other_blocks_and_nan_are_refused(
 
 def test_every_loss_says_what_it_needs() -> None:
     assert [loss(name).needs_teacher for name in ("kl", "squarehead", "task")] == [True, True, False]
+
+
+def test_biases_of_tuned_layers_are_tuned_and_put_back(tmp_path: Path) -> None:
+    dense = tiny_folder(tmp_path / "dense", "qwen2", num_hidden_layers=1)
+    made = checkpoint(dense, tmp_path / "made", pattern="32:64", values="int4")
+    done = gs.finetune(made, tmp_path / "out", teacher=dense, **BUDGET)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    before, after = (load_checkpoint(path).get_parameter(name) for path in (made, done.path))
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("values", "sparsity"), [("int4", 0.2), ("int3", 0.3)])
+def test_what_was_pruned_stays_zero_in_a_layout_that_keeps_no_masks(
+    values: str, sparsity: float, dense: Path, tmp_path: Path
+) -> None:
+    made = checkpoint(dense, tmp_path / "made", sparsity=sparsity, values=values)
+    done = gs.finetune(made, tmp_path / "out", teacher=dense, **(BUDGET | {"rate": 0.05}))
+    before, after = packed(made), packed(done.path)
+    assert {matrix.layout for matrix in after.values()} == {"dense"}
+    moved = 0
+    for name, matrix in before.items():
+        old, new = matrix.to_dense(), after[name].to_dense()
+        assert not bool((new[old == 0] != 0).any())
+        moved += int((old != new).sum())
+    assert moved
+
+
+def test_the_dense_weight_of_any_linear_layer() -> None:
+    conv = tiny_model("gpt2", num_hidden_layers=1).transformer.h[0].mlp.c_fc
+    assert torch.equal(dense_weight(conv), conv.weight.detach().T)  # type: ignore[arg-type]
+    linear = nn.Linear(64, 8)
+    weight = linear.weight.detach()
+    assert torch.equal(dense_weight(linear), weight)  # type: ignore[arg-type]
+    layer = StructuredLinear(Packed.pack(weight.bfloat16().float(), "bf16"))
+    assert torch.equal(dense_weight(layer), weight.bfloat16().float())  # type: ignore[arg-type]
+    assert dense_weight(nn.Embedding(8, 8)) is None
+    with pytest.raises(AttributeError, match="leave it unpacked"):
+        _ = layer.weight
+
+
+def test_another_teacher_of_the_same_name_is_told(
+    sparse_int4: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_folder(tmp_path / "tiny", seed=9, num_hidden_layers=2)
+    assert other.name == dense.name
+
+    def stopped(self: SparseTuning, fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseTuning, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **BUDGET)
+    with pytest.raises(ResumeError, match="it differs in teacher"):
+        gs.finetune(sparse_int4, tmp_path / "out", teacher=other, **BUDGET)

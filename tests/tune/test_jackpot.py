@@ -21,7 +21,7 @@ from gossamer.sparse import mask_from_scores, parse_pattern
 from gossamer.sparse.masks import check_mask
 from gossamer.tune import SparseTuning
 from gossamer.tune.ways.jackpot import JackpotOptions, JackpotWeight, swapped
-from tiny import tiny_folder, tiny_tokens
+from tiny import tiny_folder, tiny_model, tiny_tokens
 
 
 @given(
@@ -119,8 +119,9 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits() -> None:
         model, masks = masked()
         options = {"pattern": "2:4", "every": 2}
         return SparseTuning(
-            model, losses={"task": 1}, masks=masks, method="jackpot", options=options, norms=False
-        )
+            model, teacher=masked()[0], losses={"task": 1}, masks=masks, method="jackpot", options=options,
+            norms=False,
+        )  # fmt: skip
 
     def steps(one: SparseTuning, begin: int, end: int) -> None:
         for step in range(begin, end):
@@ -153,13 +154,24 @@ def test_what_it_cannot_search_is_refused() -> None:
             SparseTuning(model, losses={"task": 1}, masks=masks, method="jackpot", options=options)
 
 
-def test_a_checkpoint_is_searched_from_the_dense_weights(tmp_path: Path) -> None:
+def test_a_search_without_the_dense_weights_is_refused() -> None:
+    model, masks = masked()
+    with pytest.raises(MethodError, match="give the dense model as the teacher"):
+        SparseTuning(model, losses={"task": 1}, masks=masks, method="jackpot")
+    model, masks = masked()
+    shorter = tiny_model(num_hidden_layers=1)
+    with pytest.raises(MethodError, match=r"the teacher has none of model\.layers"):
+        SparseTuning(model, teacher=shorter, losses={"task": 1}, masks=masks, method="jackpot")
+
+
+@pytest.mark.parametrize("loss", ["kl", "task"])
+def test_a_checkpoint_is_searched_from_the_dense_weights(loss: str, tmp_path: Path) -> None:
     dense = tiny_folder(tmp_path / "dense", num_hidden_layers=1)
     options: dict[str, Any] = {"values": "bf16", "windows": 1, "seqlen": 32}
     compress(dense, tmp_path / "made", method="magnitude", pattern="2:4", **options)
-    done = gs.finetune(
-        tmp_path / "made", tmp_path / "out", teacher=dense, losses={"kl": 1}, method="jackpot",
-        options={"pattern": "2:4", "every": 1}, norms=False, **RUN,
+    done = gs.finetune(  # by the pattern of the checkpoint, from the dense weights whatever the loss
+        tmp_path / "made", tmp_path / "out", teacher=dense, losses={loss: 1}, method="jackpot",
+        options={"every": 1}, norms=False, **RUN,
     )  # fmt: skip
     found = load_checkpoint(done.path)
     plain = dict(gs.load(dense, dtype="bfloat16").model.named_parameters())

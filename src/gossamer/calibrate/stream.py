@@ -34,12 +34,11 @@ BATCH_TOKENS = 2048  # tokens a forward pass: products near full speed, activati
 
 @dataclass(frozen=True)
 class Calls:
-    """How a block is called on the calibration windows: its ``inputs`` a ``batch`` of windows at a time, with
-    the other arguments ``kwargs``; ``targets``: what the dense block gives in the dense model."""
+    """How a block is called on one of the calibration windows: on its ``inputs``, with the other arguments
+    ``kwargs``; ``targets``: what the dense block gives in the dense model."""
 
     inputs: Inputs
     targets: Inputs
-    batch: int
     kwargs: dict[str, Any]
 
 
@@ -114,6 +113,7 @@ def walk(
     batch = batch_size(len(windows), windows.shape[1])
     with outside_blocks(model, parts, files, dtype):
         kwargs = capture_block_inputs(model, windows[:batch], batch=batch, parts=parts)
+        one = capture_block_inputs(model, windows[:1], parts=parts).kwargs if targets else ()
         shape = (*windows.shape, kwargs.hidden.shape[-1])
         if work.next_block == 0:
             states = (
@@ -133,7 +133,7 @@ def walk(
             before = work.open_inputs(shape, dtype, "dense") if index and not unchanged else inputs
             stream = "inputs" if unchanged else "dense"
             dense = Inputs(work.inputs_file(index + 1, stream), shape, dtype)
-            visit.calls = Calls(inputs, dense.written(_run(block.module, before, batch, call)), batch, call)
+            visit.calls = Calls(inputs, dense.written(_run(block.module, before, batch, call)), one[index])
         if needs:
             visit.statistics = _collect(visit, needs, inputs, batch, call)
         yield visit

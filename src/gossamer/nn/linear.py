@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from gossamer.errors import MatrixError
@@ -33,6 +35,14 @@ class StructuredLinear(nn.Module):
                 f"a matrix {matrix.shape} cannot stand in for a weight {tuple(linear.weight.shape)}"
             )
         return cls(matrix, linear.bias).train(linear.training)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "a packed layer has a matrix, but no weight that its owner could read: leave it unpacked (in "
+                "sparsify by skip)"
+            )
+        return super().__getattr__(name)
 
     @property
     def in_features(self) -> int:

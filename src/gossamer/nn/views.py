@@ -89,8 +89,11 @@ def weight_views(model: nn.Module) -> tuple[list[WeightView], dict[str, str]]:
     found: list[WeightView] = []
     left: dict[str, str] = {}
     seen: set[int] = set()
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, module in model.named_modules():
         why = _why_not(module)
+        if id(getattr(module, "weight", None)) in looked_up and not isinstance(module, nn.Embedding):
+            why = "its weight is an embedding's too"
         if why:
             left[name] = why
             continue
@@ -106,6 +109,8 @@ def _why_not(module: nn.Module) -> str:
         return "a convolution in groups: each group has a few inputs of its own"
     if isinstance(module, nn.modules.conv._ConvNd) and (module.transposed or len(module.kernel_size) > 2):
         return "a transposed or three-dimensional convolution"
+    if isinstance(module, nn.RNNCellBase):
+        return "a recurrent cell: nn.LSTM, nn.GRU and nn.RNN, which hold their steps, are pruned"
     if isinstance(module, nn.RNNBase) and module.proj_size:
         return "recurrent with projected states"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:

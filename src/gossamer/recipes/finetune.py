@@ -28,7 +28,7 @@ from gossamer.models.text import TextSource, evaluation_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
-from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
+from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, train
@@ -89,6 +89,7 @@ class _Job:
         self.dtype = torch.float32 if settings.bfloat16 is False else torch.bfloat16
         self.dtype = fast_dtype() if settings.bfloat16 is None else self.dtype
         self.contents = open_checkpoint(checkpoint)
+        self.teacher_files: dict[str, str] = {}
         self.teacher, self.teacher_label = self._teacher(teacher)
         self.model = load_checkpoint(checkpoint, verify="none", dtype=self.dtype)
         check_context(self.model.config, settings.seqlen, checkpoint.name)
@@ -104,6 +105,7 @@ class _Job:
             losses=s.chosen_losses(),
             method=s.method,
             options=self._options(),
+            pruned=[layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0],
             values=s.values,
             group=s.group,
             norms=s.norms,
@@ -125,13 +127,19 @@ class _Job:
 
     def _options(self) -> dict[str, Any]:
         """The method's own, and the pattern of the checkpoint for one that moves masks within it."""
-        pattern = self.contents.manifest.made.get("pattern")
-        known = {"pattern": pattern} if self.settings.method == "ast" and pattern else {}
-        return {**known, **self.settings.options}
+        return self.settings.weights().within(
+            self.contents.manifest.made.get("pattern"), self.settings.options
+        )
+
+    def _layers(self) -> list[dict[str, Any]]:
+        """What the checkpoint says of its layers."""
+        return list(self.contents.manifest.made.get("layers") or [])
 
     def _teacher(self, asked: str | Path | None) -> tuple[PreTrainedModel | None, str | None]:
-        """The model in evaluation mode and its label; None where no loss needs one."""
-        if not any(loss.needs_teacher for loss, _ in self.settings.chosen_losses()):
+        """The model in evaluation mode and its label; None where neither a loss nor the method needs one."""
+        kind = self.settings.weights()
+        needed = any(loss.needs_teacher for loss, _ in self.settings.chosen_losses())
+        if not needed and not kind.brings_back(kind.chosen(self._options())):
             return None, None
         source = asked or self.contents.manifest.made.get("model")
         if source is None:
@@ -153,6 +161,7 @@ class _Job:
         ours, theirs = (load_tokenizer(f).get_vocab() for f in (self.contents.path, folder))
         if ours != theirs:
             raise ModelError(f"the teacher {label} has another vocabulary than the checkpoint")
+        self.teacher_files = files_of(folder)
         return model.requires_grad_(False).eval(), label
 
     def _windows(self, checkpoint: Path) -> tuple[Tensor, Tensor]:
@@ -172,7 +181,7 @@ class _Job:
         return {
             "settings": self.settings.model_dump(),
             "checkpoint": self.contents.manifest.files[WEIGHTS_FILE].sha256,
-            "teacher": self.teacher_label,
+            "teacher": [self.teacher_label, self.teacher_files],
             "tokens": sha256_of(self.windows, self.held_out),
             **surroundings(),
             "multiplied in": str(self.dtype),
@@ -192,7 +201,7 @@ class _Job:
             **told,
             "with": made_with(),
         }
-        layers = [_retold(layer, tuned) for layer in before.get("layers") or []]
+        layers = [_retold(layer, tuned) for layer in self._layers()]
         return {**before, "layers": layers, "tuned": [*(before.get("tuned") or []), record]}
 
     def _write(self, tuned: dict[str, Matrix | Tensor], made: dict[str, Any]) -> None:

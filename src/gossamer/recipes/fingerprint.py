@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from gossamer import kernels
 from gossamer.calibrate import fast_dtype
+from gossamer.matrices.checksums import checksums_of
+from gossamer.models.contents import open_checkpoint
+from gossamer.models.manifest import is_checkpoint
+from gossamer.models.skeleton import WeightFiles
 from gossamer.version import VERSION
 
 
@@ -31,6 +36,13 @@ def made_with() -> dict[str, Any]:
     """Of the `surroundings` what a finished checkpoint says."""
     found = surroundings()
     return {key: found[key] for key in ("gossamer", "torch", "transformers", "instruction set")}
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The sha256 of each weight file of a checkpoint or a model's folder, by name."""
+    if is_checkpoint(folder):
+        return {name: entry.sha256 for name, entry in open_checkpoint(folder).manifest.files.items()}
+    return {path.name: checksums_of(path).sha256 for path in WeightFiles(folder).paths}
 
 
 def sha256_of(*tokens: Tensor) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import CalibrationError, ModelError
+from gossamer.errors import CalibrationError, MethodError, ModelError
+from gossamer.matrices.values import value_type
 from gossamer.nn.listen import listening
 from gossamer.progress import Progress, silent
 from gossamer.recipes.sparsify import sparsify
@@ -30,8 +31,8 @@ Labelled = tuple[Tensor, Tensor | None]
 @dataclass(frozen=True)
 class Mixed:
     """The mixed-strategy distillation: ``hard`` · cross-entropy of the labels (where there are any) +
-    ``soft`` · T² KL(teacher || student) of logits softened by ``temperature`` + ``features`` · Σ over layers
-    of mse / mean square of the teacher's."""
+    ``soft`` · T² KL(teacher || student) of logits softened by ``temperature`` + ``features`` · the mean
+    over layers of mse / mean square of the teacher's."""
 
     hard: float = 1.0
     soft: float = 10.0
@@ -94,6 +95,8 @@ def gpusq(
     Raises a GossamerError as `sparsify` does, ModelError for ``features`` that are not there, and
     CalibrationError where a loss is not finite: then the model keeps what the finished stages made of it.
     """
+    if not value_type(values).is_integer:
+        raise MethodError(f"GPUSQ-ViT rounds to integers, not to {values}")
     known = dict(model.named_modules())
     for name in features:
         if name not in known:
@@ -107,6 +110,7 @@ def gpusq(
     total = epochs * len(batches)
     shares = dict.fromkeys(features, 1.0)
     for stage, rounded in (("sparse", None), ("quantized", values)):
+        before = copy.deepcopy(model.state_dict())
         tuning = ModuleTuning(model, found.masks, values=rounded, group=group)
         if rounded is not None:
             shares = pair.shares(tuning, inputs[0])
@@ -119,9 +123,10 @@ def gpusq(
                 progress(stage, done, total)
                 value = pair.loss(tuning, shares, *batches[index])
                 if not bool(value.isfinite()):
+                    model.load_state_dict(before)
                     raise CalibrationError(f"the loss is not finite at step {done} of the stage {stage}")
                 value.backward()  # type: ignore[no-untyped-call]
-                tuning.step(done / total)
+                tuning.step((done + 0.5) / total)
                 each.append(float(value.detach()))
             losses[stage].append(sum(each) / len(each))
         progress(stage, total, total)
@@ -151,10 +156,14 @@ class _Pair:
     @torch.no_grad()
     def shares(self, tuning: ModuleTuning, x: Tensor) -> dict[str, float]:
         """How much each layer's features count: in proportion to their relative error after rounding."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()  # noise of dropout is no error of rounding
         with self._listening(self.model) as plain:
             self.model(x)
         with self._listening(self.model) as rounded:
             tuning(x)
+        for module, training in modes.items():
+            module.training = training
         errors = {name: float(SquareHead().of([rounded[name]], [plain[name]])) for name in self.features}
         total = sum(errors.values())
         return {name: len(errors) * error / total if total else 1.0 for name, error in errors.items()}

@@ -21,6 +21,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gossamer.errors import MethodError, RecipeError
+from gossamer.matrices.values import value_type
+from gossamer.prune.method import Combination
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.sample import SampleSettings
@@ -77,6 +79,7 @@ class Recipe(BaseModel):
         if self.compress.outlier_columns() is not None:
             raise MethodError("layers with outliers apart cannot be tuned yet: leave tune or outliers out")
         self.tune.check()
+        self._check_way(self.tune, combination)
         states = [one.name for one, _ in self.tune.chosen_losses() if isinstance(one, StateLoss)]
         if self.shrink is not None and states:
             raise MethodError(
@@ -88,6 +91,15 @@ class Recipe(BaseModel):
                 f"compress makes {self.compress.values}, which tune.values would round a second time: "
                 "compress to bf16, or leave tune.values out"
             )
+
+    def _check_way(self, tune: FinetuneSettings, combination: Combination) -> None:
+        """Whether the way to tune takes what compress makes."""
+        kind, values = tune.weights(), tune.values or self.compress.values
+        kind.chosen(kind.within(str(combination.pattern), tune.options))
+        if kind.takes != "any" and value_type(values).is_integer != (kind.takes == "integers"):
+            raise MethodError(f"the method {tune.method} tunes {kind.takes}, and compress makes {values}")
+        if kind.needs_masks and not combination.prunes:
+            raise MethodError(f"the method {tune.method} moves masks, and compress prunes nothing")
 
     def _check_sample(self, sample: SampleSettings) -> None:
         sample.sampling()

@@ -22,20 +22,18 @@ from gossamer.calibrate import WorkFolder
 from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.errors import TextError
 from gossamer.matrices.atomic import atomic_file, check_free, output_error
-from gossamer.matrices.checksums import checksums_of
-from gossamer.models.contents import open_checkpoint
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.sampling import Sampling
-from gossamer.models.skeleton import WeightFiles
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text, tokenize
 from gossamer.progress import Progress, silent
-from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
+from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.settings import checked
 from gossamer.tune.self_data import Continuations, Prompts, Rewrites
 from gossamer.tune.self_data import sample as sample_one
 
+MOST_SILENT = 100  # answers in a row without a token, after which sampling gives up
 _LOG = "samples.jsonl"
 
 
@@ -115,6 +113,7 @@ def sample(
     work = WorkFolder(out.with_name(out.name + ".work"), _fingerprint(model, loaded, chosen, told))
     log = _Log(work.path / _LOG)
     total, number, own = chosen.tokens, len(log.records), isinstance(prompts, Rewrites)
+    silent_ones = 0
     while log.tokens < total:
         progress("sampling", log.tokens, total)
         start = time.perf_counter()
@@ -123,6 +122,12 @@ def sample(
         )
         log.append({**done.record, "tokens": done.tokens, "seconds": time.perf_counter() - start})
         number += 1
+        silent_ones = 0 if done.tokens else silent_ones + 1
+        if silent_ones == MOST_SILENT:
+            raise TextError(
+                f"{loaded.label} has nothing to say: it ended {MOST_SILENT} answers in a row before the "
+                "first token"
+            )
     progress("sampling", total, total)
     made = {
         "job": "sample",
@@ -225,10 +230,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that the result depends on, so that resumed work is never mixed with other work."""
     path = Path(model).expanduser()
-    if is_checkpoint(path):
-        files = {name: entry.sha256 for name, entry in open_checkpoint(path).manifest.files.items()}
-    else:
-        files = {p.name: checksums_of(p).sha256 for p in WeightFiles(resolve(str(model)).folder).paths}
+    files = files_of(path if is_checkpoint(path) else resolve(str(model)).folder)
     return {
         "settings": settings.model_dump(),
         "model": [loaded.label, files],

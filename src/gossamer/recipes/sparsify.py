@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gossamer.calibrate import Gradient, Statistic
 from gossamer.calibrate.modules import Batch, Loss, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
+from gossamer.models.place import takes_matrix
 from gossamer.nn import StructuredLinear, replace_module
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
@@ -72,7 +73,7 @@ def sparsify(
     ``group`` and ``options`` as for `compress`; ``allocation``: uniform, global, er or erk. ``skip``: regular
     expressions, found anywhere in a weight's name, of those to leave as they are (a classifier's last layer).
     ``loss``: a scalar of model and batch, for methods that read gradients. ``pack``: linear layers become
-    `StructuredLinear`, packed, which run by our kernels.
+    `StructuredLinear`, packed, which run by our kernels; those with a forward of their own do not.
 
     Nothing is changed where it fails. Raises a GossamerError for whatever a person can mend: no batches,
     values that are not finite, a weight that no input reaches, a pattern that does not fit.
@@ -212,4 +213,4 @@ class _Job:
 
 
 def _is_linear(view: WeightView) -> bool:
-    return view.turned or isinstance(view.module, nn.Linear)
+    return view.parameter == "weight" and takes_matrix(view.module)

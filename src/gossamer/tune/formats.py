@@ -32,9 +32,15 @@ class Format:
         return cls("auto", wanted.name, group or (matrix.group if wanted.is_integer else GROUP))
 
     def begin(
-        self, matrix: Matrix, kind: type[TunedWeight] = TunedWeight, options: object = None
+        self,
+        matrix: Matrix,
+        kind: type[TunedWeight] = TunedWeight,
+        options: object = None,
+        *,
+        zeros_stay: bool = False,
     ) -> TunedWeight:
         """``matrix`` under tuning: with its own codes where it has the same format, else rounded to it.
+        ``zeros_stay``: its zeros are pruned weights, where its layout keeps no mask.
 
         Raises ModelError for a matrix made of others.
         """
@@ -42,6 +48,8 @@ class Format:
             raise ModelError(f"a {matrix.kind} is made of other matrices, and cannot be tuned yet")
         weight = matrix.to_dense().detach().float()
         mask = matrix.unpack().mask if isinstance(matrix, Packed) else getattr(matrix, "mask", None)
+        if mask is None and zeros_stay:
+            mask = weight != 0
         wanted = None if self.values is None else value_type(self.values)
         if wanted is None or not wanted.is_integer:
             return kind(weight, mask, None, options)
@@ -53,8 +61,9 @@ class Format:
     def finish(self, weight: TunedWeight) -> Matrix:
         """The tuned weight as a matrix of this format."""
         plain, codes = weight.finished()
+        layout = "auto" if weight.frees_masks else self.layout
         if codes is not None:
-            return Packed.pack(codes, layout=self.layout, mask=weight.mask)
+            return Packed.pack(codes, layout=layout, mask=weight.mask)
         if self.values is not None:
-            return Packed.pack(plain, self.values, self.layout, mask=weight.mask)
+            return Packed.pack(plain, self.values, layout, mask=weight.mask)
         return Dense(plain) if weight.mask is None else Sparse(weight.mask, plain)

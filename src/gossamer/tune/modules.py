@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gossamer.errors import ModelError
+from gossamer.errors import MethodError, ModelError
 from gossamer.matrices import Dense, Sparse
+from gossamer.matrices.values import value_type
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.tune.formats import Format
 from gossamer.tune.weights import SHARE, TunedWeight, adamw, set_rates
@@ -33,7 +34,8 @@ class ModuleTuning:
     too, as they are. ``share`` of a layer's mean size is the most that a step moves it; it rises over the
     share ``warmup`` of the run and falls to zero by a straight line.
 
-    Raises ModelError for masks of weights that are not there or have another shape.
+    Raises ModelError for masks of weights that are not there or have another shape, and MethodError for
+    ``values`` that are no integers.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class ModuleTuning:
         warmup: float = 0.05,
         clip: float = 1.0,
     ) -> None:
+        if values is not None and not value_type(values).is_integer:
+            raise MethodError(f"weights of a module are rounded to integers, not to {values}")
         self.model, self.share, self.warmup, self.clip = model, share, warmup, clip
         views = {view.name: view for view in weight_views(model)[0]}
         if unknown := masks.keys() - views.keys():
@@ -67,7 +71,7 @@ class ModuleTuning:
         }
         return functional_call(self.model, given, args, kwargs)
 
-    def step(self, fraction: float = 0.0) -> None:
+    def step(self, fraction: float) -> None:
         """One step with the gradients that backward passes left, ``fraction`` of the run done."""
         set_rates(self.optimizer, self._factor(fraction))
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 
 from gossamer.errors import GossamerError, ModelError
 from gossamer.matrices import Dense, Matrix, Packed, Sparse
-from gossamer.models.walk import find_parts
+from gossamer.models.walk import find_parts, weight_of
 from gossamer.nn import StructuredLinear, replace_module
+from gossamer.nn.views import is_conv1d
 from gossamer.tune.weights import TunedWeight
 
 if TYPE_CHECKING:
@@ -78,6 +79,14 @@ def place_weights(
     if not found:
         raise ModelError("the model has no packed linear layers: give a Gossamer checkpoint, or masks")
     return found
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module) -> Tensor | None:
+    """The weight ``(out, in)`` of a linear layer, packed or not; None for anything else."""
+    if isinstance(layer, StructuredLinear):
+        return layer.matrix.to_dense()
+    return weight_of(layer) if isinstance(layer, nn.Linear) or is_conv1d(layer) else None
 
 
 def remove_weights(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from gossamer.tune.formats import Format
 from gossamer.tune.forward import run
 from gossamer.tune.logits import LogitHead, LogitLosses
 from gossamer.tune.losses import LogitLoss, Loss, StateLoss, loss
-from gossamer.tune.place import place_norms, place_weights, remove_norms, remove_weights
+from gossamer.tune.place import dense_weight, place_norms, place_weights, remove_norms, remove_weights
 from gossamer.tune.weights import SHARE, WEIGHTS, TunedWeight, adamw, set_rates
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ class SparseTuning:
             tuning.step(fraction)
         tuning.merge()
 
-    ``teacher``: a model of the same vocabulary, for losses that need one; ``losses``: weights by name, or
+    ``teacher``: a model of the same vocabulary, for losses that need one and methods that bring back dense
+    weights; ``losses``: weights by name, or
     losses with their weights; ``method`` with ``options``: which weights move (`WEIGHTS`); ``values`` and
-    ``group``: other ones than the model's; ``norms``: norms and biases are tuned too. Embeddings and head
+    ``group``: other ones than the model's; ``pruned``: layers whose zeros are pruned weights, also where
+    their layout, a dense one, does not say so; ``norms``: norms and biases are tuned too. Embeddings and head
     stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each layer SHARE of the mean size of
     its weights (of its scales, and of 1 for norms: times ``scale_rate``), since a step of one size ruins some
     models and does not move others. It rises over the share ``warmup`` of the run and falls to zero by a
@@ -59,6 +61,7 @@ class SparseTuning:
         values: str | None = None,
         group: int | None = None,
         masks: Mapping[str, Tensor | None] | None = None,
+        pruned: Collection[str] = (),
         norms: bool = True,
         rate: float | None = None,
         scale_rate: float = 0.1,
@@ -86,10 +89,11 @@ class SparseTuning:
 
         def make(name: str, matrix: Matrix) -> TunedWeight:
             self._formats[name] = Format.of(matrix, values, group)
-            return self._formats[name].begin(matrix, kind, chosen)
+            return self._formats[name].begin(matrix, kind, chosen, zeros_stay=name in pruned)
 
         self.weights = place_weights(model, make, masks)
-        self._fill()
+        if kind.brings_back(chosen):
+            self._fill(method)
         self.norms = place_norms(model) if norms else {}
         self.warmup, self.clip = warmup, clip
         self.optimizer = self._optimizer(rate, scale_rate, weight_decay)
@@ -144,8 +148,9 @@ class SparseTuning:
         self.parts = parts
         return total
 
-    def step(self, fraction: float = 0.0) -> None:
-        """One step of AdamW with the gradients that backward passes left, ``fraction`` of the run done."""
+    def step(self, fraction: float) -> None:
+        """One step of AdamW with the gradients that backward passes left, ``fraction`` of the run done: the
+        step's middle, say, since the rate is zero where warmup begins and where the run ends."""
         set_rates(self.optimizer, self.factor(fraction))
         self.before_step(fraction)
         for weight in self.weights.values():
@@ -217,8 +222,8 @@ class SparseTuning:
         """Puts finished weights back into the model, packed as they were, and returns them, and tuned norms,
         by the names of the parameters."""
         matrices = {name: self._formats[name].finish(weight) for name, weight in self.weights.items()}
+        norms = remove_norms(self.model, self.norms)  # first: among them are biases of these layers
         remove_weights(self.model, matrices)
-        norms = remove_norms(self.model, self.norms)
         return {f"{name}.weight": matrix for name, matrix in matrices.items()} | dict(norms)
 
     # --- making ---
@@ -241,13 +246,18 @@ class SparseTuning:
                 f"the loss {states[0]} pairs blocks, but the model has {blocks[0]}, its teacher {blocks[1]}"
             )
 
-    def _fill(self) -> None:
-        """Shows methods the teacher's weights, where it has layers of the same names and shapes."""
-        layers = {} if self.teacher is None else dict(self.teacher.named_modules())
+    def _fill(self, method: str) -> None:
+        """Shows a method that brings back pruned weights what the teacher's are. Raises MethodError where
+        they are not known."""
+        if self.teacher is None:
+            raise MethodError(f"{method} brings back dense weights: give the dense model as the teacher")
+        layers = dict(self.teacher.named_modules())
         for name, weight in self.weights.items():
-            dense = getattr(layers.get(name), "weight", None)
-            if isinstance(dense, Tensor) and dense.shape == weight.latent.shape:
-                weight.fill(dense.detach())
+            layer = layers.get(name)
+            dense = None if layer is None else dense_weight(layer)
+            if dense is None or dense.shape != weight.latent.shape:
+                raise MethodError(f"{method} brings back dense weights, and the teacher has none of {name}")
+            weight.fill(dense)
 
     def _optimizer(self, rate: float | None, scale_rate: float, decay: float) -> torch.optim.AdamW:
         weights, norms = self.weights.values(), list(self.norms.values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class TunedWeight(nn.Module):
 
     name: ClassVar[str] = ""
     accepts: ClassVar[str] = "any, and dense"  # masks, in a word, for lists of methods
+    takes: ClassVar[Literal["any", "integers", "floats"]] = "any"
+    needs_masks: ClassVar[bool] = False  # else dense weights are tuned too
+    frees_masks: ClassVar[bool] = False  # the layout that a mask began in may not hold the one it ends as
     claim: ClassVar[Claim | None] = Claim(
         says="Weights and scales tuned through their rounding, masks kept, win back what one shot lost.",
         experiment=WAYS,
@@ -101,6 +104,17 @@ class TunedWeight(nn.Module):
             return cls.Options(**options)
         except TypeError as error:
             raise MethodError(f"tuning by {cls.name} does not take these options: {error}") from None
+
+    @classmethod
+    def within(cls, pattern: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``options`` with the ``pattern`` of the masks to begin with, for a method that has that option."""
+        known = pattern is not None and any(field.name == "pattern" for field in fields(cls.Options))
+        return {**({"pattern": pattern} if known else {}), **options}
+
+    @classmethod
+    def brings_back(cls, options: Any) -> bool:
+        """Whether pruned weights may come back as the dense model's, which `fill` must give then."""
+        return False
 
     def freeze(self) -> Tensor:
         """Takes ``latent`` from what is tuned, for a method that tunes something else; gives it."""

@@ -52,12 +52,13 @@ class AstWeight(TunedWeight):
     also decays: ``g + λ (1 - mask) ⊙ W`` (SR-STE, Zhou et al. 2021), λ annealed. Masks keep the largest
     ``|W|`` of each group of the pattern.
 
-    What was pruned starts at zero, or at the dense model's weights where they are known (`fill`). The paper
+    What was pruned starts at zero, or as the dense model's weights (``begin``, `fill`). The paper
     adds the decay behind Adam's mean of gradients; here it is part of the gradient, as in SR-STE.
     """
 
     Options: ClassVar[type[Any]] = AstOptions
     accepts = "N:M, moving"
+    needs_masks = True
     claim = Claim(
         says="Distillation in which 2:4 masks may still move ends below distillation with fixed ones.",
         experiment=Experiment(
@@ -71,6 +72,10 @@ class AstWeight(TunedWeight):
         than="full",
     )
     steps: Tensor
+
+    @classmethod
+    def brings_back(cls, options: AstOptions) -> bool:
+        return options.begin == "dense"
 
     def __init__(
         self,

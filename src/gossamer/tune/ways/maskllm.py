@@ -56,7 +56,7 @@ class MaskLlmWeight(MaskSearch):
     the run. Only ``logits`` ``(out, groups, masks)`` are trained, at a rate of their own order (1e-4 in the
     paper, of thousands of steps). Without gradients, and at the end, each group has its likeliest mask.
 
-    W0 are the dense model's weights where they are known (`fill`): give it as the teacher. The gradient has
+    W0 are the dense model's weights (`fill`): give it as the teacher. The gradient has
     ``-λ ∇ ||W||²`` besides. Floats only: learn masks first, then quantize.
     """
 

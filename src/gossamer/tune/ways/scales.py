@@ -28,10 +28,11 @@ class ScalesWeight(TunedWeight):
     EfficientQAT), where a block is all that lies in memory; this second one follows the whole model, and
     trains a 64th of its numbers. GQSA prunes groups of 16 inputs of one output; what our layouts keep or
     leave whole are steps of 16 outputs x 4 inputs, the pattern ``16x4``. Factors are rounded to float16 as
-    they are stored, gradients passing straight through.
+    they are stored, gradients passing straight through. Their rate is the one of weights, ``rate``.
     """
 
     accepts = "any, and dense; integers"
+    takes = "integers"
     claim = Claim(
         says="After tuning block by block, tuning the scales alone through the whole model wins more back.",
         experiment=Experiment(

@@ -15,8 +15,16 @@ from gossamer.tune.weights import TunedWeight
 
 
 class MaskSearch(TunedWeight):
-    """Base of ways that choose masks of ``options.pattern`` and leave weights as they are: the dense model's
-    where they are known (`fill`), so give it as the teacher. Floats only: search first, then quantize."""
+    """Base of ways that choose masks of ``options.pattern`` and leave weights as they are, which are the
+    dense model's (`fill`): give it as the teacher. Floats only: search first, then quantize."""
+
+    takes = "floats"
+    needs_masks = True
+    frees_masks = True
+
+    @classmethod
+    def brings_back(cls, options: Any) -> bool:
+        return True
 
     def __init__(
         self, weight: Tensor, mask: Tensor | None, quantized: Quantized | None, options: Any
