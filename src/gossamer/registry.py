@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import Generic, TypeVar
+from inspect import signature
+from typing import Any, Generic, TypeVar
 
 from gossamer.errors import MethodError
 
@@ -59,3 +60,18 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.index
+
+
+def with_options(kind: Callable[..., T], options: Mapping[str, Any], what: str) -> T:
+    """``kind(**options)``; raises MethodError, in which ``what`` names the kind, for options that it does not
+    have, with those that it has, and for values of another type."""
+    known = list(signature(kind).parameters)
+    for name in options:
+        if name not in known:
+            there_are = f"there are: {', '.join(known)}" if known else "it has none"
+            raise MethodError(f"{what} does not take these options: there is no {name!r} ({there_are})")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise MethodError(f"{what} does not take these options: {told} ({error})") from None

@@ -284,3 +284,63 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.code == 2
     assert "Traceback" in done.err
     assert "CheckpointError" in done.err
+
+
+@pytest.mark.parametrize("command", ["compress", "shrink", "tune", "sample"])
+def test_an_output_without_a_name(
+    command: str, model: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    done = run(command, checkpoint if command == "tune" else model, "-o", ".")
+    assert done.code == 2
+    assert "exists already" in done.err
+    assert not (model.parent / f"{model.name}.work").exists()
+
+
+def test_more_threads_than_a_machine_could_have(model: Path, tmp_path: Path) -> None:
+    done = run("compress", model, "-o", tmp_path / "out", "--method", "magnitude", "--threads", 100_000)
+    assert done.code == 2
+    assert "this machine has" in done.err
+
+
+def test_a_checkpoint_is_no_dense_model(checkpoint: Path, tmp_path: Path) -> None:
+    done = run("compress", checkpoint, "-o", tmp_path / "out", *SMALL)
+    assert done.code == 2
+    assert "is a Gossamer checkpoint" in done.err
+
+
+def test_what_is_refused_leaves_nothing_that_blocks_the_right_command(
+    checkpoint: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = (
+        "--teacher",
+        model,
+        "--text",
+        text,
+        "--tokens",
+        128,
+        "--seqlen",
+        32,
+        "--batch",
+        2,
+        "--held-out",
+        1,
+    )
+    refused = run("tune", checkpoint, "-o", out, *options, "--method", "jackpot")
+    assert refused.code == 2
+    assert run("tune", checkpoint, "-o", out, *options).code == 0
+    assert "full, kl, 128 tokens" in run("info", out).out
+    written = tmp_path / "own.jsonl"
+    sampled = ("sample", model, "-o", written, "--text", text, "--tokens", 8)
+    assert run(*sampled, "--prompt-tokens", 5000).code == 2
+    assert run(*sampled, "--prompt-tokens", 4, "--max-new-tokens", 4).code == 0
+
+
+def test_options_that_are_not_there_are_followed_by_those_that_are(model: Path, tmp_path: Path) -> None:
+    done = run("compress", model, "-o", tmp_path / "out", "--option", "dampin=3", *SMALL)
+    assert done.code == 2
+    assert "there is no 'dampin' (there are: damping, order)" in " ".join(done.err.split())
+    done = run("compress", model, "-o", tmp_path / "out", "--option", "damping=abc", *SMALL)
+    assert done.code == 2
+    assert "damping='abc'" in done.err

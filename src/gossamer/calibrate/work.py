@@ -48,7 +48,7 @@ class WorkFolder:
             try:
                 path.mkdir(parents=True)
             except OSError as error:
-                raise OutputError(f"cannot make the work folder {path.name}: {error.strerror}") from error
+                raise OutputError(f"cannot make the work folder {path}: {error.strerror}") from error
             self._save()
 
     def _resume(self) -> None:
@@ -65,16 +65,16 @@ class WorkFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise ResumeError(f"{self.path.name}/state.json is damaged; delete {self.path.name}") from error
         if theirs != self.fingerprint:
-            changed = sorted(
-                key
-                for key in set(theirs) | set(self.fingerprint)
-                if theirs.get(key) != self.fingerprint.get(key)
-            )
+            changed = _changed(theirs, self.fingerprint)
             key = changed[0]
+            was, now = theirs.get(key), self.fingerprint.get(key)
+            if isinstance(was, dict) and isinstance(now, dict):  # of settings, say, the first that differs
+                inner = _changed(was, now)[0]
+                key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
             raise ResumeError(
                 f"{self.path.name} holds unfinished work of another run: it differs in {', '.join(changed)} "
-                f"({key} was {theirs.get(key)!r}, now {self.fingerprint.get(key)!r}). Run the same command "
-                f"as before to go on, or delete {self.path.name} to start anew"
+                f"({key} was {was!r}, now {now!r}). Run the same command as before to go on, or delete "
+                f"{self.path.name} to start anew"
             )
         self.resumed = True
         for stale in self.path.glob("*.tmp"):
@@ -192,3 +192,7 @@ class Inputs:
             ) from error
         self.crc = crc
         return self
+
+
+def _changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))

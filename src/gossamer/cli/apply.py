@@ -14,6 +14,7 @@ from gossamer.cli.files import checkpoint_rows
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
 from gossamer.errors import RecipeError
+from gossamer.outputs import work_of
 
 if TYPE_CHECKING:
     from gossamer.recipes.predict import Prediction
@@ -91,7 +92,7 @@ def apply(
     from gossamer.recipes.apply import apply_recipe
     from gossamer.recipes.describe import describe_checkpoint
 
-    with resumable(out.with_name(out.name + ".work")), progress() as report:
+    with resumable(work_of(out)), progress() as report:
         made = apply_recipe(prepared, progress=report)
     found, peak = describe_checkpoint(made.path), peak_bytes()
     if as_json:

@@ -12,6 +12,7 @@ from gossamer.cli import options, show
 from gossamer.cli.files import checkpoint_rows
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
+from gossamer.outputs import work_of
 
 _VALUES = "float32, bf16, int8, int4, int3, nl4 or nl3"
 
@@ -96,7 +97,7 @@ def compress(
     chosen, tune_options = options.parse_options(option or ()), options.parse_options(tune_option or ())
     options.use_threads(threads)
     start = time.perf_counter()
-    with resumable(out.with_name(out.name + ".work")), progress() as report:
+    with resumable(work_of(out)), progress() as report:
         from gossamer.bench import peak_bytes
         from gossamer.models.sources import resolve
         from gossamer.recipes.compress import compress as run

@@ -132,6 +132,13 @@ def _made_rows(made: dict[str, Any]) -> list[tuple[str, str]]:
     recipe = made.get("recipe")
     if isinstance(recipe, dict):
         rows.append(("recipe", f"{recipe.get('name')} ({str(recipe.get('sha256'))[:12]})"))
+    for tuned in made.get("tuned") or ():
+        settings = tuned.get("settings", {})
+        losses = " + ".join(settings.get("losses", {}))
+        rows.append(("tuned", f"{settings.get('method')}, {losses}, {tuned.get('tokens', 0):,} tokens"))
+    activations = made.get("activations")
+    if isinstance(activations, dict):
+        rows.append(("gated", f"activations by {activations.get('method')}"))
     calibration = made.get("calibration")
     if isinstance(calibration, dict):
         smoke = " (smoke test)" if calibration.get("smoke_test") else ""

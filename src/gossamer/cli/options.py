@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -83,7 +84,9 @@ WindowSeed = Annotated[int, typer.Option("--seed", help="Of the windows' places,
 MethodOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", metavar="KEY=VALUE", help="An option of the method, such as damping=0.05; repeatable."
+        "--option",
+        metavar="KEY=VALUE",
+        help="An option of the method; repeatable. One that is not there lists those that are.",
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")]
@@ -132,6 +135,11 @@ def _typed(text: str) -> bool | int | float | str:
 def use_threads(threads: int | None) -> None:
     """Sets the number of threads of PyTorch and of the kernels, which share one team."""
     if threads is not None:
+        most = 4 * (os.cpu_count() or 1)
+        if threads > most:
+            raise typer.BadParameter(
+                f"{threads} threads are asked for, and this machine has {most // 4} cores"
+            )
         import torch
 
         torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ import typer
 from gossamer.cli import options, show
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
+from gossamer.outputs import work_of
 
 
 @guarded
@@ -50,7 +51,7 @@ def sample(
     """
     options.use_threads(threads)
     start = time.perf_counter()
-    with progress() as report, resumable(out.with_name(out.name + ".work")):
+    with progress() as report, resumable(work_of(out)):
         from gossamer.recipes.sample import sample as run
 
         made = run(

@@ -13,6 +13,7 @@ from gossamer.cli import options, show
 from gossamer.cli.compress import SMOKE
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
+from gossamer.outputs import work_of
 
 
 @guarded
@@ -49,7 +50,7 @@ def shrink(
     chosen = options.parse_options(option or ())
     options.use_threads(threads)
     start = time.perf_counter()
-    with resumable(out.with_name(out.name + ".work")), progress() as report:
+    with resumable(work_of(out)), progress() as report:
         from gossamer.recipes.describe import weight_bytes
         from gossamer.recipes.shrink import remove_blocks as run
 

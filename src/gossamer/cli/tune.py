@@ -14,6 +14,7 @@ from gossamer.cli.files import checkpoint_rows
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import duration, progress
 from gossamer.errors import MethodError
+from gossamer.outputs import work_of
 
 
 @guarded
@@ -54,7 +55,10 @@ def tune(
         typer.Option(metavar="LOSS.KEY=VALUE", help="Such as kl.temperature=2; repeatable."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Which weights move: full (all that are kept), lora or ast (masks too).")
+        str,
+        typer.Option(
+            help="What moves: full (all kept weights), lora, scales; or masks: ast, maskllm, jackpot."
+        ),
     ] = "full",
     option: options.MethodOption = None,
     values: Annotated[
@@ -104,7 +108,7 @@ def tune(
     chosen = options.parse_options(option or ())
     options.use_threads(threads)
     start = time.perf_counter()
-    with resumable(out.with_name(out.name + ".work")), progress() as report:
+    with resumable(work_of(out)), progress() as report:
         from gossamer.bench import peak_bytes
         from gossamer.recipes.describe import describe_checkpoint
         from gossamer.recipes.finetune import finetune

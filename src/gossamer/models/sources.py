@@ -13,6 +13,7 @@ from gossamer.errors import ModelError
 from gossamer.models.cache import FORMAT, cache_folder, entry_folder, keep, noted, sha256, write_note
 from gossamer.models.folders import PICKLES, is_model, is_wanted, pickle_refusal, read_about, write_about
 from gossamer.models.hub import from_hub, is_hub_name
+from gossamer.models.manifest import is_checkpoint
 from gossamer.models.wheels import PREFIX, convert, from_wheel
 from gossamer.progress import Progress, silent
 
@@ -70,6 +71,10 @@ def _from_folder(folder: Path, label: str, cache: Path, progress: Progress) -> M
         return _from_file(folder / ggufs[0], label, cache, progress)
     if ggufs:
         raise ModelError(f"the folder {label} holds {len(ggufs)} GGUF files: name one of {', '.join(ggufs)}")
+    if is_checkpoint(folder):
+        raise ModelError(
+            f"{label} is a Gossamer checkpoint: name the dense model that it was made from, or `tune` it"
+        )
     if any(name.endswith(PICKLES) for name in names):
         raise ModelError(pickle_refusal(f"the folder {label}"))
     raise ModelError(

@@ -12,7 +12,7 @@ from gossamer.calibrate import InputNorm, Statistic
 from gossamer.claim import Claim
 from gossamer.errors import MethodError, ModelError
 from gossamer.matrices.values import Quantized, ValueType, quantize, value_type
-from gossamer.registry import Registry
+from gossamer.registry import Registry, with_options
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
 from gossamer.sparse.allocate import allocation
 from gossamer.sparse.budget import Budget, parse_budget
@@ -128,10 +128,7 @@ ALIASES = {"sparsegpt": "obs", "gptq": "obs"}
 def method(name: str, **options: Any) -> Method:
     """The method called ``name`` with its options; raises MethodError for an unknown name or option."""
     found = METHODS[ALIASES.get(name, name)]
-    try:
-        return found(**options)
-    except TypeError as error:
-        raise MethodError(f"the method {name} does not take these options: {error}") from None
+    return with_options(found, options, f"the method {name}")
 
 
 @dataclass(frozen=True)

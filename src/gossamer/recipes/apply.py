@@ -13,6 +13,7 @@ from gossamer.calibrate import WorkFolder
 from gossamer.matrices.atomic import atomic_file, check_free, output_error, sync_folder
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.manifest import MANIFEST, read_manifest, render_manifest
+from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
@@ -42,7 +43,7 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
     the same result to the bit (for budgets in minutes: with as good a one). Raises ResumeError where that
     folder holds work of another recipe, model, text or machine, and what the stages raise.
     """
-    work = WorkFolder(prepared.out.with_name(prepared.out.name + ".work"), _fingerprint(prepared))
+    work = WorkFolder(work_of(prepared.out), _fingerprint(prepared))
     seconds, last = {}, Path(prepared.model)
     for stage in prepared.recipe.stages:
         folder = work.path / stage_folder(prepared, stage)

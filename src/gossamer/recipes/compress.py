@@ -30,6 +30,7 @@ from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
+from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
@@ -138,7 +139,7 @@ class _Job:
                 self.text, tokenizer, settings.seqlen, settings.windows, settings.seed
             )
         self.shares: dict[str, float | None] = {}
-        work = out.with_name(out.name + ".work")
+        work = work_of(out)
         self.prices = self._prices(work)
         self.work = WorkFolder(work, self._fingerprint())
         if self.prices is not None and self.prices.timings is not None:

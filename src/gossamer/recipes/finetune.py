@@ -26,6 +26,7 @@ from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, evaluation_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
+from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
@@ -95,10 +96,9 @@ class _Job:
         check_context(self.model.config, settings.seqlen, checkpoint.name)
         self.text = read_text(text)
         self.windows, self.held_out = self._windows(checkpoint)
-        self.work = WorkFolder(out.with_name(out.name + ".work"), self._fingerprint())
 
     def run(self) -> Finetuned:
-        s, resumed = self.settings, self.work.resumed
+        s = self.settings
         tuning = SparseTuning(
             self.model,
             teacher=self.teacher,
@@ -116,6 +116,8 @@ class _Job:
             clip=s.clip,
             gradient_checkpointing=s.gradient_checkpointing,
         )
+        # not before: what is refused up to here leaves nothing behind
+        self.work = WorkFolder(work_of(self.out), self._fingerprint())
         outcome = train(
             tuning, self.windows, self.held_out, s.loop(), Saves(self.work), progress=self.progress
         )
@@ -123,7 +125,7 @@ class _Job:
         made = self._made(outcome, tuned)
         self._write(tuned, made)
         self.work.remove()
-        return Finetuned(self.out, made, outcome, resumed, self.text.smoke)
+        return Finetuned(self.out, made, outcome, self.work.resumed, self.text.smoke)
 
     def _options(self) -> dict[str, Any]:
         """The method's own, and the pattern of the checkpoint for one that moves masks within it."""

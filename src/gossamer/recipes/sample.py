@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.calibrate import WorkFolder
 from gossamer.engine import Decoder, NativeSession, why_not
-from gossamer.errors import TextError
+from gossamer.errors import GossamerError, TextError
 from gossamer.matrices.atomic import atomic_file, check_free, output_error
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.sampling import Sampling
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text, tokenize
+from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import LoadedModel, load
@@ -110,16 +111,27 @@ def sample(
         ids, label = tokenize(source, loaded.tokenizer), source.label
         prompts = Continuations(ids, loaded.tokenizer, chosen.prompt_tokens, chosen.seed)
         told = sha256_of(ids)
-    work = WorkFolder(out.with_name(out.name + ".work"), _fingerprint(model, loaded, chosen, told))
+    work = WorkFolder(work_of(out), _fingerprint(model, loaded, chosen, told))
     log = _Log(work.path / _LOG)
     total, number, own = chosen.tokens, len(log.records), isinstance(prompts, Rewrites)
     silent_ones = 0
     while log.tokens < total:
         progress("sampling", log.tokens, total)
         start = time.perf_counter()
-        done = sample_one(
-            prompts, number, loaded.model, loaded.session, loaded.tokenizer, sampling, chosen.max_new_tokens
-        )
+        try:
+            done = sample_one(
+                prompts,
+                number,
+                loaded.model,
+                loaded.session,
+                loaded.tokenizer,
+                sampling,
+                chosen.max_new_tokens,
+            )
+        except GossamerError:
+            if not log.records:  # nothing that the next command could go on from
+                work.remove()
+            raise
         log.append({**done.record, "tokens": done.tokens, "seconds": time.perf_counter() - start})
         number += 1
         silent_ones = 0 if done.tokens else silent_ones + 1

@@ -17,6 +17,7 @@ from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
+from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import sha256_of, surroundings
 from gossamer.recipes.load import check_context
@@ -87,7 +88,7 @@ def remove_blocks(
         "calibration tokens": sha256_of(windows),
         **surroundings(),
     }
-    work = WorkFolder(out.with_name(out.name + ".work"), fingerprint)
+    work = WorkFolder(work_of(out), fingerprint)
     choice = method.choose(Subject(bare, files, windows, work, progress), count)
     record = {
         "job": "shrink",

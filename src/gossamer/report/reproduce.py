@@ -14,6 +14,7 @@ from typing import Any
 from gossamer.claim import Claim
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.evaluate import paired_difference
+from gossamer.matrices.atomic import output_error
 from gossamer.progress import Progress, silent
 from gossamer.recipes.catalogue import methods
 from gossamer.report.one_shot import figures
@@ -75,7 +76,10 @@ def reproduce(
         known = ", ".join(claimed())
         raise MethodError(f"the method {name!r} has no claim to run (there are: {known})")
     work, texts = Path(work), texts or Texts()
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(error, work, None) from error
     start = time.perf_counter()
     names = dict.fromkeys([name, claim.than, *claim.experiment.against, "dense"])
     runs = [

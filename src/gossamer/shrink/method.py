@@ -14,7 +14,7 @@ from gossamer.errors import MethodError
 from gossamer.models.skeleton import WeightFiles
 from gossamer.models.walk import ModelParts, find_parts
 from gossamer.progress import Progress, silent
-from gossamer.registry import Registry
+from gossamer.registry import Registry, with_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,10 +91,7 @@ TENTH = Experiment(
 def depth_method(name: str, **options: Any) -> DepthMethod:
     """The method called ``name`` with its options; raises MethodError for an unknown name or option."""
     found = DEPTH[name]
-    try:
-        return found(**options)
-    except TypeError as error:
-        raise MethodError(f"the method {name} does not take these options: {error}") from None
+    return with_options(found, options, f"the method {name}")
 
 
 def block_count(blocks: float, total: int) -> int:

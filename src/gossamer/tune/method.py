@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from gossamer.calibrate import Visit
 from gossamer.claim import Claim
-from gossamer.errors import MethodError
-from gossamer.registry import Registry
+from gossamer.registry import Registry, with_options
 from gossamer.tune.weights import TunedWeight
 
 
@@ -41,7 +40,4 @@ TUNERS: Registry[Tuner] = Registry("tuning method", {"blockwise": "gossamer.tune
 def tuner(name: str, **options: Any) -> Tuner:
     """The tuner called ``name`` with its options; raises MethodError for an unknown name or option."""
     found = TUNERS[name]
-    try:
-        return found(**options)
-    except TypeError as error:
-        raise MethodError(f"the tuning method {name} does not take these options: {error}") from None
+    return with_options(found, options, f"the tuning method {name}")

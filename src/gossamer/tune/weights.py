@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.claim import Claim, Experiment
-from gossamer.errors import MethodError
 from gossamer.matrices.values import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -20,7 +19,7 @@ from gossamer.matrices.values import (
     nearest_,
     quantize_codes,
 )
-from gossamer.registry import Registry
+from gossamer.registry import Registry, with_options
 
 WEIGHTS: Registry[TunedWeight] = Registry(
     "way to tune weights",
@@ -100,10 +99,7 @@ class TunedWeight(nn.Module):
     @classmethod
     def chosen(cls, options: Mapping[str, Any]) -> Any:
         """``options`` as an instance of ``Options``; raises MethodError for one that is not there."""
-        try:
-            return cls.Options(**options)
-        except TypeError as error:
-            raise MethodError(f"tuning by {cls.name} does not take these options: {error}") from None
+        return with_options(cls.Options, options, f"tuning by {cls.name}")
 
     @classmethod
     def within(cls, pattern: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

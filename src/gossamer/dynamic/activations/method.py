@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gossamer.claim import Claim, Experiment
 from gossamer.dynamic.activations.sites import Site, linear_sites
 from gossamer.errors import MethodError
-from gossamer.registry import Registry
+from gossamer.registry import Registry, with_options
 
 SELECTIONS = ("threshold", "top_k")
 
@@ -74,7 +74,4 @@ HALF = Experiment(
 def method(name: str, **options: Any) -> ActivationMethod:
     """The method called ``name`` with its options; raises MethodError for an unknown name or option."""
     found = METHODS[name]
-    try:
-        return found(**options)
-    except TypeError as error:
-        raise MethodError(f"the method {name} does not take these options: {error}") from None
+    return with_options(found, options, f"the method {name}")

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gossamer.claim import Claim, Experiment
-from gossamer.errors import MethodError
-from gossamer.registry import Registry
+from gossamer.registry import Registry, with_options
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,4 @@ DRAWN = Experiment(
 def loss(name: str, **options: Any) -> Loss:
     """The loss called ``name`` with its options; raises MethodError for an unknown name or option."""
     found = LOSSES[name]
-    try:
-        return found(**options)
-    except TypeError as error:
-        raise MethodError(f"the loss {name} does not take these options: {error}") from None
+    return with_options(found, options, f"the loss {name}")
