@@ -341,6 +341,10 @@ def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, 
     assert done.document["weights_in_columns"] == done.document["weights"] == 21
     answer = run("run", out, "hello", "--max-new-tokens", 2)
     assert "gated by teal" in answer.err
+    measured = run("eval", out, "--text", text, "--windows", 2, "--seqlen", 32, "--attention", "sink_window")
+    assert "gated by teal, attention sink_window" in " ".join(measured.out.split())
+    assert "activations by teal" in run("info", out).out
+    assert "gates are left out" in run("export", out, "-o", tmp_path / "plain").out
     again = run("gate", checkpoint, "-o", out, "--text", text, *SMALL)
     assert again.code == 2
     assert again.err.startswith("error: ")

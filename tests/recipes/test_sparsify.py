@@ -291,3 +291,8 @@ def test_what_packing_or_pruning_would_break_is_left() -> None:
     assert isinstance(packed.plain, StructuredLinear)
     assert isinstance(packed.own, Threefold)
     torch.testing.assert_close(packed(ids), loose(ids))
+
+
+def test_a_skip_that_is_in_no_name_is_told() -> None:
+    with pytest.raises(MethodError, match=r"skip is in no weight's name: 'haed' \(there are: "):
+        gs.sparsify(Mixed(), batches(), method="magnitude", sparsity=0.5, skip=["left", "haed"])

@@ -96,6 +96,8 @@ def export(
         show.document(found)
     else:
         print(f"{path}: {show.size(size)} of {dtype.value}, {form.value}")
+        if (checkpoint / "activations.json").is_file():
+            print("its gates are left out: the folder computes with all activations")
         print(f"next: AutoModelForCausalLM.from_pretrained({str(path)!r})")
 
 

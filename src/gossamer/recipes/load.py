@@ -41,7 +41,8 @@ class LoadedModel:
     last part; with the dtype where that was asked for).
 
     ``new_session`` makes what runs tokens where that is not transformers itself; ``engine`` says which one it
-    is, and why. ``gates``: of activations, at work in both, or None."""
+    is, and why. ``gates``: of activations, at work in both, or None; ``attention``: the name of the policy
+    that chooses which keys are looked at, or None."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -49,6 +50,13 @@ class LoadedModel:
     new_session: SessionFactory | None = None
     engine: str = "transformers"
     gates: Gates | None = None
+    attention: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The label, and what of the model is left out at run time."""
+        gated = "" if self.gates is None else f", gated by {self.gates.method}"
+        return self.label + gated + ("" if self.attention is None else f", attention {self.attention}")
 
     def session(self) -> DecodingSession:
         """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
@@ -181,12 +189,13 @@ def load(
     MethodError.
     """
     policy = None if attention is None else _policy(attention)
+    looks = None if policy is None else policy.name
     path = Path(source).expanduser()
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)
         model = load_checkpoint(path, huge_pages=huge_pages)
-        loaded = _gated(LoadedModel(model, load_tokenizer(path), label), path)
+        loaded = _gated(LoadedModel(model, load_tokenizer(path), label, attention=looks), path)
         loaded = _with_engine(loaded, engine, cache, policy)
         progress(f"loading {label}", 1, 1)
         return loaded
@@ -195,7 +204,7 @@ def load(
     model, tokenizer = load_model(found.folder, dtype)
     progress(f"loading {found.label}", 1, 1)
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
-    loaded = _gated(LoadedModel(model, tokenizer, found.label + asked), found.folder)
+    loaded = _gated(LoadedModel(model, tokenizer, found.label + asked, attention=looks), found.folder)
     if engine == "auto":
         return _in_transformers(loaded, "the model is no checkpoint of packed weights", policy)
     return _with_engine(loaded, engine, cache, policy)

@@ -76,9 +76,9 @@ def quality(
     if against is not None:
         dense = against if isinstance(against, LoadedModel) else load(against, dtype=dtype, progress=progress)
     reference = None if dense is None else dense.model
-    measured = compare({loaded.label: loaded.model}, ids, reference=reference, first=first, progress=progress)
+    measured = compare({loaded.title: loaded.model}, ids, reference=reference, first=first, progress=progress)
     return MeasuredQuality(
-        loaded.label, None if dense is None else dense.label, read.label, read.smoke, measured[loaded.label]
+        loaded.title, None if dense is None else dense.title, read.label, read.smoke, measured[loaded.title]
     )
 
 
@@ -114,7 +114,7 @@ def speed(
     found: dict[str, nn.Module] = {}
     sessions: dict[str, SessionFactory] = {}
     for one in loaded:
-        name = one.label if one.label not in found else f"{one.label} ({len(found) + 1})"
+        name = one.title if one.title not in found else f"{one.title} ({len(found) + 1})"
         found[name] = one.model
         sessions[name] = one.session
     return compare_speed(

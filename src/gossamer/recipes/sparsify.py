@@ -9,7 +9,7 @@ pruned in the order in which inputs reach them, each on what reaches it through 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -92,7 +92,7 @@ def sparsify(
     if allocation not in ALLOCATIONS:
         raise MethodError(f"sparsify allocates by one of {', '.join(ALLOCATIONS)}, not {allocation}")
     given: list[Batch] = [batches] if isinstance(batches, Tensor) else list(batches)
-    job = _Job(model, given, combination, _skipped(skip), loss, progress)
+    job = _Job(model, given, combination, skip, loss, progress)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -102,13 +102,19 @@ def sparsify(
             module.training = training
 
 
-def _skipped(skip: str | Sequence[str]) -> Callable[[str], bool]:
-    patterns = [skip] if isinstance(skip, str) else list(skip)
-    try:
-        compiled = [re.compile(one) for one in patterns]
-    except re.error as error:
-        raise MethodError(f"skip takes regular expressions: {error}") from error
-    return lambda name: any(one.search(name) for one in compiled)
+def _skipped(skip: str | Sequence[str], names: Iterable[str]) -> set[str]:
+    """Of ``names`` those that an expression of ``skip`` is found in; raises MethodError for one that is found
+    in none, such as a misspelled one."""
+    known, found = list(names), set()
+    for one in [skip] if isinstance(skip, str) else skip:
+        try:
+            hits = {name for name in known if re.search(one, name)}
+        except re.error as error:
+            raise MethodError(f"skip takes regular expressions: {error}") from error
+        if not hits:
+            raise MethodError(f"skip is in no weight's name: {one!r} (there are: {', '.join(known)})")
+        found |= hits
+    return found
 
 
 class _Job:
@@ -117,16 +123,17 @@ class _Job:
         model: nn.Module,
         batches: list[Batch],
         combination: Combination,
-        skipped: Callable[[str], bool],
+        skip: str | Sequence[str],
         loss: Loss | None,
         progress: Progress,
     ) -> None:
         self.model, self.batches, self.combination = model, batches, combination
         self.loss, self.progress = loss, progress
         found, left = weight_views(model)
-        self.views = [view for view in found if not skipped(view.name)]
-        self.left = {name: why for name, why in left.items() if not skipped(name)}
-        self.left |= {view.name: "skipped" for view in found if skipped(view.name)}
+        skipped = _skipped(skip, [*(view.name for view in found), *left])
+        self.views = [view for view in found if view.name not in skipped]
+        self.left = {name: why for name, why in left.items() if name not in skipped}
+        self.left |= {view.name: "skipped" for view in found if view.name in skipped}
         if not self.views:
             raise ModelError(
                 f"{type(model).__name__} has no weights to prune: all are skipped, or of no known kind"
