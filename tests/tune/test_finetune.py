@@ -28,7 +28,7 @@ from gossamer.recipes.compress import compress
 from gossamer.tune import Loop, SparseTuning, saves, train
 from gossamer.tune.losses import loss
 from gossamer.tune.place import dense_weight
-from gossamer.tune.sparse import SHARE
+from gossamer.tune.weights import FLOAT_SHARE, SHARE
 from tiny import tiny_folder, tiny_model, tiny_tokens
 
 TEXT = "".join(topics.values())[:30_000]
@@ -175,20 +175,21 @@ def test_masks_hold_at_every_step_whatever_the_optimizer_does(values: str | None
         assert not matrix.to_dense()[~mask].any()
 
 
+@pytest.mark.parametrize(("values", "share"), [(None, FLOAT_SHARE), ("int8", SHARE)])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_step_is_a_share_of_each_layers_weights(method: str) -> None:
+def test_a_step_is_a_share_of_each_layers_weights(method: str, values: str | None, share: float) -> None:
     model, masks = masked()
     first, *_ = masks
     with torch.no_grad():
         model.get_submodule(first).weight.mul_(50)
-    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, method=method)
+    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, method=method, values=values)
     before = {name: weight.dense().detach().clone() for name, weight in tuning.weights.items()}
     tuning.loss(tiny_tokens(2, 16)).backward()
     tuning.step(0.3)  # Adam's first step is the rate itself, whatever the gradient
     for name, weight in tuning.weights.items():
         moved = (weight.dense().detach() - before[name]).square().mean().sqrt()
         kept = before[name] if masks[name] is None else before[name][masks[name]]
-        want = SHARE * tuning.factor(0.3) * kept.abs().mean()
+        want = share * tuning.factor(0.3) * kept.abs().mean()
         assert 0.3 * want < moved < 1.5 * want, name
     assert before[first].abs().mean() > 10 * before[name].abs().mean()
 

@@ -17,7 +17,7 @@ from gossamer.tune.forward import run
 from gossamer.tune.logits import LogitHead, LogitLosses
 from gossamer.tune.losses import LogitLoss, Loss, StateLoss, loss
 from gossamer.tune.place import dense_weight, place_norms, place_weights, remove_norms, remove_weights
-from gossamer.tune.weights import SHARE, WEIGHTS, TunedWeight, adamw, set_rates
+from gossamer.tune.weights import WEIGHTS, TunedWeight, adamw, set_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,14 +37,14 @@ class SparseTuning:
         tuning.merge()
 
     ``teacher``: a model of the same vocabulary, for losses that need one and methods that bring back dense
-    weights; ``losses``: weights by name, or
-    losses with their weights; ``method`` with ``options``: which weights move (`WEIGHTS`); ``values`` and
-    ``group``: other ones than the model's; ``pruned``: layers whose zeros are pruned weights, also where
-    their layout, a dense one, does not say so; ``norms``: norms and biases are tuned too. Embeddings and head
-    stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each layer SHARE of the mean size of
-    its weights (of its scales, and of 1 for norms: times ``scale_rate``), since a step of one size ruins some
-    models and does not move others. It rises over the share ``warmup`` of the run and falls to zero by a
-    cosine; gradients are clipped to the norm ``clip``.
+    weights; ``losses``: weights by name, or losses with their weights; ``method`` with ``options``: which
+    weights move (`WEIGHTS`); ``values`` and ``group``: other ones than the model's; ``pruned``: layers whose
+    zeros are pruned weights, also where their layout, a dense one, does not say so; ``norms``: norms and
+    biases are tuned too. Embeddings and head stay. ``rate`` of AdamW, for scales times ``scale_rate``; None:
+    for each layer SHARE of the mean size of its weights, FLOAT_SHARE where they are no integers (of its
+    scales, and of 1 for norms: times ``scale_rate``), since a step of one size ruins some models and does not
+    move others. It rises over the share ``warmup`` of the run and falls to zero by a cosine; gradients are
+    clipped to the norm ``clip``.
 
     The model is in evaluation mode throughout: no dropout. Raises ModelError or MethodError for what does not
     fit together.
@@ -262,8 +262,13 @@ class SparseTuning:
     def _optimizer(self, rate: float | None, scale_rate: float, decay: float) -> torch.optim.AdamW:
         weights, norms = self.weights.values(), list(self.norms.values())
         if rate is None:  # norms are about 1
-            own = [group for weight in weights for group in weight.groups(SHARE, scale_rate, decay)]
-            return adamw([*own, {"params": norms, "lr": SHARE * scale_rate}])
+            shares = [weight.share() for weight in weights]
+            own = [
+                group
+                for weight, share in zip(weights, shares, strict=True)
+                for group in weight.groups(share, scale_rate, decay)
+            ]
+            return adamw([*own, {"params": norms, "lr": min(shares) * scale_rate}])
         trained = [p for weight in weights for p in weight.trained()]
         scales = [weight.scales for weight in weights if weight.scales is not None]
         return adamw(

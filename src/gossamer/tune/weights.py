@@ -40,7 +40,9 @@ WAYS = Experiment(
     tuning={"tokens": 65_536, "seqlen": 256, "losses": {"kl": 1}},
     tuned={"full": {}, "lora": {"method": "lora"}},
 )
-SHARE = 0.01  # of the mean size of a layer's weights: a step, where no rate is given
+# of the mean size of a layer's weights: a step, where no rate is given; floats follow every step, codes only
+# those that reach the next one
+SHARE, FLOAT_SHARE = 0.01, 0.001
 _CHUNK = 1 << 16  # weights finished at once: they and two temporaries stay in a core's cache
 
 
@@ -162,6 +164,10 @@ class TunedWeight(nn.Module):
         shares of it where nobody gives another."""
         kept = self.latent.detach() if self.mask is None else self.latent.detach()[self.mask]
         return float(kept.abs().mean()) if kept.numel() else 0.0
+
+    def share(self) -> float:
+        """How far a step goes where no rate is given: a share of `size`."""
+        return FLOAT_SHARE if self.values is None else SHARE
 
     def groups(self, share: float, scale_rate: float = 0.1, decay: float = 0.0) -> list[dict[str, Any]]:
         """For an optimizer: what is trained at the rate ``share`` of its `size`, and scales at ``share``

@@ -11,7 +11,7 @@ from gossamer.errors import MethodError
 from gossamer.matrices.values import Quantized
 from gossamer.sparse import parse_pattern
 from gossamer.sparse.masks import check_mask
-from gossamer.tune.weights import TunedWeight
+from gossamer.tune.weights import SHARE, TunedWeight
 
 
 class MaskSearch(TunedWeight):
@@ -41,6 +41,9 @@ class MaskSearch(TunedWeight):
     @torch.no_grad()
     def fill(self, dense: Tensor) -> None:
         self.latent.copy_(dense.float())
+
+    def share(self) -> float:
+        return SHARE  # what is trained are no weights
 
     def likeliest(self) -> Tensor:
         """The mask that is best as far as is known, bool ``(out, in)``."""
