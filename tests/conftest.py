@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores: with more threads each would wait for the others' at every barrier
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure() -> None:
     """Ctrl-C is heard, and so by every process that a test starts: a job in the background inherits that it
