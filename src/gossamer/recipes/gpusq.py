@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn.listen import listening
+from gossamer.nn.modes import evaluating
 from gossamer.progress import Progress, silent
 from gossamer.recipes.sparsify import sparsify
 from gossamer.tune.losses.kl import KL
@@ -156,14 +157,11 @@ class _Pair:
     @torch.no_grad()
     def shares(self, tuning: ModuleTuning, x: Tensor) -> dict[str, float]:
         """How much each layer's features count: in proportion to their relative error after rounding."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()  # noise of dropout is no error of rounding
-        with self._listening(self.model) as plain:
-            self.model(x)
-        with self._listening(self.model) as rounded:
-            tuning(x)
-        for module, training in modes.items():
-            module.training = training
+        with evaluating(self.model):  # noise of dropout is no error of rounding
+            with self._listening(self.model) as plain:
+                self.model(x)
+            with self._listening(self.model) as rounded:
+                tuning(x)
         errors = {name: float(SquareHead().of([rounded[name]], [plain[name]])) for name in self.features}
         total = sum(errors.values())
         return {name: len(errors) * error / total if total else 1.0 for name, error in errors.items()}

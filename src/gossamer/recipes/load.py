@@ -55,8 +55,13 @@ class LoadedModel:
     @property
     def title(self) -> str:
         """The label, and what of the model is left out at run time."""
-        gated = "" if self.gates is None else f", gated by {self.gates.method}"
-        return self.label + gated + ("" if self.attention is None else f", attention {self.attention}")
+        return (
+            self.label + self._gated_by + ("" if self.attention is None else f", attention {self.attention}")
+        )
+
+    @property
+    def _gated_by(self) -> str:
+        return "" if self.gates is None else f", gated by {self.gates.method}"
 
     def session(self) -> DecodingSession:
         """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
@@ -245,8 +250,7 @@ def _with_engine(
 
 
 def _says(loaded: LoadedModel, engine: str) -> LoadedModel:
-    gated = "" if loaded.gates is None else f", gated by {loaded.gates.method}"
-    return replace(loaded, engine=engine + gated)
+    return replace(loaded, engine=engine + loaded._gated_by)
 
 
 def _gated(loaded: LoadedModel, folder: Path) -> LoadedModel:

@@ -91,7 +91,7 @@ def measure_probes(
         loaded = (
             one if isinstance(one, LoadedModel) else load(one, dtype=dtype, engine=engine, progress=progress)
         )
-        return loaded.label, each(lambda probe: probe.ask(loaded, items, progress))
+        return loaded.title, each(lambda probe: probe.ask(loaded, items, progress))
 
     each(lambda probe: probe.check())
     label, answered = scores(model)

@@ -95,7 +95,7 @@ def measure_tasks(
         )
         positions = context_length(loaded.model.config)
         asking = harness.SessionLM(loaded.session, loaded.tokenizer, positions, progress)
-        return loaded.label, tuple(harness.ask(asking, chosen))
+        return loaded.title, tuple(harness.ask(asking, chosen))
 
     label, scores = asked(model)
     other, reference = (None, None) if against is None else asked(against)

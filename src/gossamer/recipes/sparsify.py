@@ -22,6 +22,7 @@ from gossamer.calibrate.modules import Batch, Loss, gather_gradients, gather_inp
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.models.place import takes_matrix
 from gossamer.nn import StructuredLinear, replace_module
+from gossamer.nn.modes import evaluating
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned, check_combination
@@ -93,13 +94,8 @@ def sparsify(
         raise MethodError(f"sparsify allocates by one of {', '.join(ALLOCATIONS)}, not {allocation}")
     given: list[Batch] = [batches] if isinstance(batches, Tensor) else list(batches)
     job = _Job(model, given, combination, skip, loss, progress)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return job.run(pack)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _skipped(skip: str | Sequence[str], names: Iterable[str]) -> set[str]:
