@@ -329,6 +329,14 @@ def test_what_is_refused_leaves_nothing_that_blocks_the_right_command(
     )
     refused = run("tune", checkpoint, "-o", out, *options, "--method", "jackpot")
     assert refused.code == 2
+    broken = tiny_model()
+    broken.model.norm.weight.data[0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    for file in model.glob("token*"):
+        shutil.copy(file, tmp_path / "broken")
+    refused = run("tune", checkpoint, "-o", out, "--teacher", tmp_path / "broken", *options[2:])
+    assert refused.code == 2
+    assert "not finite" in refused.err
     assert run("tune", checkpoint, "-o", out, *options).code == 0
     assert "full, kl, 128 tokens" in run("info", out).out
     written = tmp_path / "own.jsonl"

@@ -24,14 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.errors import OutputError, ResumeError
+from gossamer.errors import GossamerError, OutputError, ResumeError
 
 CHUNK = 16 << 20
+_STATE = "state.json"
 
 
 class WorkFolder:
     """A folder that one run owns. ``fingerprint`` is all that the result depends on, JSON-able: settings,
-    model, tokens, versions, threads, instruction set.
+    model, tokens, versions, threads, instruction set. As a context it leaves nothing behind where work is
+    refused by a GossamerError before anything was kept: the command that is mended may begin.
 
     Raises ResumeError where the folder belongs to another run, or is no work folder at all.
     """
@@ -52,7 +54,7 @@ class WorkFolder:
             self._save()
 
     def _resume(self) -> None:
-        state_file = self.path / "state.json"
+        state_file = self.path / _STATE
         if not state_file.is_file():
             if not self.path.is_dir() or any(self.path.iterdir()):
                 raise ResumeError(f"{self.path.name} exists and is no work folder of gossamer; move it away")
@@ -87,7 +89,7 @@ class WorkFolder:
             "inputs": self._crcs,
         }
         data = json.dumps(state, indent=1, sort_keys=True).encode()
-        self.write("state.json", data)
+        self.write(_STATE, data)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes ``data`` to the file ``name`` atomically; raises OutputError where the disk is full."""
@@ -136,6 +138,13 @@ class WorkFolder:
             raise ResumeError(f"{inputs.path.name} in {self.path.name} is damaged; delete {self.path.name}")
         inputs.crc = crc
         return inputs
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, GossamerError) and [file.name for file in self.path.iterdir()] == [_STATE]:
+            self.remove()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -96,8 +96,13 @@ class _Job:
         check_context(self.model.config, settings.seqlen, checkpoint.name)
         self.text = read_text(text)
         self.windows, self.held_out = self._windows(checkpoint)
+        self.work = WorkFolder(work_of(out), self._fingerprint())
 
     def run(self) -> Finetuned:
+        with self.work:
+            return self._run()
+
+    def _run(self) -> Finetuned:
         s = self.settings
         tuning = SparseTuning(
             self.model,
@@ -116,8 +121,6 @@ class _Job:
             clip=s.clip,
             gradient_checkpointing=s.gradient_checkpointing,
         )
-        # not before: what is refused up to here leaves nothing behind
-        self.work = WorkFolder(work_of(self.out), self._fingerprint())
         outcome = train(
             tuning, self.windows, self.held_out, s.loop(), Saves(self.work), progress=self.progress
         )

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.calibrate import WorkFolder
 from gossamer.engine import Decoder, NativeSession, why_not
-from gossamer.errors import GossamerError, TextError
+from gossamer.errors import TextError
 from gossamer.matrices.atomic import atomic_file, check_free, output_error
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.sampling import Sampling
@@ -115,10 +115,10 @@ def sample(
     log = _Log(work.path / _LOG)
     total, number, own = chosen.tokens, len(log.records), isinstance(prompts, Rewrites)
     silent_ones = 0
-    while log.tokens < total:
-        progress("sampling", log.tokens, total)
-        start = time.perf_counter()
-        try:
+    with work:
+        while log.tokens < total:
+            progress("sampling", log.tokens, total)
+            start = time.perf_counter()
             done = sample_one(
                 prompts,
                 number,
@@ -128,18 +128,14 @@ def sample(
                 sampling,
                 chosen.max_new_tokens,
             )
-        except GossamerError:
-            if not log.records:  # nothing that the next command could go on from
-                work.remove()
-            raise
-        log.append({**done.record, "tokens": done.tokens, "seconds": time.perf_counter() - start})
-        number += 1
-        silent_ones = 0 if done.tokens else silent_ones + 1
-        if silent_ones == MOST_SILENT:
-            raise TextError(
-                f"{loaded.label} has nothing to say: it ended {MOST_SILENT} answers in a row before the "
-                "first token"
-            )
+            log.append({**done.record, "tokens": done.tokens, "seconds": time.perf_counter() - start})
+            number += 1
+            silent_ones = 0 if done.tokens else silent_ones + 1
+            if silent_ones == MOST_SILENT:
+                raise TextError(
+                    f"{loaded.label} has nothing to say: it ended {MOST_SILENT} answers in a row before the "
+                    "first token"
+                )
     progress("sampling", total, total)
     made = {
         "job": "sample",
