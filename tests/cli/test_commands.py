@@ -62,6 +62,9 @@ def test_compress_prints_a_table_and_the_next_command(model: Path, tmp_path: Pat
         assert word in done.out
     assert f"next: gossamer eval {out} --against {model}" in done.out
     assert "smoke test" not in done.out  # magnitude reads no text
+    more = ("--calibration", "text", "--method", "magnitude", "--sparsity", "0.25")
+    done = run("compress", model, "-o", tmp_path / "other", *SMALL, *more)
+    assert "magnitude reads no text: --calibration had no effect" in done.out
 
 
 def test_compress_has_the_defaults_of_the_recipe() -> None:
@@ -103,7 +106,9 @@ def test_eval_under_a_policy_of_attention(model: Path, checkpoint: Path, text: P
     done = run("eval", model, *arguments)
     assert "2 windows of 256, from position 128 on" in " ".join(done.out.split())
     assert run("eval", model, *arguments[:-1], "255").err.endswith("nothing to measure from 255 on\n")
-    assert "too short for it" in run("eval", model, "--attention", "hip", "--tasks", "piqa").err
+    refused = run("eval", model, "--attention", "hip", "--seqlen", "64", "--tasks", "piqa")
+    assert "--seqlen and --attention are of measuring a text" in refused.err
+    assert "--items is of --tasks and --probes" in run("eval", model, "--items", "9").err
     assert "there are:" in run("eval", model, *arguments, "--attention", "nothing").err
 
 
@@ -146,7 +151,10 @@ def test_bench_side_by_side(checkpoint: Path, model: Path) -> None:
     assert len(sparse["runs"]["decode_seconds"]) == 2
     assert sparse["decode_tokens_per_second"] > 0
     assert told["machine"]["threads"] == 1
+    assert "the native decoder" in sparse["engine"]
     printed = run(*arguments).out
+    told = " ".join(run(*arguments, "--cache", "int8", "--huge-pages").out.split())
+    assert "keys and values as it keeps them, not in int8; no huge pages" in told
     for word in (
         "prompt 12 tok/s",
         "decode 3 tok/s",

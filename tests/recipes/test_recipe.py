@@ -94,10 +94,17 @@ def test_changes_reach_into_settings() -> None:
     [
         ({"compress": None}, "compress: "),
         (
-            {"compress.valuez": 1},
-            r"compress.valuez: there is no such setting \(there are: allocation, budget, group",
+            {"compress": None, "compres": {}, "tune.tokens": 0},
+            r"compres: .*did you mean 'compress'(.|\n)*recipe: compress: (.|\n)*recipe: tune.tokens: ",
         ),
-        ({"prune": {}}, r"prune: there is no such setting \(there are: about, compress, model"),
+        (
+            {"compress.valuez": 1},
+            r"compress.valuez: there is no such setting \(did you mean 'values'\? there are: allocation",
+        ),
+        (
+            {"prune": {}},
+            r"prune: there is no such setting \(did you mean 'tune'\? there are: about",
+        ),
         ({"compress.windows": "many"}, "compress.windows: .*integer"),
         ({"compress.windows": 0}, "compress.windows: .*greater than or equal to 1"),
         ({"name.first": "x"}, "name holds no settings"),

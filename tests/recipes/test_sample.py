@@ -67,10 +67,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert again.tokens == whole.tokens
 
 
-def test_an_instruction_set_is_answered_anew(model: Path, tmp_path: Path) -> None:
+def test_an_instruction_set_is_answered_anew(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "brief")
+    config = json.loads((model / "config.json").read_text())
+    config["eos_token_id"] = list(range(0, 384, 8))  # so that answers end before the limit cuts them off
+    (model / "config.json").write_text(json.dumps(config))
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "Add 2 and 2.", "response": "4"}\n\n{"prompt": "Hi", "response": "Ho"}\n')
-    done = gs.sample(model, tmp_path / "out.jsonl", rewrite=pairs, **{**SMALL, "temperature": 2.0})
+    done = gs.sample(
+        model, tmp_path / "out.jsonl", rewrite=pairs, **{**SMALL, "temperature": 2.0, "max_new_tokens": 40}
+    )
     records = [json.loads(line) for line in done.path.read_text().splitlines()]
     assert done.own == sum(record["own"] for record in records) > 0
     assert "user: Add 2 and 2." in records[0]["text"]
@@ -90,6 +96,8 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
         bad.write_text(line)
         with pytest.raises(TextError, match=said):
             gs.sample("no-such-model", out, rewrite=bad)
+    with pytest.raises(TextError, match=r"call it own.txt.jsonl"):
+        gs.sample(model, tmp_path / "own.txt", text=TEXT)
     with pytest.raises(TextError, match="give one of them"):
         gs.sample(model, out, text=TEXT, rewrite=bad)
     with pytest.raises(GossamerError, match="tokens"):
@@ -103,7 +111,7 @@ def test_a_model_that_says_nothing_is_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(prompts: Any, index: int, *rest: Any) -> Sampled:
-        return Sampled(prompts.record(index, ""), 0)
+        return Sampled(prompts.record(index, "", True), 0)
 
     monkeypatch.setattr(module, "sample_one", nothing)
     with pytest.raises(TextError, match="ended 100 answers in a row"):

@@ -26,7 +26,7 @@ def test_prompts_are_pieces_of_the_text_by_seed_and_number() -> None:
     assert first == [Continuations(IDS, tiny_tokenizer(), 5, seed=3).prompt(i) for i in range(20)]
     assert first != [Continuations(IDS, tiny_tokenizer(), 5, seed=4).prompt(i) for i in range(20)]
     whole = Continuations(IDS, tiny_tokenizer(), len(IDS))
-    assert whole.record(0, " More.")["text"] == tiny_tokenizer().decode(IDS) + " More."
+    assert whole.record(0, " More.", True)["text"] == tiny_tokenizer().decode(IDS) + " More."
     for length in (0, len(IDS) + 1):
         with pytest.raises(TextError, match=f"prompts of {length} tokens cannot be cut"):
             Continuations(IDS, tiny_tokenizer(), length)
@@ -46,7 +46,7 @@ def test_a_record_is_what_the_model_says_and_depends_on_its_number_alone() -> No
     assert made(0) != made(1)
     greedy = [token.id for token in generate(model, prompts.prompt(0), 8)]
     assert made(0, 0.0) == (
-        prompts.record(0, tokenizer.decode(greedy, skip_special_tokens=True))["text"],
+        prompts.record(0, tokenizer.decode(greedy, skip_special_tokens=True), False)["text"],
         len(greedy),
     )
 
@@ -73,8 +73,9 @@ def test_an_answer_is_taken_where_it_comes_to_the_same() -> None:
     assert asked.endswith("assistant: ")
     own = {"text": "<s>user: What is 2 + 2?</s><s>assistant: Four, 4</s>", "own": True}
     theirs = {"text": "<s>user: What is 2 + 2?</s><s>assistant: It is 4.</s>", "own": False}
-    assert rewrites.record(0, " Four, 4\n") == own
-    assert rewrites.record(0, "Perhaps 5?") == theirs
-    assert rewrites.record(0, "  ") == theirs
-    assert rewrites.record(1, "Hi 5 times")["own"] is True
+    assert rewrites.record(0, " Four, 4\n", True) == own
+    assert rewrites.record(0, " Four, 4\n", False) == theirs  # cut off: who knows how it would have ended
+    assert rewrites.record(0, "Perhaps 5?", True) == theirs
+    assert rewrites.record(0, "  ", True) == theirs
+    assert rewrites.record(1, "Hi 5 times", True)["own"] is True
     assert rewrites.prompt(2) == rewrites.prompt(0)  # begins anew

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -79,11 +79,12 @@ class Speed:
 class SpeedComparison:
     """Contenders measured in turn on one machine; the first of ``speeds`` is what others are held against.
     ``other_work``: cores that other processes kept busy meanwhile, on average (None: unknown); above a tenth
-    or so they disturb the figures."""
+    or so they disturb the figures. ``engines``: what ran each one, where that is known."""
 
     speeds: dict[str, Speed]
     machine: Machine
     other_work: float | None = None
+    engines: dict[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> str:
@@ -93,9 +94,9 @@ class SpeedComparison:
     def ratio(self, name: str, phase: str = "decode") -> float:
         """How many times as fast as the baseline ``name`` is, at ``phase`` "prompt" or "decode": the median
         of the ratios of each round, in which both ran one shortly after the other."""
-        field = f"{phase}_seconds"
-        ours: tuple[float, ...] = getattr(self.speeds[name], field)
-        theirs: tuple[float, ...] = getattr(self.speeds[self.baseline], field)
+        runs = f"{phase}_seconds"
+        ours: tuple[float, ...] = getattr(self.speeds[name], runs)
+        theirs: tuple[float, ...] = getattr(self.speeds[self.baseline], runs)
         return median(their / our for our, their in zip(ours, theirs, strict=True))
 
     def past_cache(self, name: str) -> bool | None:
@@ -115,6 +116,7 @@ class SpeedComparison:
                     "prompt_ratio": self.ratio(name, "prompt"),
                     "decode_ratio": self.ratio(name, "decode"),
                     "past_cache": self.past_cache(name),
+                    "engine": self.engines.get(name),
                 }
                 for name, speed in self.speeds.items()
             },

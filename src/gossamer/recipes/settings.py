@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -13,16 +14,24 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def checked(model: type[M], settings: Mapping[str, Any], where: str = "the setting") -> M:
-    """``settings`` as a ``model``; raises GossamerError that names the first wrong one and what it may be."""
+    """``settings`` as a ``model``; raises GossamerError that names each wrong one, a line each, and what it
+    may be: unknown names first, since one that is misspelt is missing too."""
     try:
         return model.model_validate(dict(settings))
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(sorted(_owner(model, first["loc"]).model_fields))
-            raise GossamerError(f"{where} {name}: there is no such setting (there are: {known})") from None
-        raise GossamerError(f"{where} {name}: {first['msg']}") from None
+        found = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        told = [f"{where} {_sentence(model, one['type'], one['loc'], one['msg'])}" for one in found]
+        raise GossamerError("\n".join(told)) from None
+
+
+def _sentence(model: type[BaseModel], kind: str, place: tuple[int | str, ...], message: str) -> str:
+    name = ".".join(map(str, place))
+    if kind != "extra_forbidden":
+        return f"{name}: {message}"
+    known = sorted(_owner(model, place).model_fields)
+    near = get_close_matches(str(place[-1]), known, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{name}: there is no such setting ({meant}there are: {', '.join(known)})"
 
 
 def _owner(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gossamer.claim import Claim, Experiment
 from gossamer.errors import TextError
-from gossamer.models.generate import generate, stop_tokens
+from gossamer.models.generate import generate, room, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import PrefixSession, SessionFactory
 from gossamer.models.tokenizer import StreamDecoder, encode_prompt
@@ -55,8 +55,9 @@ class Prompts(Protocol):
     def prompt(self, index: int) -> list[int]:
         """The token ids that the model reads for record ``index`` = 0, 1, .."""
 
-    def record(self, index: int, answer: str) -> dict[str, Any]:
-        """What is kept of its ``answer``: ``text``, the document to tune on, and what is worth knowing."""
+    def record(self, index: int, answer: str, whole: bool) -> dict[str, Any]:
+        """What is kept of its ``answer``: ``text``, the document to tune on, and what is worth knowing.
+        ``whole``: the model ended it, and no limit of tokens did."""
 
 
 PROMPTS: Registry[Prompts] = Registry(
@@ -103,7 +104,7 @@ class Continuations:
         ids: list[int] = self.ids[start : start + self.length].tolist()
         return ids
 
-    def record(self, index: int, answer: str) -> dict[str, Any]:
+    def record(self, index: int, answer: str, whole: bool) -> dict[str, Any]:
         decoder = StreamDecoder(self.tokenizer)
         prompt = "".join(map(decoder.push, self.prompt(index))) + decoder.finish()
         return {"text": prompt + answer}
@@ -119,8 +120,8 @@ class Rewrites:
 
     A document is the instruction and an answer, in the model's chat form where it has one. The model's answer
     is taken where its last number is that of the response, and where the response has none (the papers'
-    conditional selection); else, or where it says nothing, the response stays. Records past the last pair
-    begin anew with the first.
+    conditional selection); else, or where it says nothing or was cut off, the response stays. Records past
+    the last pair begin anew with the first.
     """
 
     claim: ClassVar[Claim | None] = Claim(
@@ -138,9 +139,9 @@ class Rewrites:
         prompt, response = self._pair(index)
         return encode_prompt(self.tokenizer, REWRITE.format(prompt=prompt, response=response))
 
-    def record(self, index: int, answer: str) -> dict[str, Any]:
+    def record(self, index: int, answer: str, whole: bool) -> dict[str, Any]:
         prompt, response = self._pair(index)
-        own = bool(answer.strip()) and same_result(answer, response)
+        own = whole and bool(answer.strip()) and same_result(answer, response)
         chosen = answer.strip() if own else response
         return {"text": self.document(prompt, chosen), "own": own}
 
@@ -189,10 +190,10 @@ def sample(
     or ``max_new_tokens``. The same arguments give the same record, whatever was sampled before. Raises
     TextError for a prompt that is longer than the model's context, ModelError for damaged weights."""
     decoder, pieces, count = StreamDecoder(tokenizer), [], 0
-    own = replace(sampling, seed=_seed(sampling.seed, index))
+    own, ids = replace(sampling, seed=_seed(sampling.seed, index)), prompts.prompt(index)
     for token in generate(
         model,
-        prompts.prompt(index),
+        ids,
         max_new_tokens,
         sampling=own,
         stop=stop_tokens(model, tokenizer),
@@ -201,7 +202,8 @@ def sample(
         pieces.append(decoder.push(token.id))
         count += 1
     pieces.append(decoder.finish())
-    return Sampled(prompts.record(index, "".join(pieces)), count)
+    whole = count < room(model, ids, max_new_tokens)
+    return Sampled(prompts.record(index, "".join(pieces), whole), count)
 
 
 def _seed(seed: int, index: int) -> int:
