@@ -16,10 +16,13 @@ extern const gossamer::AttentionOps gossamer_attention_portable;
 extern const gossamer::EstimateOps gossamer_estimate_portable;
 #if defined(GOSSAMER_X86)
 extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2, gossamer_columns_avx2;
+extern const gossamer::Family gossamer_int_avx512vnni, gossamer_float_avx512vnni, gossamer_columns_avx512vnni;
 extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512, gossamer_columns_avx512;
-extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512;
-extern const gossamer::AttentionOps gossamer_attention_avx2, gossamer_attention_avx512;
-extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx512;
+extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512vnni, gossamer_decoder_avx512;
+extern const gossamer::AttentionOps gossamer_attention_avx2, gossamer_attention_avx512vnni,
+    gossamer_attention_avx512;
+extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx512vnni,
+    gossamer_estimate_avx512;
 #endif
 #if defined(GOSSAMER_AMX)
 extern const gossamer::Family gossamer_int_amx, gossamer_float_amx;
@@ -65,15 +68,21 @@ bool has_avx2() {
            && all(cpuid(7, 0).b, bits(3, 5, 8));                      // BMI1 AVX2 BMI2
 }
 
-bool has_avx512() {
+bool has_avx512vnni() {
     if (!has_avx2() || !all(uint32_t(saved_registers()), bits(5, 6, 7))) return false;  // masks and ZMM
     return all(cpuid(7, 0).b, bits(16, 17, 30, 31))                                     // F DQ BW VL
-           && all(cpuid(7, 0).c, bits(1, 6, 11))                                        // VBMI VBMI2 VNNI
-           && all(cpuid(7, 1).a, bits(5));                                              // BF16
+           && all(cpuid(7, 0).c, bits(1, 6, 11));                                       // VBMI VBMI2 VNNI
 }
+
+bool has_avx512() { return has_avx512vnni() && all(cpuid(7, 1).a, bits(5)); }  // BF16
 
 bool avx2_runs() {
     static const bool runs = has_avx2();
+    return runs;
+}
+
+bool avx512vnni_runs() {
+    static const bool runs = has_avx512vnni();
     return runs;
 }
 
@@ -117,6 +126,9 @@ const Tier* tiers(int* count) {
 #if defined(GOSSAMER_X86)
         {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, &gossamer_decoder_avx2,
          &gossamer_attention_avx2, &gossamer_estimate_avx2, avx2_runs},
+        {"avx512vnni", &gossamer_int_avx512vnni, &gossamer_float_avx512vnni, &gossamer_columns_avx512vnni,
+         &gossamer_decoder_avx512vnni, &gossamer_attention_avx512vnni, &gossamer_estimate_avx512vnni,
+         avx512vnni_runs},
         {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512,
          &gossamer_decoder_avx512, &gossamer_attention_avx512, &gossamer_estimate_avx512, avx512_runs},
 #endif

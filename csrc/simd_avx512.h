@@ -1,4 +1,5 @@
-// Vector operations of AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI, BF16); simd_portable.h says what each does.
+// Vector operations of AVX-512 (F, BW, VL, DQ, VBMI, VBMI2, VNNI); simd_portable.h says what each does.
+// With BF16 too, its instructions multiply bfloat16; else pairs are opened into float32.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -83,11 +84,25 @@ GOSSAMER_INLINE Ints dot8(Ints sum, Bytes w, const int8_t* x) {
     return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(four));
 }
 
+GOSSAMER_INLINE Floats as_floats(Bytes b) { return _mm512_castsi512_ps(b); }
+GOSSAMER_INLINE Floats lower_halves(Bytes b) { return as_floats(_mm512_slli_epi32(b, 16)); }
+GOSSAMER_INLINE Floats upper_halves(Bytes b) {
+    return as_floats(_mm512_and_si512(b, _mm512_set1_epi32(int(0xffff0000))));
+}
+
 // The instruction takes subnormal numbers for zero.
+GOSSAMER_INLINE Floats dot_pairs(Floats sum, Bytes w, Bytes x) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+#else
+    sum = _mm512_fmadd_ps(lower_halves(w), lower_halves(x), sum);
+    return _mm512_fmadd_ps(upper_halves(w), upper_halves(x), sum);
+#endif
+}
 GOSSAMER_INLINE Floats dot16(Floats sum, Bytes w, const uint16_t* x) {
     int64_t four;
     __builtin_memcpy(&four, x, 8);
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi64(four));
+    return dot_pairs(sum, w, _mm512_set1_epi64(four));
 }
 
 GOSSAMER_INLINE Floats dot32(Floats sum, Bytes w, const float* x) {
@@ -98,9 +113,6 @@ GOSSAMER_INLINE Bytes pair(const uint16_t* x) {
     int32_t two;
     __builtin_memcpy(&two, x, 4);
     return _mm512_set1_epi32(two);
-}
-GOSSAMER_INLINE Floats dot_pairs(Floats sum, Bytes w, Bytes x) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
 }
 
 // ---- integers and floats
@@ -144,27 +156,29 @@ GOSSAMER_INLINE Floats load_bfloat16(const uint16_t* p, int n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-GOSSAMER_INLINE Floats as_floats(Bytes b) { return _mm512_castsi512_ps(b); }
-GOSSAMER_INLINE Floats lower_halves(Bytes b) { return as_floats(_mm512_slli_epi32(b, 16)); }
-GOSSAMER_INLINE Floats upper_halves(Bytes b) {
-    return as_floats(_mm512_and_si512(b, _mm512_set1_epi32(int(0xffff0000))));
-}
-
 GOSSAMER_INLINE void store_floats(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
 
 // By integers, since the conversion instruction would flush subnormal numbers to zero.
-GOSSAMER_INLINE void store_bfloat16(uint16_t* p, Floats a, int n) {
+GOSSAMER_INLINE __m256i rounded_bfloat16(Floats a) {
     __m512i bits = _mm512_castps_si512(a);
     __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
     __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(rounded));
+    return _mm512_cvtepi32_epi16(rounded);
+}
+GOSSAMER_INLINE void store_bfloat16(uint16_t* p, Floats a, int n) {
+    _mm256_mask_storeu_epi16(p, first(n), rounded_bfloat16(a));
 }
 
-GOSSAMER_INLINE void store_pairs(uint16_t* p, Floats a, Floats b) {
-    store(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+GOSSAMER_INLINE Bytes side_by_side(Floats a, Floats b) {
+#if defined(__AVX512BF16__)
+    return (__m512i)_mm512_cvtne2ps_pbh(b, a);
+#else
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rounded_bfloat16(a)), rounded_bfloat16(b), 1);
+#endif
 }
+GOSSAMER_INLINE void store_pairs(uint16_t* p, Floats a, Floats b) { store(p, side_by_side(a, b)); }
 GOSSAMER_INLINE Ints load_codes(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
@@ -173,7 +187,7 @@ GOSSAMER_INLINE void store_mixed(uint16_t* p, Floats a, Floats b) {
     alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    store(p, _mm512_permutexvar_epi16(load(kOrder), (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+    store(p, _mm512_permutexvar_epi16(load(kOrder), side_by_side(a, b)));
 }
 GOSSAMER_INLINE Ints load_bytes(const uint8_t* p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));

@@ -15,10 +15,13 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 def flags_of(tier: str) -> list[str]:
     """What CMakeLists.txt compiles kernels with for one instruction set, and for no other."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    found = re.search(rf"add_tier\({tier}([^)]*)\)", text)
+    found = re.search(rf"add_tier\({tier}\b([^)]*)\)", text)
     assert found, f"CMakeLists.txt has no tier {tier}"
     sets = dict(re.findall(r"set\((\w+)([^)]*)\)", text))
-    return [f"-DGOSSAMER_TIER={tier}", *re.sub(r"\$\{(\w+)\}", lambda name: sets[name[1]], found[1]).split()]
+    flags = found[1]
+    while "${" in flags:  # a set may be another one and more
+        flags = re.sub(r"\$\{(\w+)\}", lambda name: sets[name[1]], flags)
+    return [f"-DGOSSAMER_TIER={tier}", *flags.split()]
 
 
 def compile_cpp(*arguments: str | Path, into: Path) -> None:

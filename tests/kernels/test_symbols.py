@@ -44,7 +44,9 @@ UNITS = [
 # without optimisation the largest unit alone compiles for half a minute
 SLOW = {"matmul_int": [pytest.mark.slow]}
 TIERS = [
-    pytest.param(*unit, tier, marks=SLOW.get(unit[0], [])) for unit in UNITS for tier in ("avx2", "avx512")
+    pytest.param(*unit, tier, marks=SLOW.get(unit[0], []))
+    for unit in UNITS
+    for tier in ("avx2", "avx512vnni", "avx512")
 ]
 
 
