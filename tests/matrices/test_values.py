@@ -17,6 +17,7 @@ from gossamer.matrices.values import (
     ValueType,
     choose_scales,
     integer_type,
+    nearest_,
     quantize,
     quantize_codes,
     value_type,
@@ -246,6 +247,20 @@ def test_without_a_zero_pruned_weights_are_zero_and_kept_ones_are_not() -> None:
     moved = quantize(torch.where(mask, w, 1e3), gap, 64, mask)  # what is pruned has no say
     assert torch.equal(moved.q, codes.q)
     assert torch.equal(moved.scales, codes.scales)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_the_nearest_integer_of_any_number(name: str) -> None:
+    values = value_type(name)
+    halves = torch.arange(-300, 301) / 2  # ties among them, and numbers beyond both ends
+    apart = torch.cat([torch.nextafter(halves, torch.tensor(end)) for end in (-1e9, 1e9)])
+    x = torch.cat([halves, apart, torch.tensor([1e30, -1e30, float("inf"), float("-inf"), 1e-40, -0.0])])
+    got = nearest_(x.clone(), values)
+    assert np.array_equal(got.numpy(), nearest(x.clamp(-1e6, 1e6).double().numpy(), values))
+    narrow = x[:480].clone().reshape(8, 60)[:, 3:50]  # rows that do not lie behind each other
+    assert torch.equal(nearest_(narrow, values), got[:480].reshape(8, 60)[:, 3:50])
+    broken = nearest_(torch.tensor([float("nan")]), values)
+    assert torch.equal(broken, torch.tensor([float(values.qmax)])) or broken.isnan().all()
 
 
 def test_tables_fit_what_multiplies_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -288,8 +289,18 @@ def nearest_(x: Tensor, values: ValueType) -> Tensor:
     one, or to the lower level). Raises MatrixError for floats."""
     if not values.levels:
         return x.round_().clamp_(values.qmin, values.qmax)
-    levels = torch.tensor(values.levels, dtype=x.dtype)
-    return x.copy_(levels[torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)])
+    low, high = 2 * values.qmin, 2 * values.qmax
+    halves = x.mul_(2).ceil_().clamp_(low, high).nan_to_num_(high).sub_(low).int()
+    return x.copy_(_nearest_levels(values).index_select(0, halves.flatten()).view_as(x))
+
+
+@cache
+def _nearest_levels(values: ValueType) -> Tensor:
+    """The level nearest to any number, by its double rounded up and counted from that of the first level:
+    halfway points between integers are halves, so that no more of a number decides."""
+    levels = torch.tensor(values.levels, dtype=torch.float32)
+    doubles = torch.arange(2 * values.qmin, 2 * values.qmax + 1)
+    return levels[torch.bucketize(doubles.float(), levels[1:] + levels[:-1])]
 
 
 def quantize_codes(w: Tensor, scale: Tensor, values: ValueType) -> Tensor:
