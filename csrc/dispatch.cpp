@@ -17,12 +17,15 @@ extern const gossamer::EstimateOps gossamer_estimate_portable;
 #if defined(GOSSAMER_X86)
 extern const gossamer::Family gossamer_int_avx2, gossamer_float_avx2, gossamer_columns_avx2;
 extern const gossamer::Family gossamer_int_avx512vnni, gossamer_float_avx512vnni, gossamer_columns_avx512vnni;
-extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512, gossamer_columns_avx512;
-extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512vnni, gossamer_decoder_avx512;
-extern const gossamer::AttentionOps gossamer_attention_avx2, gossamer_attention_avx512vnni,
-    gossamer_attention_avx512;
-extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx512vnni,
-    gossamer_estimate_avx512;
+extern const gossamer::Family gossamer_float_avx512;
+extern const gossamer::DecoderOps gossamer_decoder_avx2, gossamer_decoder_avx512vnni;
+extern const gossamer::AttentionOps gossamer_attention_avx2, gossamer_attention_avx512vnni;
+extern const gossamer::AttentionOps gossamer_attention_avx512;
+extern const gossamer::EstimateOps gossamer_estimate_avx2, gossamer_estimate_avx512vnni;
+extern const gossamer::EstimateOps gossamer_estimate_avx512;
+#endif
+#if defined(GOSSAMER_AVXVNNI)
+extern const gossamer::Family gossamer_int_avxvnni, gossamer_columns_avxvnni;
 #endif
 #if defined(GOSSAMER_AMX)
 extern const gossamer::Family gossamer_int_amx, gossamer_float_amx;
@@ -68,6 +71,8 @@ bool has_avx2() {
            && all(cpuid(7, 0).b, bits(3, 5, 8));                      // BMI1 AVX2 BMI2
 }
 
+[[maybe_unused]] bool has_avxvnni() { return has_avx2() && all(cpuid(7, 1).a, bits(4)); }
+
 bool has_avx512vnni() {
     if (!has_avx2() || !all(uint32_t(saved_registers()), bits(5, 6, 7))) return false;  // masks and ZMM
     return all(cpuid(7, 0).b, bits(16, 17, 30, 31))                                     // F DQ BW VL
@@ -76,19 +81,11 @@ bool has_avx512vnni() {
 
 bool has_avx512() { return has_avx512vnni() && all(cpuid(7, 1).a, bits(5)); }  // BF16
 
-bool avx2_runs() {
-    static const bool runs = has_avx2();
-    return runs;
-}
-
-bool avx512vnni_runs() {
-    static const bool runs = has_avx512vnni();
-    return runs;
-}
-
-bool avx512_runs() {
-    static const bool runs = has_avx512();
-    return runs;
+// Asked once.
+template <bool (*kHas)()>
+bool runs() {
+    static const bool here = kHas();
+    return here;
 }
 #endif
 
@@ -110,8 +107,8 @@ bool system_gives_tiles() {
 }
 
 bool amx_runs() {
-    static const bool runs = avx512_runs() && has_amx() && system_gives_tiles() && gossamer_works_amx();
-    return runs;
+    static const bool here = runs<has_avx512>() && has_amx() && system_gives_tiles() && gossamer_works_amx();
+    return here;
 }
 #endif
 
@@ -125,16 +122,24 @@ const Tier* tiers(int* count) {
          &gossamer_decoder_portable, &gossamer_attention_portable, &gossamer_estimate_portable, always},
 #if defined(GOSSAMER_X86)
         {"avx2", &gossamer_int_avx2, &gossamer_float_avx2, &gossamer_columns_avx2, &gossamer_decoder_avx2,
-         &gossamer_attention_avx2, &gossamer_estimate_avx2, avx2_runs},
+         &gossamer_attention_avx2, &gossamer_estimate_avx2, runs<has_avx2>},
+#endif
+#if defined(GOSSAMER_AVXVNNI)
+        {"avxvnni", &gossamer_int_avxvnni, &gossamer_float_avx2, &gossamer_columns_avxvnni,
+         &gossamer_decoder_avx2, &gossamer_attention_avx2, &gossamer_estimate_avx2, runs<has_avxvnni>},
+#endif
+#if defined(GOSSAMER_X86)
         {"avx512vnni", &gossamer_int_avx512vnni, &gossamer_float_avx512vnni, &gossamer_columns_avx512vnni,
          &gossamer_decoder_avx512vnni, &gossamer_attention_avx512vnni, &gossamer_estimate_avx512vnni,
-         avx512vnni_runs},
-        {"avx512", &gossamer_int_avx512, &gossamer_float_avx512, &gossamer_columns_avx512,
-         &gossamer_decoder_avx512, &gossamer_attention_avx512, &gossamer_estimate_avx512, avx512_runs},
+         runs<has_avx512vnni>},
+        {"avx512", &gossamer_int_avx512vnni, &gossamer_float_avx512, &gossamer_columns_avx512vnni,
+         &gossamer_decoder_avx512vnni, &gossamer_attention_avx512, &gossamer_estimate_avx512,
+         runs<has_avx512>},
 #endif
 #if defined(GOSSAMER_AMX)
-        {"amx", &gossamer_int_amx, &gossamer_float_amx, &gossamer_columns_avx512, &gossamer_decoder_avx512,
-         &gossamer_attention_amx, &gossamer_estimate_avx512, amx_runs, kTileRows},
+        {"amx", &gossamer_int_amx, &gossamer_float_amx, &gossamer_columns_avx512vnni,
+         &gossamer_decoder_avx512vnni, &gossamer_attention_amx, &gossamer_estimate_avx512, amx_runs,
+         kTileRows},
 #endif
     };
     *count = int(sizeof all_tiers / sizeof *all_tiers);

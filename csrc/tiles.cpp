@@ -19,7 +19,7 @@
 #include "tile_config.h"
 
 extern "C" {
-extern const gossamer::Family gossamer_int_avx512, gossamer_float_avx512;
+extern const gossamer::Family gossamer_int_avx512vnni, gossamer_float_avx512;
 }
 
 namespace gossamer {
@@ -293,7 +293,7 @@ void multiply_stored(const Packed& w, const Activations& x, const Output& out, i
 
 void prepare_ints(const Packed* w, const void* x, int dtype, int64_t begin, int64_t end,
                   const Activations* to) {
-    gossamer_int_avx512.prepare(w, x, dtype, begin, end, to);
+    gossamer_int_avx512vnni.prepare(w, x, dtype, begin, end, to);
 }
 
 void prepare_floats(const Packed* w, const void* x, int dtype, int64_t begin, int64_t end,
@@ -304,7 +304,7 @@ void prepare_floats(const Packed* w, const void* x, int dtype, int64_t begin, in
 void multiply_ints(const Packed* w, const Activations* x, const Output* out, int64_t begin, int64_t end,
                    uint8_t* scratch) {
     if (!by_tiles(*w, x->block))
-        gossamer_int_avx512.multiply(w, x, out, begin, end, scratch);
+        gossamer_int_avx512vnni.multiply(w, x, out, begin, end, scratch);
     else if (w->values == kInt8)
         multiply_stored<IntTiles<kInt8>>(*w, *x, *out, begin, end, scratch);
     else if (w->values == kInt4)

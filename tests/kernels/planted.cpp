@@ -3,9 +3,9 @@
 
 #include "driver.h"
 
-// The tier amx: on emulated tiles, and with the columns of avx512.
+// The tier amx: on emulated tiles, and with the columns of avx512vnni.
 #if defined(__AMX_TILE__)
-#define PLANTED_COLUMNS gossamer_columns_avx512
+#define PLANTED_COLUMNS gossamer_columns_avx512vnni
 constexpr int kRowBlock = gossamer::kTileRows;
 #else
 #define PLANTED_COLUMNS GOSSAMER_EXPORT(columns)

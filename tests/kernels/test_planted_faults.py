@@ -44,9 +44,13 @@ class Planted:
         plain = ["-O0", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
         planted, flags = ["-include", str(HERE / "planted.h")], [*plain, *flags_of(isa)]
         units = [ROOT / "csrc" / f"{name}.cpp" for name in ("matmul_int", "matmul_float", "columns")]
-        most = flags_of("avx512" if isa == "amx" else isa)
-        objects = compile_units(units, [*plain, *most, *planted], folder)
-        if isa == "amx":  # one unit on top of avx512, here on emulated tiles
+        below = {"matmul_float": "avx512"} if isa == "amx" else {}
+        below |= dict.fromkeys(("matmul_int", "columns"), "avx512vnni") if isa == "amx" else {}
+        objects = []
+        for unit in units:
+            most = flags_of(below.get(unit.stem, isa))
+            objects += compile_units([unit], [*plain, *most, *planted], folder)
+        if isa == "amx":  # one unit on top of these, here on emulated tiles
             emulated = ["-include", str(ROOT / "tests" / "native" / "emulated_tiles.h")]
             objects += compile_units([ROOT / "csrc" / "tiles.cpp"], [*flags, *emulated, *planted], folder)
         host = [ROOT / "csrc" / f"{name}.cpp" for name in ("driver", "program", "threads")]

@@ -46,13 +46,7 @@ void check_rows(const Plain& plain, const Tier& tier, const Rows& x, const Rows&
 }
 
 // The same on another tier, to the bit: tiles change nothing but the bfloat16 products of many rows.
-const Tier* same_bits_as(const Tier& tier) {
-    int count;
-    const Tier* all = tiers(&count);
-    for (int i = 0; i < count && has_tiles(tier); i++)
-        if (strcmp(all[i].name, "avx512") == 0) return &all[i];
-    return nullptr;
-}
+const Tier* same_bits_as(const Tier& tier) { return has_tiles(tier) ? tier_called("avx512") : nullptr; }
 
 void check_weight(const Weight& weight, Random& random) {
     const Packed w = weight.packed();

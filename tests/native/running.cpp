@@ -81,6 +81,14 @@ bool flushes(const Tier& tier, const Plain& w) {
            (has_tiles(tier) || strcmp(tier.name, "avx512") == 0);
 }
 
+const Tier* tier_called(const char* name) {
+    int count;
+    const Tier* all = tiers(&count);
+    for (int i = 0; i < count; i++)
+        if (strcmp(all[i].name, name) == 0) return &all[i];
+    return nullptr;
+}
+
 bool has_tiles(const Tier& tier) { return tier.row_block == kTileRows; }
 
 bool two_ways(const Tier& tier, const Plain& w) {

@@ -37,6 +37,9 @@ void check_same(const Rows& a, int64_t first, const Rows& b, int64_t other, int6
 // Whether the bfloat16 kernel of a tier and layout takes subnormal numbers for zero.
 bool flushes(const gossamer::Tier& tier, const Plain& w);
 
+// One of gossamer::tiers(), or null.
+const gossamer::Tier* tier_called(const char* name);
+
 // Whether a tier multiplies many rows by tiles, emulated or not.
 bool has_tiles(const gossamer::Tier& tier);
 

@@ -6,8 +6,8 @@ int emulated_fault = 0;
 
 #if defined(GOSSAMER_X86)
 extern "C" {
-extern const gossamer::Family gossamer_int_emulated, gossamer_float_emulated, gossamer_columns_avx512;
-extern const gossamer::DecoderOps gossamer_decoder_avx512;
+extern const gossamer::Family gossamer_int_emulated, gossamer_float_emulated, gossamer_columns_avx512vnni;
+extern const gossamer::DecoderOps gossamer_decoder_avx512vnni;
 extern const gossamer::AttentionOps gossamer_attention_emulated;
 extern const gossamer::EstimateOps gossamer_estimate_avx512;
 bool gossamer_works_emulated();
@@ -23,9 +23,8 @@ using namespace gossamer;
 namespace {
 
 bool avx512_runs() {
-    int count;
-    const Tier* all = tiers(&count);
-    return strcmp(all[3].name, "avx512") == 0 && all[3].runs_here();
+    const Tier* avx512 = tier_called("avx512");
+    return avx512 != nullptr && avx512->runs_here();
 }
 
 }  // namespace
@@ -34,8 +33,8 @@ const Tier& emulated_tiles() {
     static const Tier tier{"amx-emulated",
                            &gossamer_int_emulated,
                            &gossamer_float_emulated,
-                           &gossamer_columns_avx512,
-                           &gossamer_decoder_avx512,
+                           &gossamer_columns_avx512vnni,
+                           &gossamer_decoder_avx512vnni,
                            &gossamer_attention_emulated,
                            &gossamer_estimate_avx512,
                            avx512_runs,

@@ -99,7 +99,7 @@ def test_blocks_that_steps_filled_are_known_to_the_chunk_of_a_prompt_after_them(
     assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avxvnni", "avx512vnni", "avx512", "amx"])
 def test_every_instruction_set_chooses_alike(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index = native().tier(isa)
     if index < 0:

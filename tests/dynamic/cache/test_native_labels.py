@@ -100,7 +100,7 @@ def test_threads_cuts_and_rollbacks_change_no_bit(model: Any, dtype: CacheKind) 
     assert torch.equal(run(session, IDS[1024:]), found[0])
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512vnni", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avxvnni", "avx512vnni", "avx512", "amx"])
 def test_every_instruction_set_chooses_alike(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index = native().tier(isa)
     if index < 0:
