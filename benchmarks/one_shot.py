@@ -161,13 +161,11 @@ def compress(args: argparse.Namespace, options: str, out: Path) -> dict[str, Any
 def reference(model: str, data: str, count: int) -> tuple[Any, Any]:
     """The measured windows, and the dense model's reader, which reads each of them once. Its weights are in
     bfloat16, multiplied in float32 where the machine has no bfloat16 products: five times as fast there."""
-    from gossamer.calibrate.stream import fast_dtype
     from gossamer.evaluate.logits import LogitReader
-    from gossamer.models import load_model
+    from gossamer.recipes.load import load
 
     windows = protocol.measured_windows(protocol.load_tokenizer(model), data, count)
-    dense = load_model(model, "bfloat16")[0].to(fast_dtype())
-    return windows, LogitReader(dense, remember=True)
+    return windows, LogitReader(load(model, dtype="fast").model, remember=True)
 
 
 def measure(args: argparse.Namespace, out: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gossamer.calibrate import fast_dtype
 from gossamer.errors import ModelError, OutputError, TextError
 from gossamer.evaluate import compare
 from gossamer.evaluate.size import size_of_folder
@@ -93,7 +94,7 @@ def test_every_figure_is_that_of_its_part(done: Quickstart, model: Path, text: P
     joined = read_text(text).joined
     rest = Text((joined[int(0.7 * len(joined)) :],), "rest")
     windows = evaluation_windows(rest, load_tokenizer(model), 48, 3)
-    dense = load_model(model, torch.bfloat16)[0]
+    dense = load_model(model, torch.bfloat16)[0].to(fast_dtype())
     packed = {one.name: load_checkpoint(one.source) for one in done.contenders[1:]}
     quality = compare({"dense bf16": dense, **packed}, windows, reference=dense)
     assert [one.name for one in done.contenders] == ["dense bf16", "dense int4", "32:64 sparse int4"]

