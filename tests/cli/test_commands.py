@@ -317,6 +317,7 @@ def test_methods_lists_the_registry() -> None:
     assert sweep["comparison_group"] == "columns:128"
     assert "Frantar" in sweep["cite"]
     assert sweep["claim"]["says"]
+    assert sweep["options"] == {"damping": 0.01, "order": "auto"}
     printed = run("methods").out
     assert all(name in printed for name in (*METHODS, *ACTIVATIONS))
     assert "inputs of all linear layers" in " ".join(printed.split())

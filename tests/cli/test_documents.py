@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 def documented(line: str) -> set[str]:
     """The keys in the list item that begins with ``line``."""
-    found = re.search(rf"^- {re.escape(line)}(?:, each of a list)?: (.*)$", PAGE.read_text(), re.MULTILINE)
+    found = re.search(rf"^- {re.escape(line)}(?:, each [a-z ]+)?: (.*)$", PAGE.read_text(), re.MULTILINE)
     assert found, line
     return set(re.findall(r"`(\w+)`", found[1])) - {"info"}
 
@@ -47,6 +47,7 @@ def test_every_document_has_the_documented_keys(
             "tune", checkpoint, "-o", tmp_path / "tuned", "--teacher", model, "--text", text, "--tokens", 128,
             "--seqlen", 32, "--batch", 2, "--held-out", 1,
         ),
+        "`sample`": ("sample", model, "-o", tmp_path / "own.jsonl", "--text", text, "--tokens", 4),
         "`gate`": ("gate", checkpoint, "-o", tmp_path / "gated", "--text", text, *SMALL),
         "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
         "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),
@@ -58,6 +59,7 @@ def test_every_document_has_the_documented_keys(
         "`verify`": ("verify", checkpoint),
         "`export`": ("export", checkpoint, "-o", tmp_path / "dense"),
         "`methods`": ("methods",),
+        "`reproduce --list`": ("reproduce", "--list"),
         "`isa`": ("isa",),
         "`quickstart`": (
             "quickstart", "-o", tmp_path / "start", "--model", model, "--text", text, "--windows", 2,
@@ -68,5 +70,6 @@ def test_every_document_has_the_documented_keys(
         done = run(*arguments, "--json")
         assert done.code == 0, (line, done.err)
         told = done.document
+        told = list(told.values()) if line == "`reproduce --list`" else told
         for document in told if isinstance(told, list) else [told]:
             assert set(document) == documented(line), line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from inspect import signature
 from typing import Any
 
 from gossamer.claim import Claim
@@ -28,6 +29,7 @@ class MethodFacts:
     ``finetune`` (which weights of a checkpoint move), ``loss`` (what they are drawn to), ``text`` (what they
     are tuned on), ``activations`` (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how
     keys and values are kept);
+    ``options``: what ``--option`` and its like may set, with defaults (None: chosen by what there is);
     ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what
     it drops, looks at or keeps; ``comparison_group``: what plain "unstructured" means, or where scores
     compete.
@@ -42,6 +44,7 @@ class MethodFacts:
     comparison_group: str
     cite: str
     claim: Claim | None
+    options: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -97,4 +100,12 @@ def _facts(
     paragraph = " ".join((registry[name].__doc__ or "").partition("\n\n")[0].split())
     says = re.split(r"(?<=[.])(?<!al[.])\s", paragraph)[0]  # its first sentence
     cite, claim = registry.citations[name], getattr(registry[name], "claim", None)
-    return MethodFacts(name, aliases, family, says, needs, patterns, within, cite, claim)
+    options = {} if family in ("format", "text") else _options(registry[name])
+    return MethodFacts(name, aliases, family, says, needs, patterns, within, cite, claim, options)
+
+
+def _options(method: type[Any]) -> dict[str, Any]:
+    """Names and defaults of what may be set of a method."""
+    parameters = signature(getattr(method, "Options", method)).parameters.values()
+    plain = (bool, int, float, str, tuple, type(None))
+    return {one.name: one.default for one in parameters if isinstance(one.default, plain)}
