@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,16 +37,39 @@ def facts(title: str, rows: Iterable[tuple[str, str]], notes: Sequence[str] = ()
 def columns(
     title: str, header: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = (), left: int = 1
 ) -> None:
-    """Prints a table with one line a contender; all but the first ``left`` columns are figures."""
+    """Prints a table with one line a contender; all but the first ``left`` columns are figures. Where the
+    terminal is too narrow for that without breaking words, each contender has its figures below it."""
     from rich import box
     from rich.table import Table
 
+    rows, width = [list(row) for row in rows], stdout().width
+    cells = [[line for row in rows for line in row[i].split("\n")] for i in range(len(header))]
+    widths = [_least_width(name, cells[i], words=i < left) for i, name in enumerate(header)]
+    spare = width - sum(widths) - 3 * len(widths) + 1  # what the box takes between columns
+    if spare < 0:
+        facts(title, [pair for row in rows for pair in _below(header, row)], notes)
+        return
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
+        more = min(max(map(len, [name, *cells[index]])) - widths[index], spare)
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        table.add_column(name, justify=justify, overflow="fold", width=widths[index] + more)
+        spare -= more
     for row in rows:
         table.add_row(*row)
     _print(table, notes)
+
+
+def _least_width(name: str, cells: Sequence[str], words: bool) -> int:
+    """Of a column that breaks no word of its head, and none of its ``words`` or else none of its cells."""
+    parts = [word for cell in cells for word in re.findall(r"^\s*\S+|\S+", cell)] if words else cells
+    return max(map(len, [*name.split(), *parts]), default=0)
+
+
+def _below(header: Sequence[str], row: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The first cell of a row, then the names and figures of the others."""
+    yield row[0].strip(), ""
+    yield from ((f"  {name}", cell) for name, cell in zip(header[1:], row[1:], strict=True) if cell)
 
 
 def _print(table: Any, notes: Sequence[str]) -> None:

@@ -98,9 +98,9 @@ def sample(
     sampling, out = chosen.sampling(), Path(out)
     if text is not None and rewrite is not None:
         raise TextError("prompts are cut from a text, or come from an instruction set: give one of them")
+    check_free(out)
     if out.suffix != ".jsonl":
         raise TextError(f"what is written is jsonl: call it {out.name}.jsonl, else it is read as prose later")
-    check_free(out)
     pairs = None if rewrite is None else read_pairs(rewrite)
     source = None if pairs is not None else read_text(text)
     loaded = _with_native(load(model, dtype=dtype, progress=progress))
