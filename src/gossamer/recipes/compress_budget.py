@@ -100,6 +100,11 @@ class Prices:
         if kind == "seconds":
             what = "a token's products with the linears take on this machine"
         least, most = amount_text(self.least, kind), amount_text(self.most, kind)
+        if self.budget.amount > self.most:
+            raise MethodError(
+                f"the budget {self.budget} asks for no pruning: {what} {most} with all layers dense; "
+                "--sparsity 0 quantizes only"
+            )
         raise MethodError(
             f"the budget {self.budget} is out of reach: {what} from {least} ({pruned}) to {most} (all dense)"
         )
