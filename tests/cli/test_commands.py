@@ -24,7 +24,7 @@ from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
 from gossamer.tune.self_data import PROMPTS
 from gossamer.version import VERSION
-from tiny import tiny_tokens
+from tiny import tiny_folder, tiny_tokens
 
 
 def test_compress_says_what_it_made(model: Path, text: Path, tmp_path: Path) -> None:
@@ -242,6 +242,16 @@ def test_info_of_a_checkpoint(checkpoint: Path) -> None:
     printed = run("info", checkpoint).out
     assert "21 x 32:64 int4" in printed
     assert "prose.txt" in printed
+
+
+def test_what_is_not_compressed_is_named(tmp_path: Path) -> None:
+    experts, out = tiny_folder(tmp_path / "experts", "mixtral"), tmp_path / "out"
+    done = run("compress", experts, "-o", out, *SMALL, "--method", "magnitude", "--sparsity", "0.5")
+    told = run("info", out, "--json").document
+    assert told["uncompressed"]["model.layers.0.mlp.experts.gate_up_proj"] == 4 * 2 * 128 * 64
+    assert told["parameters"] > sum(told["uncompressed"].values()) > 0.5 * told["parameters"]
+    for text in (done.out, run("info", out).out):
+        assert "% of all parameters, such as model.layers.0.mlp.experts.gate_up_proj" in text
 
 
 def test_info_of_a_plain_model(model: Path) -> None:

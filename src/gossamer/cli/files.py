@@ -126,7 +126,12 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
         of = "outputs" if error.kind == "output_error" else "weights"
         mean, worst = f"{100 * error.mean:.3g} %", f"{100 * error.worst:.3g} %"
         rows.append(("layer error", f"mean {mean} of the {of}' energy, worst {worst} ({error.worst_layer})"))
-    return [*rows, ("stored as", layouts)]
+    rows.append(("stored as", layouts))
+    if (left := sum(found.uncompressed.values())) > 0.01 * found.parameters:
+        largest = max(found.uncompressed, key=lambda name: found.uncompressed[name])
+        share = f"{show.percent(left / found.parameters)} of all parameters, such as {largest}"
+        rows.append(("left as it is", f"{share}: no linear layers, which alone are compressed"))
+    return rows
 
 
 def _made_rows(made: dict[str, Any]) -> list[tuple[str, str]]:

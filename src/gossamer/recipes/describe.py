@@ -30,7 +30,8 @@ class CheckpointFacts:
     ``linear_parameters``, ``linear_bytes``: of the compressed layers inside the blocks, as stored;
     ``sparsity``: what the masks prune of them, as the maker recorded it; ``file_bytes``: of the folder;
     ``weight_file_bytes``: of its weights; ``layouts``: how many matrices lie in which layout and values;
-    ``made``: all that the maker recorded."""
+    ``uncompressed``: parameters by name of tensors of two dimensions or more that no matrix holds, such as
+    experts that are no linear layers of their own; ``made``: all that the maker recorded."""
 
     label: str
     parameters: int
@@ -40,6 +41,7 @@ class CheckpointFacts:
     file_bytes: int
     weight_file_bytes: int
     layouts: dict[str, int]
+    uncompressed: dict[str, int]
     sparsity: float | None
     sparsity_requested: float | None
     sparsity_of: str | None
@@ -102,17 +104,18 @@ def describe_checkpoint(path: Path) -> CheckpointFacts:
     sections = _sections(manifest)
     linear = [name for name in manifest.matrices if any(part.isdigit() for part in name.split("."))]
     packed = {tensor for names in sections.values() for tensor in names}
-    plain = [tensor.shape for name, tensor in manifest.tensors.items() if name not in packed]
+    plain = {name: tensor.shape for name, tensor in manifest.tensors.items() if name not in packed}
     shapes = [description["shape"] for description in manifest.matrices.values()]
     return CheckpointFacts(
         label=path.resolve().name,
-        parameters=sum(math.prod(shape) for shape in [*shapes, *plain]),
+        parameters=sum(math.prod(shape) for shape in [*shapes, *plain.values()]),
         linear_layers=len(linear),
         linear_parameters=sum(math.prod(manifest.matrices[name]["shape"]) for name in linear),
         linear_bytes=sum(_bytes(manifest, tensor) for name in linear for tensor in sections[name]),
         file_bytes=sum(file.size for file in manifest.files.values()) + (path / MANIFEST).stat().st_size,
         weight_file_bytes=sum(f.size for name, f in manifest.files.items() if name.endswith(".safetensors")),
         layouts=dict(Counter(_form(description) for description in manifest.matrices.values())),
+        uncompressed={name: math.prod(shape) for name, shape in plain.items() if len(shape) > 1},
         sparsity=made.get("sparsity"),
         sparsity_requested=made.get("sparsity_requested"),
         sparsity_of=made.get("sparsity_of"),
