@@ -179,6 +179,17 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[GossamerEr
         SparseTuning(model, losses={"task": 1}, masks=masks, method="maskllm", options=options)
 
 
+def test_a_teacher_that_only_its_weights_were_asked_of_is_let_go() -> None:
+    model, masks = masked()
+    teacher, _ = masked()
+    for losses in ({"task": 1.0}, {"task": 1.0, "kl": 1.0}):
+        tuning = SparseTuning(model, teacher=teacher, losses=losses, masks=masks, method="maskllm")
+        assert (tuning.teacher is None) == ("kl" not in losses)
+        assert tuning.loss(torch.arange(8)[None]).isfinite()
+        tuning.merge()
+        model, masks = masked()
+
+
 def test_weights_that_do_not_suit_are_refused() -> None:
     dense = torch.randn(4, 8)
     mask = mask_from_scores(dense.abs(), PATTERN)

@@ -121,6 +121,7 @@ class _Job:
             clip=s.clip,
             gradient_checkpointing=s.gradient_checkpointing,
         )
+        self.teacher = None  # the tuning keeps it for as long as it needs it
         outcome = train(
             tuning, self.windows, self.held_out, s.loop(), Saves(self.work), progress=self.progress
         )

@@ -94,6 +94,8 @@ class SparseTuning:
         self.weights = place_weights(model, make, masks)
         if kind.brings_back(chosen):
             self._fill(method)
+        if not any(one.needs_teacher for one, _ in self.losses):
+            self.teacher = self.teacher_head = None  # no longer held in memory
         self.norms = place_norms(model) if norms else {}
         self.warmup, self.clip = warmup, clip
         self.optimizer = self._optimizer(rate, scale_rate, weight_decay)
@@ -123,7 +125,7 @@ class SparseTuning:
         want_states = any(isinstance(one, StateLoss) for one, _ in self.losses)
         got = run(self.model, ids, mask, states=want_states)
         given = None
-        if self.teacher is not None and any(one.needs_teacher for one, _ in self.losses):
+        if self.teacher is not None:
             with torch.no_grad():
                 given = run(self.teacher, ids, mask, states=want_states)
 
