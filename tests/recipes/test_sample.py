@@ -68,10 +68,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 
 
 def test_an_instruction_set_is_answered_anew(tmp_path: Path) -> None:
-    model = tiny_folder(tmp_path / "brief")
-    config = json.loads((model / "config.json").read_text())
-    config["eos_token_id"] = list(range(0, 384, 8))  # so that answers end before the limit cuts them off
-    (model / "config.json").write_text(json.dumps(config))
+    # a model of which most answers end before they are cut off
+    model = tiny_folder(tmp_path / "brief", eos_token_id=list(range(0, 384, 8)))
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "Add 2 and 2.", "response": "4"}\n\n{"prompt": "Hi", "response": "Ho"}\n')
     done = gs.sample(
