@@ -117,6 +117,22 @@ def test_every_figure_is_that_of_its_part(done: Quickstart, model: Path, text: P
     assert done.windows == 3
 
 
+def test_speeds_are_those_of_the_engine_that_serves(
+    small: None, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: dict[str, str] = {}
+    measured = room.speed
+
+    def spy(*models: Any, **settings: Any) -> Any:
+        timed.update({one.label: one.engine for one in models})
+        return measured(*models, **settings)
+
+    monkeypatch.setattr(room, "speed", spy)
+    quickstart(tmp_path / "start", model=str(model), windows=2, text=text)
+    assert timed.pop("dense bf16").startswith("transformers")
+    assert timed == dict.fromkeys(("dense int4", "32:64 sparse int4"), "the native decoder")
+
+
 def test_what_is_done_is_not_done_again(
     done: Quickstart, model: Path, text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,7 +268,7 @@ def _measured(folder: Path, source: str, text: Text, progress: Progress) -> dict
     windows = windows_for(dense, text, SEQLEN, MEASURED_WINDOWS)
     modules: dict[str, nn.Module] = {name: one.model for name, one in models.items()}
     quality = compare(modules, windows, reference=dense.model, progress=progress)
-    named = [LoadedModel(one.model, one.tokenizer, name) for name, one in models.items()]
+    named = [replace(one, label=name) for name, one in models.items()]  # each in the engine that serves it
     speeds = speed(*named, prompt=PROMPT, decode=DECODE, repeats=ROUNDS, progress=progress)
     rows = {}
     for name in models:
