@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,25 @@ from benchmarks import protocol
 from benchmarks.compress import GOSSAMER, limited
 from gossamer import kernels
 
+DENSE = ("bfloat16", "float32")
 FIRST = "avx2"  # what the others are held against
+KEYS = tuple(f"{phase}{to}" for phase in ("prompt", "decode") for to in ("", f"_to_{FIRST}", "_to_dense"))
+Speeds = dict[str, dict[str, list[float]]]  # by model, then phase: tokens a second of every round
 
 
-def measure(
-    models: list[str], isa: str | None, args: Any, dtype: str = "auto"
-) -> dict[str, dict[str, float]]:
-    """Tokens a second of a prompt and of decoding, by model."""
+def measure(args: Any, models: list[str], isa: str = "", dtype: str = "auto") -> tuple[Speeds, float]:
+    """Tokens a second of one round of ``models`` by the kernels of ``isa``, and the cores that others kept
+    busy."""
     command = [sys.executable, "-c", GOSSAMER, "bench", *models, "--json", "--repeats", "1", "--dtype", dtype]
     command += ["--prompt", str(args.prompt), "--decode", str(args.decode), "--threads", str(args.threads)]
-    env = limited(args.threads) | ({} if isa is None else {"GOSSAMER_ISA": isa})
+    env = limited(args.threads) | ({"GOSSAMER_ISA": isa} if isa else {})
     done = subprocess.run(command, stdout=subprocess.PIPE, env=env, check=True)
     found = json.loads(done.stdout)
-    args.other_work.append(found["other_work"] or 0.0)
-    return {
-        name: {phase: one[f"{phase}_tokens_per_second"] for phase in ("prompt", "decode")}
+    speeds = {
+        name: {phase: [one[f"{phase}_tokens_per_second"]] for phase in ("prompt", "decode")}
         for name, one in found["contenders"].items()
     }
+    return speeds, found["other_work"] or 0.0
 
 
 def ratio(of: list[float], to: list[float]) -> float:
@@ -51,55 +54,39 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "instruction_sets.json")
-    parser.set_defaults(other_work=[])  # cores that others kept busy, of every process
     args = parser.parse_args()
     sets = [isa for isa in kernels.available() if isa != "portable"]
-    seen: dict[tuple[str, str], dict[str, list[float]]] = {}
-
-    def note(isa: str, found: dict[str, dict[str, float]]) -> None:
-        for name, speeds in found.items():
-            for phase, speed in speeds.items():
-                seen.setdefault((name, isa), {}).setdefault(phase, []).append(speed)
-
+    contenders = {isa: partial(measure, args, args.checkpoints, isa) for isa in sets}
+    dense = {f"PyTorch {dtype}": partial(measure, args, [args.model], dtype=dtype) for dtype in DENSE}
+    seen: dict[str, Speeds] = {}  # by contender
+    busy = 0.0
     for turn in range(args.rounds):
-        for isa in (*sets[turn % len(sets) :], *sets[: turn % len(sets)]):
-            note(isa, measure(args.checkpoints, isa, args))
-        for dtype in ("bfloat16", "float32"):
-            note(
-                f"PyTorch {dtype}",
-                {"dense": next(iter(measure([args.model], None, args, dtype).values()))},
-            )
+        for name in (*sets[turn % len(sets) :], *sets[: turn % len(sets)], *dense):
+            speeds, other = {**contenders, **dense}[name]()
+            busy = max(busy, other)
+            for model, phases in speeds.items():
+                for phase, runs in phases.items():
+                    own = seen.setdefault(name, {}).setdefault(model if name in sets else "dense", {})
+                    own.setdefault(phase, []).extend(runs)
         print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
-    runs: dict[str, Any] = {}
+    best = {p: max((seen[n]["dense"][p] for n in dense), key=statistics.median) for p in ("prompt", "decode")}
+    told: dict[str, dict[str, Any]] = {}  # by model, then contender
     rows = []
-    dense = {
-        phase: max(
-            (seen["dense", f"PyTorch {d}"][phase] for d in ("bfloat16", "float32")), key=statistics.median
-        )
-        for phase in ("prompt", "decode")
-    }
-    for (name, isa), speeds in seen.items():
-        told: dict[str, Any] = {p: round(statistics.median(all_runs), 1) for p, all_runs in speeds.items()}
-        for phase, runs_of in speeds.items():
-            told[f"{phase}_to_dense"] = ratio(runs_of, dense[phase])
-            if name != "dense" and (name, FIRST) in seen:
-                told[f"{phase}_to_{FIRST}"] = ratio(runs_of, seen[name, FIRST][phase])
-        runs.setdefault(name, {})[isa] = told | {"runs": speeds}
-        rows.append([name, isa, *(told.get(key) for key in KEYS)])
-    content = {"threads": args.threads, "prompt": args.prompt, "decode": args.decode, "models": runs}
-    content |= {"most_other_work": round(max(args.other_work), 2), "machine": protocol.machine()}
+    for name, models in seen.items():
+        for model, phases in models.items():
+            figures: dict[str, Any] = {"runs": phases}
+            for phase, runs in phases.items():
+                figures[phase] = round(statistics.median(runs), 1)
+                figures[f"{phase}_to_dense"] = ratio(runs, best[phase])
+                if name in sets:
+                    figures[f"{phase}_to_{FIRST}"] = ratio(runs, seen[FIRST][model][phase])
+            told.setdefault(model, {})[name] = figures
+            rows.append([model, name, *map(figures.get, KEYS)])
+    content = {"threads": args.threads, "prompt": args.prompt, "decode": args.decode, "models": told}
+    content |= {"most_other_work": round(busy, 2), "machine": protocol.machine()}
     protocol.update_json(args.out, {f"{'+'.join(sets)}, {args.threads} threads": content})
     protocol.print_table(["model", "by", *KEYS], rows)
 
-
-KEYS = (
-    "prompt",
-    f"prompt_to_{FIRST}",
-    "prompt_to_dense",
-    "decode",
-    f"decode_to_{FIRST}",
-    "decode_to_dense",
-)
 
 if __name__ == "__main__":
     main()

@@ -176,18 +176,20 @@ GOSSAMER_INLINE void interleave(Bytes a, Bytes b, Bytes c, Bytes d, Bytes (&to)[
 
 // ---- dot products
 
-// Two products fit 16 bits while codes have 7; the eighth bit is multiplied apart.
+// AVX-VNNI sums four products at once. Without it two fit 16 bits while codes have 7; the eighth bit is
+// multiplied apart.
 template <bool kWide>
 GOSSAMER_INLINE __m256i dot8_half(__m256i sum, __m256i w, __m256i x) {
 #if defined(__AVXVNNI__)
     return _mm256_dpbusd_avx_epi32(sum, w, x);
-#endif
+#else
     const __m256i ones = _mm256_set1_epi16(1);
     if (!kWide) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
     __m256i low = _mm256_and_si256(w, _mm256_set1_epi8(127));
     __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 7), _mm256_set1_epi8(1));
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128)));
+#endif
 }
 
 template <bool kWide>

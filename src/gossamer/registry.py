@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import signature
 from typing import Any, Generic, TypeVar
@@ -47,8 +47,8 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> type[T]:
         if name not in self._classes:
             if name not in self.index:
-                near = difflib.get_close_matches(name, self.index, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                meant = did_you_mean(name, self.index)
+                hint = f"; {meant}" if meant else ""
                 raise MethodError(
                     f"unknown {self.kind} {name!r}{hint} (there are: {', '.join(sorted(self.index))})"
                 )
@@ -60,6 +60,12 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.index
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the one of ``known`` that is most like ``name``; empty where none is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def with_options(kind: Callable[..., T], options: Mapping[str, Any], what: str) -> T:

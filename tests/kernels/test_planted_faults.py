@@ -29,6 +29,7 @@ DOTS = {
     "nl4": "dot8",
     "nl3": "dot8",
 }
+BELOW_TILES = {"matmul_int": "avx512vnni", "matmul_float": "avx512", "columns": "avx512vnni"}
 COLUMNS = {**DOTS, "float32": "as_floats", "bfloat16": "lower_halves"}  # multiplies floats one by one
 
 pytestmark = [
@@ -43,13 +44,11 @@ class Planted:
     def __init__(self, isa: str, folder: Path) -> None:
         plain = ["-O0", "-fPIC", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
         planted, flags = ["-include", str(HERE / "planted.h")], [*plain, *flags_of(isa)]
-        units = [ROOT / "csrc" / f"{name}.cpp" for name in ("matmul_int", "matmul_float", "columns")]
-        below = {"matmul_float": "avx512"} if isa == "amx" else {}
-        below |= dict.fromkeys(("matmul_int", "columns"), "avx512vnni") if isa == "amx" else {}
+        compiled = BELOW_TILES if isa == "amx" else dict.fromkeys(BELOW_TILES, isa)
         objects = []
-        for unit in units:
-            most = flags_of(below.get(unit.stem, isa))
-            objects += compile_units([unit], [*plain, *most, *planted], folder)
+        for name, tier in compiled.items():
+            unit = ROOT / "csrc" / f"{name}.cpp"
+            objects += compile_units([unit], [*plain, *flags_of(tier), *planted], folder)
         if isa == "amx":  # one unit on top of these, here on emulated tiles
             emulated = ["-include", str(ROOT / "tests" / "native" / "emulated_tiles.h")]
             objects += compile_units([ROOT / "csrc" / "tiles.cpp"], [*flags, *emulated, *planted], folder)

@@ -36,6 +36,12 @@ void test_tiers() {
     const Tier* all = tiers(&count);
     CHECK(strcmp(all[0].name, "portable") == 0 && all[0].runs_here(), "the first tier is not portable");
 #if defined(GOSSAMER_X86)
+    const char* known[] = {"portable", "avx2", "avxvnni", "avx512vnni", "avx512", "amx"};
+    int seen = 0;
+    for (int i = 0; i < count; i++, seen++) {  // these in this order, perhaps without avxvnni and amx
+        while (seen < 6 && strcmp(known[seen], all[i].name) != 0) seen++;
+        CHECK(seen < 6, "the tier %s is not known, or in another order", all[i].name);
+    }
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                       __builtin_cpu_supports("popcnt");

@@ -297,9 +297,10 @@ def test_contenders_may_lose_blocks_and_be_tuned_on_what_the_dense_model_writes(
 def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # a model of which most answers end before they are cut off
-    model = str(tiny_folder(tmp_path / "brief", eos_token_id=list(range(0, 384, 16))))
-    for name, value in (("ASKED", 6), ("ANSWERED", 10), ("ANSWER_TOKENS", 100)):
+    # a model of which answers end before they are cut off
+    ends = list(range(20, 384, 48))
+    model = str(tiny_folder(tmp_path / "brief", eos_token_id=ends, max_position_embeddings=2048))
+    for name, value in (("ASKED", 6), ("ANSWERED", 10), ("ANSWER_TOKENS", 300)):
         monkeypatch.setattr(f"gossamer.report.texts.{name}", value)
     experiment = tuned_by_the_task(
         model,
@@ -320,14 +321,12 @@ def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
     words = " ".join(PROSE[:20_000].split())
     pairs = [json.loads(line) for line in next(tmp_path.glob("*.pairs")).read_text().splitlines()]
     assert len(pairs) == 4
-    changed = []
     for pair, own, given in zip(pairs, texts["rewrites"], texts["given"], strict=False):
         assert pair["prompt"] in own
         assert pair["prompt"] in given
         assert f"{pair['prompt'].partition(':')[2].strip()} {pair['response']}" in words
         assert pair["response"] in given
-        changed.append(pair["response"] not in own)
-    assert any(changed)
+        assert pair["response"] not in own
 
 
 def _tuned_on(folder: Path) -> str:

@@ -88,7 +88,7 @@ def apply(
         if as_json:
             show.document({"recipe": prepared.record, "predicted": predicted.to_dict()})
         return
-    from gossamer.bench.memory import peak_bytes, reset_peak
+    from gossamer.bench import peak_bytes, reset_peak
     from gossamer.recipes.apply import apply_recipe
     from gossamer.recipes.describe import describe_checkpoint
 

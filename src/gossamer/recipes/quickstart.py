@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gossamer import kernels
+from gossamer.calibrate import fast_dtype
 from gossamer.errors import GossamerError, ModelError, OutputError
 from gossamer.evaluate import compare
 from gossamer.evaluate.size import size_of_model
@@ -158,7 +159,7 @@ def quickstart(
         contenders=contenders,
         chosen=chosen,
         why=why,
-        note=_note(plan["model"], measured.get("dense_in")),
+        note=_note(plan["model"]),
     )
 
 
@@ -184,14 +185,14 @@ def choose(contenders: tuple[Contender, ...]) -> tuple[str, str]:
     return dense.name, f"dense won: none within the bar ({bar}) decodes faster"
 
 
-def _note(source: str, dense_in: str | None) -> str | None:
+def _note(source: str) -> str | None:
     told = []
     if (resolve(source).origin or "").endswith(".gguf"):
         told.append(
             "these weights come from a GGUF file; where that is quantized they already lie on a coarse grid, "
             "and what int4 costs here says little of models with true float weights"
         )
-    if dense_in == "torch.float32":
+    if fast_dtype() == torch.float32:
         told.append(
             "dense is multiplied in float32, since this processor has no instructions for bfloat16 and "
             "PyTorch would be several times as slow without them"
@@ -259,6 +260,7 @@ def _measured(folder: Path, source: str, text: Text, progress: Progress) -> dict
         "checkpoints": [hashlib.sha256(data).hexdigest() for data in checkpoints],
         "threads": torch.get_num_threads(),
         "isa": kernels.isa(),
+        "dense in": str(fast_dtype()),
     }
     if file.exists() and (found := _read(file)).get("of") == key:
         return found
@@ -284,7 +286,6 @@ def _measured(folder: Path, source: str, text: Text, progress: Progress) -> dict
     measured = {
         "of": key,
         "windows": len(windows),
-        "dense_in": str(dense.model.dtype),
         "machine": speeds.machine.to_dict(),
         "other_work": speeds.other_work,
         "contenders": rows,

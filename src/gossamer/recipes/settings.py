@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from gossamer.errors import GossamerError
+from gossamer.registry import did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -29,9 +29,8 @@ def _sentence(model: type[BaseModel], kind: str, place: tuple[int | str, ...], m
     if kind != "extra_forbidden":
         return f"{name}: {message}"
     known = sorted(_owner(model, place).model_fields)
-    near = get_close_matches(str(place[-1]), known, n=1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    return f"{name}: there is no such setting ({meant}there are: {', '.join(known)})"
+    told = [did_you_mean(str(place[-1]), known), f"there are: {', '.join(known)}"]
+    return f"{name}: there is no such setting ({' '.join(filter(None, told))})"
 
 
 def _owner(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
