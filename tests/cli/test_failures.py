@@ -151,6 +151,14 @@ def test_nan_weights(text: Path, tmp_path: Path) -> None:
     done = run("compress", tmp_path / "nan", "-o", tmp_path / "out", "--calibration", text, *SMALL)
     refused(done, "layers.2.mlp.down_proj", "NaN")
     assert not (tmp_path / "out").exists()
+    # two blocks were done; where none was, nothing is left that would stand in the mended model's way
+    assert (tmp_path / "out.work").exists()
+    broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    for method in ("wanda", "magnitude"):
+        again = ("-o", tmp_path / "again", "--method", method, "--calibration", text, *SMALL)
+        refused(run("compress", tmp_path / "nan", *again), "layers.0.mlp.down_proj", "NaN")
+        assert not (tmp_path / "again.work").exists()
 
 
 def test_a_model_without_prunable_layers(text: Path, tmp_path: Path) -> None:
@@ -252,6 +260,16 @@ def test_damaged_checkpoints(checkpoint: Path, model: Path, tmp_path: Path) -> N
     ):
         refused(run(*command), "gossamer.json")
     (copy / "gossamer.json").write_bytes(manifest)
+    whole = (copy / "gossamer.safetensors").read_bytes()
+    (copy / "gossamer.safetensors").write_bytes(whole[:-100])
+    told = run("info", copy, "--json").document
+    size = f"{len(whole) - 100:,} bytes and was written with {len(whole):,}"
+    assert told["problems"] == [f"gossamer.safetensors: has {size}"]
+    assert "damaged" in run("info", copy).out
+    (copy / "gossamer.safetensors").unlink()
+    assert "cannot be read" in run("info", copy, "--json").document["problems"][0]
+    (copy / "gossamer.safetensors").write_bytes(whole)
+    assert run("info", copy, "--json").document["problems"] == []
     data = bytearray((copy / "gossamer.safetensors").read_bytes())
     data[-50] ^= 1
     (copy / "gossamer.safetensors").write_bytes(data)

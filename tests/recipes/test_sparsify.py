@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer.calibrate import Gram, InputNorm
+from gossamer.calibrate.modules import gather_gradients
 from gossamer.errors import CalibrationError, GossamerError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn import StructuredLinear
@@ -170,7 +171,7 @@ def refused(kind: type[Exception], match: str, model: nn.Module, *args: Any, **o
 def test_bad_input_is_refused_and_changes_nothing() -> None:
     refused(CalibrationError, "needs calibration batches", Mixed(), sparsity=0.5)
     refused(CalibrationError, "give a loss", Mixed(), batches(), method="taylor", sparsity=0.5)
-    refused(MethodError, "allocates by one of", Mixed(), batches(), sparsity=0.5, allocation="owl")
+    refused(MethodError, "unknown allocation", Mixed(), batches(), sparsity=0.5, allocation="fair")
     refused(MethodError, "regular expressions", Mixed(), batches(), sparsity=0.5, skip="(")
     refused(ModelError, "no weights to prune", nn.LayerNorm(4), batches(), sparsity=0.5)
     refused(ModelError, "no weights to prune", Mixed(), batches(), sparsity=0.5, skip="")
@@ -296,3 +297,103 @@ def test_what_packing_or_pruning_would_break_is_left() -> None:
 def test_a_skip_that_is_in_no_name_is_told() -> None:
     with pytest.raises(MethodError, match=r"skip is in no weight's name: 'haed' \(there are: "):
         gs.sparsify(Mixed(), batches(), method="magnitude", sparsity=0.5, skip=["left", "haed"])
+
+
+@pytest.mark.parametrize("allocation", ["global", "er", "erk", "owl", "sensitivity"])
+def test_every_allocation_shares_the_sparsity(allocation: str) -> None:
+    pattern = "unstructured:model" if allocation == "global" else "unstructured:tensor"
+    found = gs.sparsify(
+        Mixed(),
+        batches(),
+        method="wanda",
+        sparsity=0.6,
+        pattern=pattern,
+        allocation=allocation,
+        loss=cross_entropy,
+    )
+    assert found.sparsity == pytest.approx(0.6, abs=0.02)
+    assert len({round(layer["sparsity"], 2) for layer in found.layers}) > 1
+
+
+def test_a_block_of_owl_ends_at_the_first_number() -> None:
+    from gossamer.recipes.sparsify import _block
+
+    assert _block("encoder.layer.3.attention.self.query") == "encoder.layer.3"
+    assert _block("layer1.0.conv2") == "layer1.0"
+    assert _block("0") == "0"
+    assert _block("rnn.weight_ih_l0") == "rnn.weight_ih_l0"
+
+
+def test_gradients_of_outputs_are_estimated_from_those_of_weights() -> None:
+    """Where tokens are independent, as here, the two agree: of squared sums only the squares are left."""
+    torch.manual_seed(2)
+    net = nn.Linear(24, 12)
+    data = [torch.randn(64, 24) * torch.rand(24) for _ in range(200)]
+    signs = [torch.randn(64, 12) * torch.linspace(0.2, 3, 12) for _ in data]
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["x"]) * batch["g"]).sum()
+
+    views, _ = weight_views(net)
+    given = [{"x": x, "g": g} for x, g in zip(data, signs, strict=True)]
+    gradient = gather_gradients(net, views, given, loss)[views[0].name]
+    gram = Gram(24)
+    for x in data:
+        gram.update(x)
+    gram.finish()
+    seen = torch.stack([g.square().sum(dim=0) for g in signs]).mean(dim=0)
+    torch.testing.assert_close(gradient.squared_outputs(gram), seen, rtol=0.15, atol=0)
+
+
+def test_sensitivity_prunes_what_the_loss_does_not_need() -> None:
+    """A branch that hardly moves the loss gives up its weights before the other."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.idle, self.busy = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.01 * self.idle(x) + self.busy(x)
+
+    net = Branches()
+    x = [torch.randn(64, 8) for _ in range(8)]
+    found = gs.sparsify(
+        net,
+        x,
+        method="obs",
+        sparsity=0.5,
+        allocation="sensitivity",
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch), batch.argmax(dim=1)),
+    )
+    shares = {layer["name"]: layer["sparsity"] for layer in found.layers}
+    assert shares["idle"] > 0.7 > 0.3 > shares["busy"]
+
+
+def test_outliers_are_kept_apart() -> None:
+    """What is packed computes what the unpacked model does, and inputs of outliers are not rounded."""
+    model, packed, dense = Mixed(), Mixed(), Mixed()
+    options = {"method": "magnitude", "sparsity": 0.0, "values": "int4", "outlier_share": 0.25}
+    found = gs.sparsify(model, batches(), **options)
+    gs.sparsify(packed, batches(), pack=True, **options)
+    counts = {layer["name"]: layer["outliers"] for layer in found.layers}
+    assert counts["left"] == 2
+    assert counts["head"] == 4
+    kept = (model.left.weight == dense.left.weight.bfloat16().float()).all(dim=0)
+    assert int(kept.sum()) == 2
+    x = batches()[0]
+    with torch.no_grad():
+        got, want = packed(x), model(x)
+    assert float((got - want).norm() / want.norm()) < 5e-3
+    with pytest.raises(MethodError, match="apart from integers"):
+        gs.sparsify(Mixed(), batches(), method="magnitude", sparsity=0.5, outliers=6.0)
+
+
+def test_what_allocations_and_outliers_need() -> None:
+    with pytest.raises(CalibrationError, match="the allocation owl needs calibration batches"):
+        gs.sparsify(Mixed(), method="magnitude", sparsity=0.5, allocation="owl")
+    with pytest.raises(CalibrationError, match="the allocation sensitivity reads gradients"):
+        gs.sparsify(Mixed(), batches(), method="magnitude", sparsity=0.5, allocation="sensitivity")
+    with pytest.raises(CalibrationError, match="outliers apart needs calibration batches"):
+        gs.sparsify(Mixed(), method="magnitude", sparsity=0.0, values="int8", outliers=1.0)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibrate.statistics import Statistic
+from gossamer.calibrate.statistics import Gram, Statistic
 from gossamer.calibrate.stream import fast_dtype, outside_blocks
 from gossamer.calibrate.work import Inputs, WorkFolder
 from gossamer.errors import CalibrationError, OutputError
@@ -44,19 +44,31 @@ POSITIONS = 256  # positions whose logits and their gradients are in memory at o
 class Gradient(Statistic):
     """Of the mean loss over the next tokens of a window: ``mean``, the weight's gradient averaged over
     windows, and ``squares``, the average of its square, float32 ``(out, in)``; ``outputs``, the squared
-    gradient of each output, summed over tokens and averaged over windows, float32 ``(out,)``."""
+    gradient of each output, summed over tokens and averaged over windows, float32 ``(out,)``, or None where
+    outputs were not seen."""
 
     name = "gradient"
     passes = "gradient"
 
-    def __init__(self, mean: Tensor, squares: Tensor, outputs: Tensor) -> None:
+    def __init__(self, mean: Tensor, squares: Tensor, outputs: Tensor | None = None) -> None:
         super().__init__(mean.shape[1])
         self.mean, self.squares, self.outputs = mean, squares, outputs
+
+    def squared_outputs(self, gram: Gram) -> Tensor:
+        """``outputs``; where they were not seen, what the weights' gradients say of them, ``gram`` of the
+        layer's inputs: tokens taken as independent, the squared gradients of an output's weights sum up to
+        that of the output times the squared length of an input (the factors of K-FAC, Martens & Grosse
+        2015)."""
+        if self.outputs is not None:
+            return self.outputs
+        length = gram.matrix.diagonal().sum() / gram.tokens
+        return (self.squares.double().sum(dim=1) / length).float()
 
     def select(self, inputs: Tensor) -> Gradient:
         return Gradient(self.mean[:, inputs], self.squares[:, inputs], self.outputs)
 
     def to_bytes(self) -> bytes:
+        assert self.outputs is not None
         return b"".join(part.numpy().tobytes() for part in (self.mean, self.squares, self.outputs))
 
     @classmethod

@@ -90,7 +90,7 @@ def gather_gradients(
     model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch], loss: Loss
 ) -> dict[str, Gradient]:
     """A `Gradient` of each of ``views`` by name: ``loss(model, batch)`` is a scalar, and a batch counts as a
-    window. Its ``outputs`` are not known here (NaN)."""
+    window. Its ``outputs`` are not seen here."""
     sums = {view.name: (torch.zeros(view.shape), torch.zeros(view.shape)) for view in views}
     weights = [view.weight for view in views]
     was = [weight.requires_grad for weight in weights]
@@ -115,7 +115,7 @@ def gather_gradients(
             raise CalibrationError(f"{view.name}: its gradients are not finite")
         if not squares.any():
             raise CalibrationError(f"{view.name}: the loss does not depend on it: name it in `skip`")
-        gradients[view.name] = Gradient(mean, squares, torch.full((view.shape[0],), torch.nan))
+        gradients[view.name] = Gradient(mean, squares)
     return gradients
 
 

@@ -33,7 +33,7 @@ _STATE = "state.json"
 class WorkFolder:
     """A folder that one run owns. ``fingerprint`` is all that the result depends on, JSON-able: settings,
     model, tokens, versions, threads, instruction set. As a context it leaves nothing behind where work is
-    refused by a GossamerError before anything was kept: the command that is mended may begin.
+    refused by a GossamerError before any result was kept, so that the mended command may begin.
 
     Raises ResumeError where the folder belongs to another run, or is no work folder at all.
     """
@@ -143,8 +143,14 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, GossamerError) and [file.name for file in self.path.iterdir()] == [_STATE]:
+        if isinstance(error, GossamerError) and not self._holds_results():
             self.remove()
+
+    def _holds_results(self) -> bool:
+        """Whether more lies there than the first block's inputs, which cost one pass to have again."""
+        return self.next_block > 0 or any(
+            file.name != _STATE and file.suffix not in (".bin", ".tmp") for file in self.path.iterdir()
+        )
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

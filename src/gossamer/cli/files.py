@@ -131,6 +131,7 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
         largest = max(found.uncompressed, key=lambda name: found.uncompressed[name])
         share = f"{show.percent(left / found.parameters)} of all parameters, such as {largest}"
         rows.append(("left as it is", f"{share}: no linear layers, which alone are compressed"))
+    rows += [("damaged", problem) for problem in found.problems]
     return rows
 
 

@@ -62,13 +62,28 @@ def verify_checkpoint(path: str | Path, progress: Progress = silent) -> VerifyRe
     return VerifyReport(path, tuple(files), checked, tuple(problems))
 
 
+def misfits(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    """What a look at the files' sizes shows, without reading them: those that are missing, cut short or
+    longer than written."""
+    found = ((name, _size_problem(path / name, record)) for name, record in manifest.files.items())
+    return tuple(f"{name}: {problem}" for name, problem in found if problem)
+
+
+def _size_problem(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return None if size == record.size else f"has {size:,} bytes and was written with {record.size:,}"
+
+
 def _problem(path: Path, name: str, record: FileRecord, manifest: Manifest) -> str | None:
+    if problem := _size_problem(path / name, record):
+        return problem
     try:
         found = checksums_of(path / name)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    if found.size != record.size:
-        return f"has {found.size:,} bytes and was written with {record.size:,}"
     if found.sha256 == record.sha256:
         return None
     return f"is damaged: {_where(path, name, found, record, manifest)}"

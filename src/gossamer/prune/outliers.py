@@ -99,6 +99,16 @@ class OutlierColumns:
         return Pruned(weight, mask, pruned.quantized, record, outliers)
 
 
+def outlier_columns(threshold: float | None, share: float | None, values: ValueType) -> OutlierColumns | None:
+    """Which inputs of layers in ``values`` are kept apart, None where neither is given; a share alone takes
+    the largest. Raises MethodError for a size or share that is none, and beside floats."""
+    if threshold is None and share is None:
+        return None
+    if not values.is_integer:
+        raise MethodError(f"outliers are kept apart from integers, and the values are {values.name}")
+    return OutlierColumns(threshold or 0.0, 1.0 if share is None else share)
+
+
 def pack_apart(pruned: Pruned) -> Matrix:
     """A layer with outliers as the sum of its integers and its bfloat16 columns, each in the layout of the
     fewest bytes."""

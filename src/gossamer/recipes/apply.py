@@ -45,15 +45,16 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
     """
     work = WorkFolder(work_of(prepared.out), _fingerprint(prepared))
     seconds, last = {}, Path(prepared.model)
-    for stage in prepared.recipe.stages:
-        folder = work.path / stage_folder(prepared, stage)
-        if not folder.exists():
-            start = time.perf_counter()
-            _run(prepared, stage, last, folder, progress)
-            seconds[stage] = time.perf_counter() - start
-        last = last if stage == "sample" else folder
-    made = _sign(last, prepared.record)
-    _rename(last, prepared.out)
+    with work:
+        for stage in prepared.recipe.stages:
+            folder = work.path / stage_folder(prepared, stage)
+            if not folder.exists():
+                start = time.perf_counter()
+                _run(prepared, stage, last, folder, progress)
+                seconds[stage] = time.perf_counter() - start
+            last = last if stage == "sample" else folder
+        made = _sign(last, prepared.record)
+        _rename(last, prepared.out)
     work.remove()
     return Applied(prepared.out, made, seconds, work.resumed)
 

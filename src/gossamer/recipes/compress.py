@@ -36,8 +36,9 @@ from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_budget import TIMINGS, Prices, find_prices, stored_beside
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import Needs, allocate, allocation_needs, layers_of
+from gossamer.recipes.compress_shares import allocate, layers_of
 from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
+from gossamer.recipes.layer_shares import Needs, allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.prune_layer import form_of, pack_layer, prune_layer, record_of
 from gossamer.recipes.settings import checked
@@ -146,6 +147,10 @@ class _Job:
             self.work.write(TIMINGS, json.dumps(self.prices.timings).encode())
 
     def run(self) -> Compressed:
+        with self.work:
+            return self._run()
+
+    def _run(self) -> Compressed:
         resumed = self.work.resumed
         self._gather()
         self.shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer, self.prices)

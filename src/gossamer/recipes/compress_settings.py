@@ -10,8 +10,8 @@ from gossamer.calibrate import Gradient, Statistic
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Combination, check_combination
-from gossamer.prune.outliers import OutlierColumns
-from gossamer.recipes.compress_shares import allocation_needs
+from gossamer.prune.outliers import OutlierColumns, outlier_columns
+from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
 
@@ -66,8 +66,6 @@ class CompressSettings(BaseModel):
             seed=self.seed,
         )
         if self.outlier_columns() is not None:
-            if not found.values.is_integer:
-                raise MethodError(f"outliers are kept apart from integers, and the values are {self.values}")
             if self.budget is not None:
                 raise MethodError("a budget does not know what outliers apart take: leave one of both out")
             if self.tune is not None:
@@ -80,11 +78,8 @@ class CompressSettings(BaseModel):
         return found
 
     def outlier_columns(self) -> OutlierColumns | None:
-        """Which inputs are kept apart; raises MethodError for a size or share that is none."""
-        if self.outliers is None and self.outlier_share is None:
-            return None
-        share = 1.0 if self.outlier_share is None else self.outlier_share
-        return OutlierColumns(self.outliers or 0.0, share)
+        """Which inputs are kept apart; raises MethodError as `prune.outliers` does."""
+        return outlier_columns(self.outliers, self.outlier_share, value_type(self.values))
 
     def layer_needs(self) -> tuple[type[Statistic], ...]:
         """What must be known of a layer to prune, round and pack it."""

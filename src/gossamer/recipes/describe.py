@@ -10,6 +10,7 @@ from typing import Any
 
 from gossamer.matrices.tensor_header import DTYPES
 from gossamer.models.manifest import MANIFEST, Manifest, is_checkpoint, read_manifest
+from gossamer.models.verify import misfits
 from gossamer.progress import Progress, silent
 
 
@@ -31,7 +32,8 @@ class CheckpointFacts:
     ``sparsity``: what the masks prune of them, as the maker recorded it; ``file_bytes``: of the folder;
     ``weight_file_bytes``: of its weights; ``layouts``: how many matrices lie in which layout and values;
     ``uncompressed``: parameters by name of tensors of two dimensions or more that no matrix holds, such as
-    experts that are no linear layers of their own; ``made``: all that the maker recorded."""
+    experts that are no linear layers of their own; ``made``: all that the maker recorded; ``problems``: files
+    that are missing or not of the size they were written with (`gossamer verify` reads them whole)."""
 
     label: str
     parameters: int
@@ -47,6 +49,7 @@ class CheckpointFacts:
     sparsity_of: str | None
     layer_error: LayerError | None
     made: dict[str, Any]
+    problems: tuple[str, ...]
 
     @property
     def linear_bits(self) -> float:
@@ -97,7 +100,8 @@ def describe(source: str | Path, progress: Progress = silent) -> CheckpointFacts
 
 
 def describe_checkpoint(path: Path) -> CheckpointFacts:
-    """The facts of the checkpoint in the folder ``path``, by gossamer.json alone. Raises CheckpointError."""
+    """The facts of the checkpoint in the folder ``path``, by gossamer.json and the sizes of its files. Raises
+    CheckpointError."""
     manifest = read_manifest(path)
     made = manifest.made
     layers = [layer for layer in made.get("layers", ()) if isinstance(layer, dict)]
@@ -121,6 +125,7 @@ def describe_checkpoint(path: Path) -> CheckpointFacts:
         sparsity_of=made.get("sparsity_of"),
         layer_error=_layer_error(layers),
         made=made,
+        problems=misfits(path, manifest),
     )
 
 

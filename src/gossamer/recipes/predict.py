@@ -15,8 +15,8 @@ from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import allocation_needs, levels
 from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.layer_shares import allocation_needs, levels
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, parameters_of
 from gossamer.recipes.shrink import ShrinkSettings

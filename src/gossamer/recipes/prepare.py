@@ -18,7 +18,7 @@ from gossamer.models.text import Text, TextSource, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
-from gossamer.recipes.compress_shares import allocation_needs
+from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.recipe import Recipe
 from gossamer.shrink import block_count

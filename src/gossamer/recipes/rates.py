@@ -24,7 +24,7 @@ from gossamer.models.skeleton import materialize, release
 from gossamer.models.walk import capture_block_inputs, find_parts, prunable, run_block, weight_of
 from gossamer.nn.views import is_conv1d
 from gossamer.prune import Combination, Layer
-from gossamer.recipes.compress_shares import Needs
+from gossamer.recipes.layer_shares import Needs
 from gossamer.recipes.prepare import Prepared
 from gossamer.tune import TunedWeight
 

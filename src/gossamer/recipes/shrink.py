@@ -89,7 +89,8 @@ def remove_blocks(
         **surroundings(),
     }
     work = WorkFolder(work_of(out), fingerprint)
-    choice = method.choose(Subject(bare, files, windows, work, progress), count)
+    with work:
+        choice = method.choose(Subject(bare, files, windows, work, progress), count)
     record = {
         "job": "shrink",
         "model": source.label,

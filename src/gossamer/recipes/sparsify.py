@@ -9,15 +9,15 @@ pruned in the order in which inputs reach them, each on what reaches it through 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibrate import Gradient, Statistic
+from gossamer.calibrate import Gradient
 from gossamer.calibrate.modules import Batch, Loss, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.models.place import takes_matrix
@@ -27,11 +27,10 @@ from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned, check_combination
 from gossamer.prune.method import check_finite
-from gossamer.recipes.prune_layer import pack_pruned, prune_layer, record_of
-from gossamer.sparse.allocate import LayerInfo, allocation
-from gossamer.sparse.masks import unit_scores
-
-ALLOCATIONS = ("uniform", "global", "er", "erk")
+from gossamer.prune.outliers import OutlierColumns, outlier_columns
+from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
+from gossamer.recipes.prune_layer import pack_layer, prune_layer, record_of
+from gossamer.sparse.allocate import LayerInfo, allocation, outlier_share
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,24 @@ def sparsify(
     allocation: str = "uniform",
     values: str = "float32",
     group: int = 64,
+    outliers: float | None = None,
+    outlier_share: float | None = None,
     skip: str | Sequence[str] = (),
     loss: Loss | None = None,
     pack: bool = False,
+    seed: int = 0,
     options: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Sparsified:
     """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers, attention.
 
     ``batches``: calibration inputs, each a tensor, a tuple of arguments or a mapping of named ones; they run
-    through the model many times, in its evaluation mode. ``method``, ``pattern``, ``sparsity``, ``values``,
-    ``group`` and ``options`` as for `compress`; ``allocation``: uniform, global, er or erk. ``skip``: regular
+    through the model many times, in its evaluation mode. ``method``, ``pattern``, ``sparsity``,
+    ``allocation``, ``values``, ``group``, ``outliers``, ``outlier_share``, ``seed`` and ``options`` as for
+    `compress`; what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
     expressions, found anywhere in a weight's name, of those to leave as they are (a classifier's last layer).
-    ``loss``: a scalar of model and batch, for methods that read gradients. ``pack``: linear layers become
+    ``loss``: a scalar of model and batch, for what reads gradients: some methods, and the allocation
+    ``sensitivity``. ``pack``: linear layers become
     `StructuredLinear`, packed, which run by our kernels; those with a forward of their own do not.
 
     Nothing is changed where it fails. Raises a GossamerError for whatever a person can mend: no batches,
@@ -89,11 +93,11 @@ def sparsify(
         values=values,
         group=group,
         options=dict(options or {}),
+        seed=seed,
     )
-    if allocation not in ALLOCATIONS:
-        raise MethodError(f"sparsify allocates by one of {', '.join(ALLOCATIONS)}, not {allocation}")
+    apart = outlier_columns(outliers, outlier_share, combination.values)
     given: list[Batch] = [batches] if isinstance(batches, Tensor) else list(batches)
-    job = _Job(model, given, combination, skip, loss, progress)
+    job = _Job(model, given, combination, apart, skip, loss, progress)
     with evaluating(model):
         return job.run(pack)
 
@@ -119,12 +123,13 @@ class _Job:
         model: nn.Module,
         batches: list[Batch],
         combination: Combination,
+        outliers: OutlierColumns | None,
         skip: str | Sequence[str],
         loss: Loss | None,
         progress: Progress,
     ) -> None:
         self.model, self.batches, self.combination = model, batches, combination
-        self.loss, self.progress = loss, progress
+        self.outliers, self.loss, self.progress = outliers, loss, progress
         found, left = weight_views(model)
         skipped = _skipped(skip, [*(view.name for view in found), *left])
         self.views = [view for view in found if view.name not in skipped]
@@ -136,16 +141,17 @@ class _Job:
             )
         for view in self.views:
             check_finite(Layer(view.name, view.matrix()))
-        self.streaming = tuple(k for k in combination.method.needs if k.passes == "streaming")
+        self.needs = (*combination.method.needs, *(() if outliers is None else outliers.needs))
         self.gradients: dict[str, Gradient] = {}
-        if combination.method.needs and not batches:
-            raise CalibrationError(
-                f"the method {combination.method.name} needs calibration batches, and there are none"
-            )
-        if Gradient in combination.method.needs and loss is None:
-            raise CalibrationError(
-                f"the method {combination.method.name} reads gradients: give a loss of model and batch"
-            )
+        for asks, needs in (
+            (f"the method {combination.method.name}", combination.method.needs),
+            ("keeping outliers apart", self.needs),
+            (f"the allocation {combination.allocation}", allocation_needs(combination)),
+        ):
+            if needs and not batches:
+                raise CalibrationError(f"{asks} needs calibration batches, and there are none")
+            if Gradient in needs and loss is None:
+                raise CalibrationError(f"{asks} reads gradients: give a loss of model and batch")
 
     def run(self, pack: bool) -> Sparsified:
         before = {view.name: view.weight.detach().clone() for view in self.views}
@@ -167,52 +173,74 @@ class _Job:
         return Sparsified(records, masks, self.left)
 
     def _prune(self) -> tuple[dict[str, Pruned], list[dict[str, Any]]]:
-        if self.loss is not None and Gradient in self.combination.method.needs:
+        if self.loss is not None and Gradient in (*self.needs, *allocation_needs(self.combination)):
             self.gradients = gather_gradients(self.model, self.views, self.batches, self.loss)
-        shares = self._shares()
-        ordered = (
-            waves(self.model, self.views, self.batches[0]) if self.streaming else [[v] for v in self.views]
-        )
+        shares = allocation(self.combination.allocation)(self._infos(), self.combination.sparsity)
         pruned: dict[str, Pruned] = {}
         records: list[dict[str, Any]] = []
-        for index, wave in enumerate(ordered):
-            self.progress("pruning", index, len(ordered))
-            layers = self._layers(wave)
-            for view in wave:
-                one = prune_layer(layers[view.name], self.combination, shares[view.name])
+        for wave in self._waves("pruning", self.needs):
+            for view, layer in wave:
+                one = prune_layer(layer, self.combination, shares[view.name], self.outliers)
                 pruned[view.name] = one
-                records.append(record_of(layers[view.name], one))
-            for view in wave:
+                records.append(record_of(layer, one))
+            for view, _ in wave:
                 view.replace(pruned[view.name].weight)
-        self.progress("pruning", len(ordered), len(ordered))
         return pruned, records
 
-    def _layers(self, views: Sequence[WeightView]) -> dict[str, Layer]:
-        statistics: dict[str, dict[type[Statistic], Statistic]] = {}
-        if self.streaming:
-            statistics = gather_inputs(self.model, views, self.batches, self.streaming)
-        found = {v.name: Layer(v.name, v.matrix(), dict(statistics.get(v.name, {}))) for v in views}
-        for name, layer in found.items():
-            if name in self.gradients:
-                layer.statistics[Gradient] = self.gradients[name]
-        return found
+    def _waves(self, stage: str, needs: Needs) -> Iterator[list[tuple[WeightView, Layer]]]:
+        """The layers in the order in which inputs reach them, those together that read the same, with
+        statistics ``needs`` of what reaches them then."""
+        streaming = tuple(kind for kind in needs if kind.passes == "streaming")
+        ordered = waves(self.model, self.views, self.batches[0]) if streaming else [[v] for v in self.views]
+        for index, wave in enumerate(ordered):
+            self.progress(stage, index, len(ordered))
+            found = gather_inputs(self.model, wave, self.batches, streaming) if streaming else {}
+            layers = [Layer(view.name, view.matrix(), dict(found.get(view.name, {}))) for view in wave]
+            for layer in layers:
+                if layer.name in self.gradients:
+                    layer.statistics[Gradient] = self.gradients[layer.name]
+            yield list(zip(wave, layers, strict=True))
+        self.progress(stage, len(ordered), len(ordered))
 
-    def _shares(self) -> dict[str, float | None]:
-        """Each weight's sparsity."""
+    def _infos(self) -> list[LayerInfo]:
+        """What the allocation may know of each weight, measured on the dense model."""
         c = self.combination
-        infos = [LayerInfo(view.name, view.kernel_shape) for view in self.views]
-        if c.allocation == "global" and c.sparsity > 0:
-            layers = self._layers(self.views)
-            scored = {n: unit_scores(c.method.scores(la), c.pattern).flatten() for n, la in layers.items()}
-            infos = [
-                LayerInfo(view.name, view.kernel_shape, partial(scored.__getitem__, view.name))
-                for view in self.views
-            ]
-        return allocation(c.allocation)(infos, c.sparsity)
+        infos = {v.name: LayerInfo(v.name, v.kernel_shape, block=_block(v.name)) for v in self.views}
+        measures = {"global": self._scored, "owl": self._outlying, "sensitivity": self._curved}
+        if c.prunes and c.allocation in measures:
+            measures[c.allocation](infos)
+        return list(infos.values())
+
+    def _dense(self) -> Iterator[Layer]:
+        for wave in self._waves("scoring", allocation_needs(self.combination)):
+            yield from (layer for _, layer in wave)
+
+    def _scored(self, infos: dict[str, LayerInfo]) -> None:
+        for layer in self._dense():
+            scores = {layer.name: competing_scores(layer, self.combination)}
+            infos[layer.name] = replace(infos[layer.name], scores=partial(scores.__getitem__, layer.name))
+
+    def _outlying(self, infos: dict[str, LayerInfo]) -> None:
+        blocks: dict[str, list[Tensor]] = {}
+        for layer in self._dense():
+            blocks.setdefault(infos[layer.name].block, []).append(outlier_scores(layer))
+        shares = {block: outlier_share(partial(blocks.__getitem__, block)) for block in blocks}
+        for name, info in infos.items():
+            infos[name] = replace(info, outliers=shares[info.block])
+
+    def _curved(self, infos: dict[str, LayerInfo]) -> None:
+        for layer in self._dense():
+            infos[layer.name] = replace(infos[layer.name], curve=tuple(curve(layer, self.combination)))
 
     def _packed(self, view: WeightView, pruned: Pruned) -> StructuredLinear:
         bias = getattr(view.module, "bias", None)
-        return StructuredLinear(pack_pruned(pruned, self.combination), bias).train(view.module.training)
+        return StructuredLinear(pack_layer(pruned, self.combination), bias).train(view.module.training)
+
+
+def _block(name: str) -> str:
+    """The part of a model that a weight belongs to: its name up to the first number, else the whole name."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else name
 
 
 def _is_linear(view: WeightView) -> bool:

@@ -1,0 +1,67 @@
+"""What the allocations that measure ask of a layer of the dense model, whatever job it is pruned in."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gossamer.calibrate import Gradient, Gram, InputNorm, Statistic
+from gossamer.matrices.values import value_type
+from gossamer.prune import Combination, Layer
+from gossamer.prune.method import check_finite
+from gossamer.sparse import NM
+from gossamer.sparse.masks import unit_scores
+
+Needs = tuple[type[Statistic], ...]
+
+
+def allocation_needs(combination: Combination) -> Needs:
+    """The statistics of the dense model that the allocation reads, none where it measures nothing."""
+    method = combination.method.needs
+    found: dict[str, Needs] = {
+        "global": method,
+        "owl": (InputNorm,),
+        "sensitivity": tuple(dict.fromkeys((*method, Gram, Gradient))),
+    }
+    return found.get(combination.allocation, ()) if combination.prunes else ()
+
+
+def competing_scores(layer: Layer, combination: Combination) -> Tensor:
+    """``global``: the method's scores of what the pattern keeps or prunes whole, flat float32."""
+    check_finite(layer)
+    return unit_scores(combination.method.scores(layer), combination.pattern).flatten().contiguous().float()
+
+
+def outlier_scores(layer: Layer) -> Tensor:
+    """``owl``: |W_ij| ||x_j||, whose outliers are counted over a block's layers."""
+    check_finite(layer)
+    return layer.weight.abs() * layer[InputNorm].norm
+
+
+def curve(layer: Layer, combination: Combination) -> list[tuple[float, float]]:
+    """``sensitivity``: what the method costs the layer at sparsities around the one asked for."""
+    check_finite(layer)
+    return [(s, loss_change(layer, combination, s)) for s in levels(combination)]
+
+
+def levels(combination: Combination) -> list[float]:
+    """Sparsities at which layers are tried: around the one asked for, or N:M's own."""
+    sparsity = combination.sparsity
+    if isinstance(combination.pattern, NM):
+        return [sparsity]
+    less = [sparsity * share for share in (0.4, 0.7, 0.85, 1.0)]
+    return less + [1 - (1 - sparsity) * share for share in (0.8, 0.6, 0.4)]
+
+
+def loss_change(layer: Layer, combination: Combination, sparsity: float) -> float:
+    """What pruning the layer to ``sparsity`` adds to the loss, to second order: outputs that move by d cost
+    sum_i g_i^2 d_i^2 / 2 a token, g the gradient of the loss by outputs, taken as independent of d and of
+    each other (as in K-FAC, Martens & Grosse 2015). The method's own updates included, rounding left out.
+
+    Sums of relative output errors, all layers alike, would let layers that matter little to the loss count
+    as much as those that matter most."""
+    pruned = combination.method.prune(
+        layer, combination.pattern, sparsity, value_type("float32"), combination.group
+    )
+    change, gram = layer.weight - pruned.weight, layer[Gram]
+    moved = ((change @ gram.matrix) * change).sum(dim=1) / gram.tokens
+    return float((layer[Gradient].squared_outputs(gram).double() * moved.double()).sum() / 2)
