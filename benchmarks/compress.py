@@ -89,9 +89,7 @@ def limited(threads: int) -> dict[str, str]:
 
 def main() -> None:
     args = parse()
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
-    args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())
+    args.model, args.data = str(Path(args.model).resolve()), str(protocol.data_folder(args.data))
     protocol.set_threads(args.threads)
     load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:

@@ -27,14 +27,14 @@ SKIP = "projection|classifier"
 
 def main() -> None:
     parser = protocol.parser("gpusq", __doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of texts and images")
-    parser.add_argument("--threads", type=int, default=1)
+    protocol.add_data_arguments(parser, "folder of texts and images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--values", nargs="+", default=["int8", "int4"])
     parser.add_argument("--work", type=Path, default=Path("modules.work"))
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "gpusq.json")
     args = parser.parse_args()
+    args.data = protocol.data_folder(args.data)
     protocol.set_threads(args.threads)
     found: dict[str, dict[str, float]] = protocol.read_json(args.out).get("accuracy", {})
     x, y = images(args)

@@ -42,6 +42,11 @@ PATTERNS = {
     "4:8": {"pattern": "4:8"},
     "16x4 at 30 %": {"pattern": "16x4", "sparsity": 0.3},
 }
+# one sparsity shared among layers otherwise than alike: asked for by name
+ALLOCATED = {
+    f"70 % {name}": {"sparsity": 0.7, "allocation": name}
+    for name in ("er", "erk", "global", "owl", "sensitivity")
+}
 TRAINED, HELD = 8000, 2000
 
 
@@ -60,14 +65,15 @@ class Subject:
 def parse() -> argparse.Namespace:
     parser = protocol.parser("modules", __doc__)
     parser.add_argument("subjects", nargs="+", choices=list(SUBJECTS))
-    parser.add_argument("--data", type=Path, required=True, help="folder of texts and images")
-    parser.add_argument("--threads", type=int, default=1)
+    protocol.add_data_arguments(parser, "folder of texts and images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=[*PATTERNS, *ALLOCATED])
     parser.add_argument("--work", type=Path, default=Path("modules.work"))
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "modules.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.data = protocol.data_folder(args.data)
+    return args
 
 
 # ---- subjects
@@ -265,9 +271,14 @@ def trained(args: argparse.Namespace, model: nn.Module, name: str, fit: Callable
 # ---- measuring
 
 
+def options_of(pattern: str) -> dict[str, Any]:
+    """What `sparsify` is asked for."""
+    return dict((PATTERNS | ALLOCATED)[pattern])
+
+
 def accepting(methods: list[str], pattern: str) -> list[str]:
     """Those of ``methods`` that accept the pattern."""
-    kind = type(parse_pattern(str(PATTERNS[pattern].get("pattern", "unstructured"))))
+    kind = type(parse_pattern(str(options_of(pattern).get("pattern", "unstructured"))))
     return [method for method in methods if kind in prune.METHODS[method].accepts]
 
 
@@ -275,7 +286,7 @@ def figure(subject: Subject, method: str, pattern: str) -> dict[str, float]:
     model = copy.deepcopy(subject.model)
     start = time.perf_counter()
     gs.sparsify(
-        model, subject.batches, method=method, skip=subject.skip, loss=subject.loss, **PATTERNS[pattern]
+        model, subject.batches, method=method, skip=subject.skip, loss=subject.loss, **options_of(pattern)
     )
     seconds = time.perf_counter() - start
     return {subject.metric: round(subject.measure(model), 4), "seconds": round(seconds, 2)}

@@ -229,9 +229,7 @@ def main() -> None:
         runs = protocol.read_json(args.out).get("runs", {})
         protocol.write_between(args.table, "catalogue", catalogue_table(runs))
         return
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
-    args.model, args.data = str(Path(args.model).resolve()), str(Path(args.data).resolve())
+    args.model, args.data = str(Path(args.model).resolve()), str(protocol.data_folder(args.data))
     protocol.set_threads(args.threads)
     groups = {"all": CONFIGS, "catalogue": CATALOGUE, "equal_bytes": EQUAL_BYTES, "outliers": OUTLIERS}
     known = {name: config for group in groups.values() for name, config in group.items()}

@@ -57,6 +57,8 @@ def contenders(args: argparse.Namespace) -> dict[str, str]:
 def run(args: argparse.Namespace) -> None:
     if args.items < 2:
         raise SystemExit("--items takes 2 or more")
+    if args.windows:
+        protocol.data_folder(args.data)
     setting = {"isa": isa(), "threads": args.threads, "dtype": args.dtype}
     protocol.update_json(args.out, {"machine": protocol.machine(), "setting": setting})
     for name, path in contenders(args).items():
@@ -91,9 +93,7 @@ def probed(args: argparse.Namespace, loaded: Any, probe: str) -> dict[str, Any]:
 
 
 def perplexity(args: argparse.Namespace, loaded: Any) -> dict[str, Any]:
-    if not args.data:
-        raise EvaluationError("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
-    text = Path(args.data) / protocol.TEST_TEXT
+    text = protocol.data_folder(args.data) / protocol.TEST_TEXT
     found = gs.quality(loaded, text=text, windows=args.windows, seqlen=protocol.EVAL_SEQLEN)
     return {"asked": args.windows, "perplexity": found.quality.perplexity}
 

@@ -44,13 +44,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="Hugging Face folder of the dense model"
     )
+    add_data_arguments(parser, f"folder that holds {TEST_TEXT} and {CALIBRATION_TEXT}")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, words: str) -> None:
+    """``--data``, ``words`` saying what it holds, and ``--threads``."""
     parser.add_argument(
         "--data",
         default=os.environ.get("GOSSAMER_DATA"),
         metavar="DIR",
-        help=f"folder that holds {TEST_TEXT} and {CALIBRATION_TEXT} (default: $GOSSAMER_DATA)",
+        help=f"{words} (default: $GOSSAMER_DATA)",
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of every library (default 1)")
+
+
+def data_folder(data: str | None) -> Path:
+    """The folder of ``--data``, or the end of the script where none was given."""
+    if not data:
+        raise SystemExit("the data are needed: pass --data DIR or set GOSSAMER_DATA")
+    return Path(data).resolve()
 
 
 def load_tokenizer(model_dir: str) -> Any:
@@ -68,9 +80,7 @@ def load_model(model_dir: str, dtype: str = "float32") -> Any:
 
 
 def _tokens(tokenizer: Any, data: str | None, name: str) -> list[int]:
-    if not data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
-    text = (Path(data) / name).read_text(encoding="utf-8")
+    text = (data_folder(data) / name).read_text(encoding="utf-8")
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 

@@ -265,9 +265,7 @@ def speed(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
-    args.data = Path(args.data).resolve()
+    args.data = protocol.data_folder(args.data)
     protocol.set_threads(args.threads)
     if args.tuned_first:
         args.model = quality_cells.tuned_dense(args)

@@ -46,9 +46,17 @@ class Row:
         return "ours" if self.ours else self.name.split()[0]
 
 
+def cell_of(name: str) -> str:
+    """What a contender is without how far it was tuned."""
+    cell, _, level = name.rpartition(", ")
+    return cell if level in LEVELS else name
+
+
 def rows_of(model: dict[str, Any]) -> list[Row]:
     """All contenders that were judged, by bytes."""
     dense = {text: statistics.mean(found["loss"]) for text, found in model[DENSE]["judged"].items()}
+    # a layout is timed once, whatever its weights went through
+    speeds = {cell_of(name): found["speed"] for name, found in model.items() if "speed" in found}
     rows = []
     for name, found in model.items():
         if name == DENSE or "judged" not in found:
@@ -58,7 +66,7 @@ def rows_of(model: dict[str, Any]) -> list[Row]:
             for text, one in found["judged"].items()
         }
         ratios = {text: math.exp(one["loss"] - dense[text]) for text, one in judged.items()}
-        timed = found.get("speed")
+        timed = found.get("speed") or speeds.get(cell_of(name))
         rows.append(
             Row(
                 name,
@@ -227,7 +235,7 @@ def plainly(rows: list[Row]) -> str:
 
 
 def is_sparse(row: Row) -> bool:
-    name = row.name.rpartition(", ")[0]
+    name = cell_of(row.name)
     return name in SHRUNK or not CELLS[name].startswith("--sparsity 0 ")
 
 

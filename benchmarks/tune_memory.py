@@ -71,8 +71,7 @@ def tuned(args: argparse.Namespace, blocks: int) -> dict[str, Any]:
 
 def main() -> None:
     args = parse()
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
+    protocol.data_folder(args.data)
     rows = []
     for blocks in BLOCKS:
         found = tuned(args, blocks) | {"windows": args.windows, "epochs": args.epochs}

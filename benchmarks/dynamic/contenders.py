@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import protocol
 from gossamer.dynamic.attention import Policy
 from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.hip import HiP
@@ -57,9 +57,7 @@ def policy(name: str, budget: int, positions: int, model: Any = None, text: Tens
 
 def tokens_of(tokenizer: Any, data: str | None, name: str) -> Tensor:
     """The tokens of a novel behind its first ones, int64 ``(n,)``."""
-    if not data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
-    text = gzip.decompress((Path(data) / name).read_bytes()).decode("utf-8", "replace")
+    text = gzip.decompress((protocol.data_folder(data) / name).read_bytes()).decode("utf-8", "replace")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids)[SKIPPED_TOKENS:]
 

@@ -145,8 +145,7 @@ def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> None:
     args = parse()
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
+    protocol.data_folder(args.data)
     protocol.set_threads(args.threads)
     run(args)
     print(table(protocol.read_json(args.out)["runs"]))

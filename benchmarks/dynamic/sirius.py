@@ -87,8 +87,7 @@ def contenders(args: argparse.Namespace, dense: Decoder, layouts: Layouts) -> di
 
 def main() -> None:
     args = parse()
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
+    protocol.data_folder(args.data)
     protocol.set_threads(args.threads)
     tokenizer = protocol.load_tokenizer(args.model)
     prompts = protocol.measured_windows(tokenizer, args.data, args.prompts, args.prompt).tolist()

@@ -181,8 +181,7 @@ def measure(args: argparse.Namespace, subject: str, values: str) -> dict[str, An
 
 def main() -> None:
     args = parse()
-    if not args.data:
-        raise SystemExit("the texts are needed: pass --data DIR or set GOSSAMER_DATA")
+    protocol.data_folder(args.data)
     protocol.set_threads(args.threads)
     facts = {"command": "python -m benchmarks.dynamic speed --model DIR", "machine": protocol.machine()}
     protocol.update_json(args.out, facts)
