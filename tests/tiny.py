@@ -52,6 +52,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT2, "rotary_dim": 8},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    # experts with biases, stored transposed, gate and up interleaved
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
 }
 
 

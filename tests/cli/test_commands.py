@@ -245,13 +245,24 @@ def test_info_of_a_checkpoint(checkpoint: Path) -> None:
 
 
 def test_what_is_not_compressed_is_named(tmp_path: Path) -> None:
-    experts, out = tiny_folder(tmp_path / "experts", "mixtral"), tmp_path / "out"
+    own = {"model_type": "llama4_text", "num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 128}
+    experts, out = tiny_folder(tmp_path / "experts", **own), tmp_path / "out"  # in a form of their own
     done = run("compress", experts, "-o", out, *SMALL, "--method", "magnitude", "--sparsity", "0.5")
     told = run("info", out, "--json").document
-    assert told["uncompressed"]["model.layers.0.mlp.experts.gate_up_proj"] == 4 * 2 * 128 * 64
+    assert told["uncompressed"]["model.layers.0.feed_forward.experts.gate_up_proj"] == 4 * 2 * 128 * 64
     assert told["parameters"] > sum(told["uncompressed"].values()) > 0.5 * told["parameters"]
     for text in (done.out, run("info", out).out):
-        assert "% of all parameters, such as model.layers.0.mlp.experts.gate_up_proj" in text
+        assert "% of all parameters, such as model.layers.0.feed_forward.experts.gate_up_proj" in text
+
+
+def test_experts_that_no_token_reached_are_counted(tmp_path: Path) -> None:
+    experts = tiny_folder(tmp_path / "experts", "mixtral", num_local_experts=32, num_experts_per_tok=1)
+    few = ("--windows", "1", "--seqlen", "12", "--threads", "1")
+    done = run("compress", experts, "-o", tmp_path / "out", *few, "--method", "wanda", "--sparsity", "0.5")
+    told = run("info", tmp_path / "out", "--json").document
+    assert 0 < told["unreached"] < 3 * 32 * 2
+    assert f"{told['unreached']} layers of experts that no calibration token came by" in done.out
+    assert told["uncompressed"] == {f"model.layers.{i}.mlp.gate.weight": 32 * 64 for i in range(3)}
 
 
 def test_info_of_a_plain_model(model: Path) -> None:

@@ -79,7 +79,7 @@ def test_other_families_keep_their_blocks_in_order(arch: str, tmp_path: Path) ->
     from gossamer.models.walk import find_parts
 
     source = tiny_folder(tmp_path / "dense", arch)
-    write_shorter(skeleton(source), WeightFiles(source), (0,), tmp_path / "out", {})
+    write_shorter(skeleton(source, apart=False), WeightFiles(source), (0,), tmp_path / "out", {})
     before, _ = load_model(source)
     after, _ = load_model(tmp_path / "out")
     old, new = find_parts(before).blocks, find_parts(after).blocks
@@ -100,7 +100,7 @@ def test_blocks_that_depend_on_their_place_are_refused(tmp_path: Path) -> None:
     dense = {"mlp_only_layers": [0], "num_hidden_layers": 4}
     source = tiny_folder(tmp_path / "moe", "qwen3_moe", **dense)  # a list of places: block 0 has no experts
     with pytest.raises(ModelError, match="kind by their place"):
-        write_shorter(skeleton(source), WeightFiles(source), (0,), tmp_path / "out", {})
+        write_shorter(skeleton(source, apart=False), WeightFiles(source), (0,), tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
     scaled = tiny_folder(tmp_path / "gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ModelError, match="block's place"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +18,18 @@ class InputSums:
     """Sums up ``needs`` of what each of ``views`` multiplies: `see` is a forward pre-hook of their modules,
     `next_batch` comes before each forward pass, `finish` once.
 
-    Views that read the same tensor alike share their statistics; one that once differs is an error.
+    Views that read the same tensor alike share their statistics; one that once differs is an error. Modules
+    that are ``spare``, such as experts, may be reached by no input: their statistics are then those of inputs
+    that are all alike (`Statistic.unseen`).
     """
 
-    def __init__(self, views: Sequence[WeightView], needs: Sequence[type[Statistic]]) -> None:
-        self.views, self.needs = views, needs
+    def __init__(
+        self,
+        views: Sequence[WeightView],
+        needs: Sequence[type[Statistic]],
+        spare: Collection[nn.Module] = (),
+    ) -> None:
+        self.views, self.needs, self.spare = views, needs, spare
         self.by_module = by_module(views)
         self._found: dict[str, Statistics] = {}
         self._leaders: dict[str, str] = {}
@@ -60,7 +67,7 @@ class InputSums:
         """Statistics by the names of views; raises CalibrationError for a view that no input reached, or
         whose inputs are not finite."""
         for view in self.views:
-            if view.name not in self._found:
+            if view.name not in self._found and view.module not in self.spare:
                 raise CalibrationError(f"no calibration input reached {view.name}")
         for name, statistics in self._found.items():
             if self._leaders[name] != name:
@@ -70,6 +77,9 @@ class InputSums:
                     statistic.finish()
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from error
+        for view in self.views:
+            if view.name not in self._found:
+                self._found[view.name] = {kind: kind.unseen(view.shape[1]) for kind in self.needs}
         return self._found
 
 

@@ -23,6 +23,7 @@ class Statistic:
 
     name: ClassVar[str]
     passes: ClassVar[str] = "streaming"
+    reached = True
 
     def __init__(self, features: int) -> None:
         self.features = features
@@ -41,6 +42,16 @@ class Statistic:
         """Ends accumulation; raises CalibrationError where nothing or nothing finite was seen."""
         if self.tokens == 0:
             raise CalibrationError("no calibration input reached this layer (an expert never chosen?)")
+
+    @classmethod
+    def unseen(cls, features: int) -> Statistic:
+        """The finished statistic of a layer that no token reached, ``reached`` False: of inputs of size 1
+        that have nothing to do with each other, so that its weights alone decide."""
+        found = cls(features)
+        found.update(torch.eye(features) * features**0.5)
+        found.finish()
+        found.reached = False
+        return found
 
 
 class InputNorm(Statistic):
@@ -79,6 +90,13 @@ class InputPeak(Statistic):
         if len(x):
             self.peak = torch.maximum(self.peak, x.abs().amax(dim=0).float())
         self.tokens += x.shape[0]
+
+    @classmethod
+    def unseen(cls, features: int) -> Statistic:
+        found = super().unseen(features)
+        assert isinstance(found, InputPeak)
+        found.peak.zero_()  # none is an outlier
+        return found
 
     def select(self, inputs: Tensor) -> InputPeak:
         return _with(self, inputs, peak=self.peak[inputs])

@@ -23,6 +23,7 @@ from gossamer.models.walk import (
     run_block,
     set_weight,
 )
+from gossamer.nn.experts import layers_of_experts
 from gossamer.nn.views import is_conv1d, linear_view
 from gossamer.progress import Progress, silent
 
@@ -198,7 +199,8 @@ def _collect(
     kwargs: dict[str, Any],
 ) -> dict[str, dict[type[Statistic], Statistic]]:
     """Runs the block over its inputs and sums up what each layer reads."""
-    sums = InputSums([linear_view(name, layer) for name, layer in visit.layers.items()], needs)
+    views = [linear_view(name, layer) for name, layer in visit.layers.items()]
+    sums = InputSums(views, needs, spare=layers_of_experts(visit.module))
     handles = [layer.register_forward_pre_hook(sums.see) for layer in visit.layers.values()]
     try:
         for _ in _run(visit.module, inputs, batch, kwargs):

@@ -131,6 +131,11 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
         largest = max(found.uncompressed, key=lambda name: found.uncompressed[name])
         share = f"{show.percent(left / found.parameters)} of all parameters, such as {largest}"
         rows.append(("left as it is", f"{share}: no linear layers, which alone are compressed"))
+    if found.unreached:
+        words = (
+            f"{found.unreached} layers of experts that no calibration token came by: more windows reach more"
+        )
+        rows.append(("by weights alone", words))
     rows += [("damaged", problem) for problem in found.problems]
     return rows
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.layers import linear_layers
 from gossamer.matrices.matrix import Matrix
+from gossamer.models.checkpoint import sketch_of
 from gossamer.models.contents import open_checkpoint
 from gossamer.models.manifest import MANIFEST
-from gossamer.models.skeleton import WeightFiles, empty_model, materialize, release, skeleton
+from gossamer.models.skeleton import WeightFiles, materialize, release, skeleton
 from gossamer.models.walk import weight_of
 from gossamer.nn import StructuredLinear
 
@@ -128,7 +129,7 @@ def _plain_counts(folder: Path) -> tuple[int, list[_Counts]]:
 
 def _checkpoint_counts(folder: Path) -> tuple[int, list[_Counts]]:
     contents = open_checkpoint(folder, verify="none")
-    model = empty_model(folder)
+    model = sketch_of(contents)
     counts = []
     for layer in linear_layers(model):
         name = f"{layer}.weight"

@@ -27,6 +27,7 @@ from gossamer.models.manifest import is_checkpoint, read_file, read_manifest
 from gossamer.models.naming import state_of
 from gossamer.models.place import place_matrix
 from gossamer.models.skeleton import empty_model
+from gossamer.nn.experts import take_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +85,7 @@ def _empty_model(contents: Contents) -> PreTrainedModel:
     _check_layer_counts(contents, file)
     try:
         with torch.device("meta"):
-            sketch = empty_model(contents.path)
+            sketch = sketch_of(contents)
     except Exception as error:  # a damaged configuration may break transformers anywhere
         raise CheckpointError(f"{file} describes no model: {error}") from error
     _sources(contents, sketch)
@@ -94,9 +95,17 @@ def _empty_model(contents: Contents) -> PreTrainedModel:
     if size > _BUFFER_LIMIT:
         raise CheckpointError(f"{file} asks for {size:,} bytes of tables beside the weights: damaged")
     try:
-        return empty_model(contents.path)
+        return sketch_of(contents)
     except Exception as error:
         raise CheckpointError(f"{file} describes no model: {error}") from error
+
+
+def sketch_of(contents: Contents) -> PreTrainedModel:
+    """The model of a checkpoint's config.json, parameters on the meta device, with the layers that it stores:
+    experts are apart but where they were left fused."""
+    model = empty_model(contents.path)
+    take_apart(model, keep={*contents.manifest.matrices, *contents.plain})
+    return model
 
 
 def _check_layer_counts(contents: Contents, file: Path) -> None:

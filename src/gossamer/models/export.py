@@ -20,6 +20,7 @@ from gossamer.models.checkpoint import load_checkpoint
 from gossamer.models.checkpoint_writer import copy_companions
 from gossamer.models.naming import state_of
 from gossamer.nn import StructuredEmbedding, StructuredLinear
+from gossamer.nn.experts import Experts, is_fused, layers_of_experts
 from gossamer.nn.views import is_conv1d
 from gossamer.progress import Progress, silent
 
@@ -86,7 +87,8 @@ def _dense_tensors(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str
         if tied and id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        turned = is_conv1d(sketch.get_submodule(name.rpartition(".")[0]))
+        owner = sketch.get_submodule(name.rpartition(".")[0])
+        turned = owner.is_transposed if is_fused(owner) else is_conv1d(owner)
         shape = tuple(tensor.shape)
         kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
         tensors[name] = LazyTensor(kind, shape, partial(_load, held, turned, kind))
@@ -100,7 +102,9 @@ def _squeezed(
     what ``config.json`` says of it."""
     found: dict[str, LazyTensor] = {}
     kinds = (StructuredLinear, nn.Linear)
+    inside = layers_of_experts(model)  # which are written as transformers fuses them
     whole = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    whole -= {name for name, module in model.named_modules() if module in inside}
     zeros = places = 0
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
@@ -145,6 +149,8 @@ def _held(model: nn.Module, name: str) -> Any:
         module = model.get_submodule(module_name)
     except AttributeError:
         module = None
+    if isinstance(module, Experts):
+        return [_held(*part) for part in module.parts(last)]
     if isinstance(module, (StructuredLinear, StructuredEmbedding)) and last == "weight":
         return module.matrix
     held = getattr(module, last, None)
@@ -154,6 +160,9 @@ def _held(model: nn.Module, name: str) -> Any:
 
 
 def _load(held: Any, turned: bool, dtype: torch.dtype) -> Tensor:
+    if isinstance(held, list):
+        parts = [_load(one, False, dtype) for one in held]
+        return torch.stack([part.T if turned and part.dim() == 2 else part for part in parts])
     if isinstance(held, Tensor):
         return held.detach().to(dtype)
     dense: Tensor = held.to_dense().detach()

@@ -6,10 +6,12 @@ experts are stored expert by expert and held fused. The rules for those are tran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -18,20 +20,40 @@ from gossamer.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_Read = Callable[[str], Tensor]
+
+class _Read(Protocol):
+    """Gives a stored tensor by its name, or one member of it alone, by its place in the first dimension."""
+
+    def __call__(self, name: str, index: int | None = None, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Source:
     """The stored tensors, by name, that one tensor of a model is made of. ``convert`` makes it, given a
-    function that reads stored tensors; None where the only one is taken as it is."""
+    function that reads stored tensors; None where the only one is taken as it is. ``member``: what one member
+    of a stack that is converted is made of."""
 
     names: tuple[str, ...]
     convert: Callable[[_Read], Tensor] | None = None
+    member: Callable[[int], Source] | None = None
 
     def read(self, read: _Read) -> Tensor:
         """The tensor; ``read`` gives a stored tensor by its name."""
         return read(self.names[0]) if self.convert is None else self.convert(read)
+
+    def of_expert(self, index: int, turned: bool) -> Source:
+        """Of a tensor that stacks experts the one at ``index``, ``turned``: transposed. Where experts are
+        stored one by one, no other is read."""
+        one = self.member(index) if self.member is not None else None
+
+        def convert(read: _Read) -> Tensor:
+            if one is not None:
+                made = one.read(read)
+            else:
+                made = read(self.names[0], index) if self.convert is None else self.convert(read)[index]
+            return made.T.contiguous() if turned else made
+
+        return Source(self.names if one is None else one.names, convert)
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -106,8 +128,28 @@ def _converted(model: PreTrainedModel, stored: list[str], wanted: dict[str, Tens
         names = tuple(name for name, _ in parts)
         for pattern in rule.target_patterns:
             target = first.replace(rule.target_patterns[0], pattern)
-            found[target] = Source(names, _conversion(model, rule, first, target, parts))
+            convert = partial(_conversion, model, rule, first, target)
+            found[target] = Source(names, convert(parts), partial(_member, convert, parts))
     return found
+
+
+def _member(
+    convert: Callable[[list[tuple[str, str]]], Callable[[_Read], Tensor]],
+    parts: list[tuple[str, str]],
+    index: int,
+) -> Source:
+    """Of tensors that are stored one by one and stacked, those at ``index``; of others the whole."""
+    its = [(name, pattern) for name, pattern in parts if _number(name, pattern) in (index, None)]
+    stacked = any(_number(name, pattern) == index for name, pattern in its)
+    made = convert(its)
+    return Source(tuple(name for name, _ in its), lambda read: made(read)[0 if stacked else index])
+
+
+def _number(name: str, pattern: str) -> int | None:
+    """What stands in ``name`` for the star of the rule's ``pattern``; None where there is none."""
+    before, star, after = pattern.partition("*")
+    found = re.search(f"{before}(\\d+){after}", name) if star else None
+    return int(found.group(1)) if found else None
 
 
 def _conversion(

@@ -56,7 +56,7 @@ def write_shorter(
 ) -> Path:
     """Writes ``model`` (a skeleton over ``files``) without the blocks ``removed`` into the new folder.
 
-    Weights keep their stored dtype and ties, one is in memory at a time; tokenizer files are copied;
+    Experts must not be taken apart. Weights keep their stored dtype and ties, one is in memory at a time; tokenizer files are copied;
     ``record`` is kept beside, as RECORD. Raises ModelError where the configuration cannot describe what is
     left (such as one that says "every fourth block"), OutputError where ``out`` is taken or not writable.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from gossamer.errors import CheckpointError, ModelError
 from gossamer.matrices.storage import open_tensors
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.naming import Source, join, sources, state_of
+from gossamer.nn.experts import take_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,9 +89,13 @@ class WeightFiles:
         """The dtype in which a tensor is stored."""
         return self._place(name)[2]
 
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor in memory of its own, converted piece by piece to ``dtype`` where given."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None, index: int | None = None) -> Tensor:
+        """A tensor in memory of its own, converted piece by piece to ``dtype`` where given; of one that is a
+        stack, the member at ``index`` alone."""
         path, begin, stored, shape = self._place(name)
+        if index is not None:
+            shape = shape[1:]
+            begin += index * math.prod(shape) * stored.itemsize
         out = torch.empty(shape, dtype=dtype or stored)
         flat = out.reshape(-1)
         try:
@@ -157,8 +163,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def skeleton(folder: Path) -> PreTrainedModel:
-    """`empty_model` of ``folder``, checked against its weight files: ready for `materialize`.
+def skeleton(folder: Path, *, apart: bool = True) -> PreTrainedModel:
+    """`empty_model` of ``folder``, checked against its weight files: ready for `materialize`. With ``apart``
+    fused experts are taken apart (`gossamer.nn.experts`), and its layers are those of a checkpoint.
 
     Every parameter must be in the files with its shape (a tied one under any of its names), and the files
     may hold nothing else, else ModelError names the tensor: before any work, not after hours of it.
@@ -170,7 +177,14 @@ def skeleton(folder: Path) -> PreTrainedModel:
         )
     model = empty_model(folder)
     _bind(model, WeightFiles(folder))
+    if apart:
+        take_apart(model, note=_note_expert)
     return model
+
+
+def _note_expert(parameter: Tensor, stack: Tensor, index: int, turned: bool) -> None:
+    source: Source = stack.gossamer_source  # type: ignore[attr-defined]
+    parameter.gossamer_source = source.of_expert(index, turned)  # type: ignore[attr-defined]
 
 
 def _bind(model: PreTrainedModel, files: WeightFiles) -> None:
@@ -253,18 +267,19 @@ def release(module: nn.Module) -> None:
 
 
 def load_model(
-    source: str | Path, dtype: torch.dtype | str = "auto"
+    source: str | Path, dtype: torch.dtype | str = "auto", *, apart: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The whole model of ``source`` (see `resolve`) in memory, in evaluation mode, and its tokenizer.
 
     ``dtype``: of its floating parameters; "auto" takes the one in which they are stored. Rotary
-    frequencies stay in float32 in any case. Raises ModelError.
+    frequencies stay in float32 in any case. ``apart``: with fused experts taken apart, so that its layers are
+    those of a checkpoint; else they are as transformers runs them. Raises ModelError.
     """
     from gossamer.models.sources import resolve
     from gossamer.models.tokenizer import load_tokenizer
 
     folder = resolve(source).folder
-    model = skeleton(folder)
+    model = skeleton(folder, apart=apart)
     target = None if dtype == "auto" else _dtype(dtype)
     materialize(model, "", WeightFiles(folder), target)
     model.config.dtype = model.dtype
@@ -291,8 +306,8 @@ def read_parameter(
     not changed. ``name``: its full name in the model. Raises ModelError as `materialize` does."""
     source: Source = getattr(tensor, "gossamer_source", Source((name,)))
 
-    def read(stored: str) -> Tensor:
-        return files.tensor(stored, dtype if files.dtype(stored).is_floating_point else None)
+    def read(stored: str, index: int | None = None) -> Tensor:
+        return files.tensor(stored, dtype if files.dtype(stored).is_floating_point else None, index)
 
     if source.convert is None:
         _check_shape(source.names[0], files.shape(source.names[0]), tensor)

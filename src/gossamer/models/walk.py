@@ -112,7 +112,7 @@ def prunable(block: Block | nn.Module) -> dict[str, nn.Module]:
 
     ``nn.Linear`` and the transposed ``Conv1D`` of GPT-2 (read them by `weight_of`); never norms, nor the
     routers of mixtures of experts. Experts that a model keeps fused in one three-dimensional parameter are
-    no linear layers, and stay dense. Raises ModelError where there is none.
+    no linear layers (`gossamer.nn.experts` takes them apart). Raises ModelError where there is none.
     """
     module = block.module if isinstance(block, Block) else block
     found = {

@@ -32,7 +32,8 @@ class CheckpointFacts:
     ``sparsity``: what the masks prune of them, as the maker recorded it; ``file_bytes``: of the folder;
     ``weight_file_bytes``: of its weights; ``layouts``: how many matrices lie in which layout and values;
     ``uncompressed``: parameters by name of tensors of two dimensions or more that no matrix holds, such as
-    experts that are no linear layers of their own; ``made``: all that the maker recorded; ``problems``: files
+    experts that cannot be taken apart; ``unreached``: layers (of experts) that no calibration token came by,
+    pruned by their weights alone; ``made``: all that the maker recorded; ``problems``: files
     that are missing or not of the size they were written with (`gossamer verify` reads them whole)."""
 
     label: str
@@ -44,6 +45,7 @@ class CheckpointFacts:
     weight_file_bytes: int
     layouts: dict[str, int]
     uncompressed: dict[str, int]
+    unreached: int
     sparsity: float | None
     sparsity_requested: float | None
     sparsity_of: str | None
@@ -120,6 +122,7 @@ def describe_checkpoint(path: Path) -> CheckpointFacts:
         weight_file_bytes=sum(f.size for name, f in manifest.files.items() if name.endswith(".safetensors")),
         layouts=dict(Counter(_form(description) for description in manifest.matrices.values())),
         uncompressed={name: math.prod(shape) for name, shape in plain.items() if len(shape) > 1},
+        unreached=sum(bool(layer.get("unreached")) for layer in layers),
         sparsity=made.get("sparsity"),
         sparsity_requested=made.get("sparsity_requested"),
         sparsity_of=made.get("sparsity_of"),
@@ -135,10 +138,12 @@ def describe_model(source: str, progress: Progress = silent) -> ModelFacts:
     from gossamer.models.skeleton import WeightFiles, empty_model
     from gossamer.models.sources import resolve
     from gossamer.models.walk import find_parts, prunable, weight_of
+    from gossamer.nn.experts import take_apart
 
     found = resolve(source, progress=progress)
     files = WeightFiles(found.folder)
     model = empty_model(found.folder)
+    take_apart(model)
     parts = find_parts(model)
     linears = [weight_of(layer).numel() for block in parts.blocks for layer in prunable(block).values()]
     dtypes: Counter[str] = Counter()

@@ -156,7 +156,8 @@ class _Job:
                 model, label, folder = load_checkpoint(path, dtype=self.dtype), path.resolve().name, path
             else:
                 found = resolve(str(source), progress=self.progress)
-                model, label, folder = load_model(found.folder, self.dtype)[0], found.label, found.folder
+                model, _ = load_model(found.folder, self.dtype, apart=True)
+                label, folder = found.label, found.folder
         except GossamerError as error:
             if asked is not None:
                 raise

@@ -149,7 +149,7 @@ def _open(model: str | Path, progress: Progress) -> _Source:
         manifest = contents.manifest
         return _Source(found, path, path.resolve().name, matrices, plain, manifest.ties, manifest.made)
     folder = resolve(str(model), progress=progress)
-    loaded, _ = load_model(folder.folder, "auto")
+    loaded, _ = load_model(folder.folder, "auto", apart=True)
     packed: dict[str, Matrix] = {}
     for block in find_parts(loaded).blocks:
         for inner, module in prunable(block).items():

@@ -27,8 +27,8 @@ def prune_layer(
 
 
 def record_of(layer: Layer, pruned: Pruned) -> dict[str, Any]:
-    """What is told of a layer: its sparsity, its relative error (of outputs where the inputs are known), and
-    what the method says."""
+    """What is told of a layer: its sparsity, its relative error (of outputs where the inputs are known),
+    ``unreached`` where no calibration token came by, and what the method says."""
     gram = layer.statistics.get(Gram)
     kept = layer.weight.numel() if pruned.mask is None else int(pruned.mask.sum())
     matrix = gram.matrix if isinstance(gram, Gram) else None
@@ -39,6 +39,7 @@ def record_of(layer: Layer, pruned: Pruned) -> dict[str, Any]:
         "weight_error" if matrix is None else "output_error": reconstruction_error(
             layer.weight, pruned.weight, matrix
         ),
+        **({} if all(one.reached for one in layer.statistics.values()) else {"unreached": True}),
         **pruned.record,
     }
 

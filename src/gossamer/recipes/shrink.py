@@ -74,7 +74,7 @@ def remove_blocks(
     out = Path(out)
     check_free(out)
     source = resolve(str(model), progress=progress)
-    bare, files = skeleton(source.folder), WeightFiles(source.folder)
+    bare, files = skeleton(source.folder, apart=False), WeightFiles(source.folder)
     total = len(find_parts(bare).blocks)
     count = block_count(chosen.blocks, total)
     check_context(bare.config, chosen.seqlen, source.label)

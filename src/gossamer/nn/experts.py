@@ -1,0 +1,110 @@
+"""Experts that a mixture holds fused in one tensor, taken apart: linear layers, which can be made sparse.
+
+transformers stacks the weights of a layer's experts in parameters of three dimensions. Each expert becomes a
+module of its own here, ``experts.7.gate_up_proj`` and ``experts.7.down_proj``, that reads the tokens which
+the router sends it; activation and gate stay those of the fused module, whatever they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.nn.replace import replace_module
+
+# how a skeleton notes where a tensor's values lie; here: of one expert of a fused parameter
+Note = Callable[[Tensor, Tensor, int, bool], None]
+
+
+class Experts(nn.Module):
+    """The experts of the fused module ``fused``, one by one; called as that one is, with the same result.
+
+    ``note`` is told of each new parameter which fused one, which expert of it and whether transposed it is.
+    """
+
+    def __init__(self, fused: nn.Module, note: Note | None = None) -> None:
+        super().__init__()
+        self.first = "gate_up_proj" if fused.has_gate else "up_proj"
+        self.turned = bool(fused.is_transposed)
+        stacks = {name: parameter for name, parameter in fused._parameters.items() if parameter is not None}
+        for index in range(len(stacks[self.first])):
+            expert = nn.Module()
+            for name in (self.first, "down_proj"):
+                setattr(expert, name, self._linear(stacks, name, index, note))
+            self.add_module(str(index), expert)
+        for name in stacks:
+            delattr(fused, name)
+        self.fused = fused  # what is left of it: how it activates and gates
+        self.activate: Callable[[Tensor], Tensor] = fused._apply_gate if fused.has_gate else fused.act_fn  # type: ignore[assignment]
+        self.train(fused.training)
+
+    def _linear(self, stacks: dict[str, nn.Parameter], name: str, index: int, note: Note | None) -> nn.Linear:
+        stack, bias = stacks[name], stacks.get(f"{name}_bias")
+        weight = stack.detach()[index].T if self.turned else stack.detach()[index]
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        layer.weight = _parameter(weight, stack)
+        if note is not None:
+            note(layer.weight, stack, index, self.turned)
+        if bias is not None:
+            layer.bias = _parameter(bias.detach()[index], bias)
+            if note is not None:
+                note(layer.bias, bias, index, False)
+        return layer
+
+    def __len__(self) -> int:
+        return sum(name.isdigit() for name in self._modules)
+
+    def parts(self, name: str) -> list[tuple[nn.Module, str]]:
+        """Where the members of the fused parameter ``name`` are held: layer and parameter, by expert."""
+        layer, parameter = (
+            (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
+        )
+        return [(getattr(self._modules[str(i)], layer), parameter) for i in range(len(self))]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``hidden_states`` (tokens, hidden), the experts ``top_k_index`` (tokens, k) of each and their
+        ``top_k_weights``; sums are float32."""
+        out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+        chosen, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+        rows = torch.argsort(chosen, stable=True)
+        ends = torch.bincount(chosen, minlength=len(self)).cumsum(0).tolist()
+        for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if start == end:
+                continue
+            its = rows[start:end]
+            tokens = its // top_k_index.shape[1]
+            first, down = (self.get_submodule(f"{index}.{name}") for name in (self.first, "down_proj"))
+            inner = self.activate(first(hidden_states[tokens]))
+            out.index_add_(0, tokens, down(inner).float() * weights[its])
+        return out.to(hidden_states.dtype)
+
+
+def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.contiguous(), requires_grad=like.requires_grad)
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` holds experts in the form in which transformers fuses them, and which can be taken
+    apart: not where a norm follows each expert."""
+    first = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+    return (
+        hasattr(module, "_apply_gate")
+        and hasattr(module, "is_transposed")
+        and not getattr(module, "has_post_expert_norm", False)
+        and all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in (first, "down_proj"))
+    )
+
+
+def take_apart(model: nn.Module, keep: Collection[str] = (), note: Note | None = None) -> None:
+    """Replaces every fused module of experts in ``model`` by `Experts`, save those of which ``keep`` names a
+    parameter."""
+    for name, module in list(model.named_modules()):
+        if is_fused(module) and not any(f"{name}.{one}" in keep for one in module._parameters):
+            replace_module(model, name, Experts(module, note))
+
+
+def layers_of_experts(model: nn.Module) -> set[nn.Module]:
+    """The modules inside experts that were taken apart: a token reaches a few of them only."""
+    return {part for one in model.modules() if isinstance(one, Experts) for part in one.modules()}
