@@ -16,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import gossamer as gs
 from gossamer.cli.app import app
 from gossamer.errors import ModelError, OutputError
 from gossamer.matrices import Packed
+from gossamer.models import load_checkpoint
 from gossamer.models.bitmask import FORMATS, expanded, squeezed
 from gossamer.models.export import export_dense
+from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
 from gossamer.sparse import mask_from_scores, parse_pattern
-from tiny import tiny_model
+from tiny import tiny_folder, tiny_model, tiny_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FILES = ("sparse-bitmask", "sparse-24-bitmask", "sparse-bitmask-old")
@@ -257,3 +260,22 @@ def test_the_command(tmp_path: Path) -> None:
         app, ["export", str(folder), "--format", "nonsense", "-o", str(tmp_path / "out")]
     )
     assert done.exit_code == 2
+
+
+def test_what_is_no_linear_layer_stays_dense(tmp_path: Path) -> None:
+    """GPT-2's Conv1D and fused experts: the library looks for neither."""
+    for arch, layer in (("gpt2", "transformer.h.0.attn.c_attn.weight"), ("mixtral", "self_attn.q_proj")):
+        source, made = tiny_folder(tmp_path / arch, arch), tmp_path / f"{arch}-sparse"
+        gs.compress(source, made, method="magnitude", pattern="2:4", values="float32", head_values="float32")
+        if arch == "gpt2":
+            with pytest.raises(OutputError, match="no linear layer has zeros"):
+                export_dense(made, tmp_path / "gpt2-out", "float32", sparse="sparse-24-bitmask")
+            continue
+        out = export_dense(made, tmp_path / f"{arch}-out", "float32", sparse="sparse-24-bitmask")
+        stored = load_file(out / "model.safetensors")
+        assert f"model.layers.0.{layer}.bitmask" in stored
+        assert "model.layers.0.mlp.experts.gate_up_proj" in stored
+        again, _ = load_model(resolve(out, tmp_path / "cache").folder)
+        with torch.inference_mode():
+            want = load_checkpoint(made)(tiny_tokens()).logits
+            torch.testing.assert_close(again(tiny_tokens()).logits, want, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from prune_layers import mixed_layer
 from gossamer.calibrate import Gram
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import value_type
-from gossamer.prune import Layer, Pruned, check_combination
+from gossamer.prune import Layer, Pruned, check_combination, method
 from gossamer.prune.obs import OBS, block_width
 from gossamer.sparse import check_mask, count_pruned, mask_from_scores, parse_pattern
 
@@ -180,3 +180,35 @@ def test_blocks_hold_whole_groups_where_they_can(mask: int, scale: int) -> None:
     assert width <= 512
     assert width % mask == 0 or mask > 512
     assert width % scale == 0 or mask in (63, 1000)
+
+
+def half_dead(scale: float = 1.0) -> Layer:
+    """A layer of 64 inputs, every other one of which is always zero."""
+    torch.manual_seed(5)
+    x = scale * torch.randn(400, 64) @ torch.randn(64, 64)
+    x[:, ::2] = 0
+    gram = Gram(64)
+    gram.update(x)
+    gram.finish()
+    return Layer("dead", torch.randn(32, 64), {Gram: gram})
+
+
+@pytest.mark.parametrize("name", ["obs", "admm"])
+def test_inputs_that_are_always_zero_score_nothing(name: str) -> None:
+    scores = method(name).scores(half_dead(0.01))
+    assert not scores[:, ::2].any()
+    assert (scores[:, 1::2] > 0).all()
+
+
+@pytest.mark.parametrize("values", ["float32", "int4"])
+def test_the_scale_of_inputs_does_not_matter_beside_dead_ones(values: str) -> None:
+    one, small = (prune(half_dead(scale), "2:4", None, values).weight for scale in (1.0, 1e-3))
+    torch.testing.assert_close(one, small, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["obs", "admm"])
+def test_floats_that_are_not_pruned_stay_as_they_are(name: str) -> None:
+    layer = half_dead()
+    kept = method(name).prune(layer, parse_pattern("unstructured:row"), 0.0, FLOAT, 64)
+    assert torch.equal(kept.weight, layer.weight)
+    assert kept.mask is None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer.calibrate import Gram, InputNorm
-from gossamer.calibrate.modules import gather_gradients
+from gossamer.calibrate.modules import gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, GossamerError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn import StructuredLinear
@@ -212,8 +212,6 @@ def test_a_failure_in_the_middle_puts_weights_back() -> None:
 
 
 def test_statistics_are_shared_only_where_inputs_are_read_alike() -> None:
-    from gossamer.calibrate.modules import gather_inputs
-
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -223,7 +221,7 @@ def test_statistics_are_shared_only_where_inputs_are_read_alike() -> None:
             return self.a(x), self.b(x), self.c(x)
 
     model = Two()
-    found = gather_inputs(model, weight_views(model)[0], [torch.randn(1, 2, 9)], [InputNorm])
+    found = gather_inputs(model, weight_views(model)[0], [torch.randn(1, 2, 9)], [InputNorm], {})
     assert found["a"] is found["c"]
     assert (found["a"][InputNorm].tokens, found["b"][InputNorm].tokens) == (7, 4)
 
@@ -397,3 +395,187 @@ def test_what_allocations_and_outliers_need() -> None:
         gs.sparsify(Mixed(), batches(), method="magnitude", sparsity=0.5, allocation="sensitivity")
     with pytest.raises(CalibrationError, match="outliers apart needs calibration batches"):
         gs.sparsify(Mixed(), method="magnitude", sparsity=0.0, values="int8", outliers=1.0)
+
+
+def norms(model: nn.Module, given: list[Any]) -> dict[str, InputNorm]:
+    """What `gather_inputs` finds, run as far as `waves` says."""
+    views, _ = weight_views(model)
+    reached = waves(model, views, given)
+    found: dict[str, InputNorm] = {}
+    for wave in reached.order:
+        for name, one in gather_inputs(model, wave, given, [InputNorm], reached.calls).items():
+            statistic = one[InputNorm]
+            assert isinstance(statistic, InputNorm)
+            found[name] = statistic
+    return found
+
+
+class Twice(nn.Module):
+    """One layer reads two tensors, another the first of them: ``order`` says who comes first."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.other, self.order = nn.Linear(4, 4), nn.Linear(4, 4), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = (self.shared, self.other) if self.order == "shared" else (self.other, self.shared)
+        h = one(x) + two(x)
+        return self.shared(h * 10)
+
+
+@pytest.mark.parametrize("order", ["shared", "other"])
+def test_a_layer_that_is_called_twice_leaves_others_their_own_inputs(order: str) -> None:
+    x = torch.randn(16, 4)
+    model = Twice(order)
+    views, _ = weight_views(model)
+    found = gather_inputs(model, views, [x, x], [InputNorm], {})
+    other, shared = found["other"][InputNorm], found["shared"][InputNorm]
+    assert isinstance(other, InputNorm)
+    torch.testing.assert_close(other.norm, torch.cat([x, x]).norm(dim=0))
+    assert (other.tokens, shared.tokens) == (32, 64)
+
+
+def test_a_tensor_that_is_changed_in_place_is_read_anew() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            y = self.a(x)
+            return self.b(x.mul_(10)) + y
+
+    x = torch.randn(16, 4)
+    model = InPlace()
+    assert [[view.name for view in wave] for wave in waves(model, weight_views(model)[0], [x]).order] == [
+        ["a"], ["b"],
+    ]  # fmt: skip
+    found = gather_inputs(model, weight_views(model)[0], [x], [InputNorm], {})
+    torch.testing.assert_close(found["a"][InputNorm].norm, x.norm(dim=0))  # type: ignore[attr-defined]
+    torch.testing.assert_close(found["b"][InputNorm].norm, 10 * x.norm(dim=0))  # type: ignore[attr-defined]
+
+
+def test_batches_may_call_layers_as_often_as_they_like() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x[:, 0]
+            for part in x.unbind(dim=1):
+                h = self.step(part) + h
+            return self.last(h)
+
+    for lengths in ((2, 10), (10, 2), (1, 5), (3, 3)):
+        found = norms(Steps(), [torch.randn(3, length, 4) for length in lengths])
+        assert found["step"].tokens == 3 * sum(lengths)
+        assert found["last"].tokens == 6
+
+
+def test_a_layer_may_be_reached_by_some_batches_only() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.both = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, which: int) -> Tensor:
+            return self.experts[which](x) + self.both(x)
+
+    one, two = torch.randn(8, 4), torch.randn(5, 4)
+    found = norms(Either(), [(one, 0), (two, 1)])
+    torch.testing.assert_close(found["experts.0"].norm, one.norm(dim=0))
+    torch.testing.assert_close(found["experts.1"].norm, two.norm(dim=0))
+    torch.testing.assert_close(found["both"].norm, torch.cat([one, two]).norm(dim=0))
+    gs.sparsify(Either(), [(one, 0), (two, 1)], sparsity=0.5)
+
+
+def test_padding_does_not_count() -> None:
+    from transformers import BertConfig, BertModel
+
+    def bert() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        return BertModel(BertConfig(vocab_size=64, **sizes)).eval()
+
+    ids = torch.arange(12).reshape(2, 6)
+    padded = torch.cat([ids, torch.zeros(2, 9, dtype=torch.long)], dim=1)
+    mask = torch.cat([torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)], dim=1)
+    name = "encoder.layer.0.intermediate.dense"
+
+    def seen(batch: dict[str, Tensor]) -> Any:
+        model = bert()
+        views = [view for view in weight_views(model)[0] if view.name == name]
+        return gather_inputs(model, views, [batch], [InputNorm], {})[name][InputNorm]
+
+    plain, hidden = seen({"input_ids": ids}), seen({"input_ids": padded, "attention_mask": mask})
+    assert hidden.tokens == plain.tokens == 12
+    torch.testing.assert_close(hidden.norm, plain.norm, rtol=1e-4, atol=1e-4)
+
+
+def test_one_mapping_is_one_batch_and_lists_are_arguments() -> None:
+    x = batches()[0]
+    one, two, three = Mixed(), Mixed(), Mixed()
+    gs.sparsify(one, [{"x": x}], sparsity=0.5)
+    gs.sparsify(two, {"x": x}, sparsity=0.5)
+    gs.sparsify(three, [[x]], sparsity=0.5)
+    for other in (two, three):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_neither_pattern_nor_sparsity() -> None:
+    net = nn.Sequential(nn.Linear(64, 8))
+    assert gs.sparsify(net, [torch.randn(64, 64)]).sparsity == 0.5
+
+
+def test_weights_that_are_no_parameters_are_left() -> None:
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.LazyLinear(8)
+    )
+    found = gs.sparsify(net, method="magnitude", sparsity=0.5)
+    assert [layer["name"] for layer in found.layers] == ["1"]
+    assert "computed from other parameters" in found.left["0"]
+    assert "no shape yet" in found.left["2"]
+
+
+def test_packing_keeps_modes_and_every_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(64, 64)
+            self.b, self.c = self.a, nn.Linear(64, 64)
+            self.c.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)))
+
+    net = Named()  # in training mode
+    found = gs.sparsify(net, [torch.randn(9, 64)], pack=True)
+    assert net.a is net.b
+    assert isinstance(net.a, StructuredLinear)
+    assert net.a.training
+    assert "another layer's too" in found.left["c"]
+    alone = nn.Linear(64, 64)
+    refused(ModelError, "Sequential", alone, [torch.randn(9, 64)], pack=True)
+
+
+def test_a_packed_encoder_of_pytorch_still_runs() -> None:
+    layer = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True)
+    net = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(64, 64)).eval()
+    gs.sparsify(net, [torch.randn(2, 5, 64)], pack=True)
+    assert isinstance(net[1], StructuredLinear)
+    with torch.no_grad():
+        assert torch.isfinite(net(torch.randn(2, 5, 64))).all()
+
+
+def test_more_that_is_refused() -> None:
+    refused(CalibrationError, "one number", Mixed(), batches(), method="taylor", sparsity=0.5,
+            loss=lambda model, x: model(x))  # fmt: skip
+    tiny = nn.Sequential(nn.Linear(9, 16))
+    refused(MethodError, "keep a weight", tiny, method="magnitude", sparsity=0.95, pattern="unstructured:row")
+    nested = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    batch = {"src": torch.randn(2, 5, 16), "src_key_padding_mask": torch.arange(5).repeat(2, 1) > 2}
+    refused(CalibrationError, "enable_nested_tensor", nested, [batch])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,13 +14,32 @@ from gossamer.nn.views import WeightView
 Statistics = dict[type[Statistic], Statistic]
 
 
+class DivergedError(Exception):
+    """Views that read the same at first do not do so always: a module is called twice, or not by every
+    batch."""
+
+
+def summed(walk: Callable[[bool], dict[str, Statistics]]) -> dict[str, Statistics]:
+    """What ``walk`` sums up, views sharing what they read in common where they always do."""
+    try:
+        return walk(True)
+    except DivergedError:
+        return walk(False)
+
+
+def identity(x: Tensor) -> tuple[int, int]:
+    """Tells a tensor that is held from others, and from what it was before it was changed in place."""
+    return id(x), 0 if x.is_inference() else x._version
+
+
 class InputSums:
     """Sums up ``needs`` of what each of ``views`` multiplies: `see` is a forward pre-hook of their modules,
     `next_batch` comes before each forward pass, `finish` once.
 
-    Views that read the same tensor alike share their statistics; one that once differs is an error. Modules
-    that are ``spare``, such as experts, may be reached by no input: their statistics are then those of inputs
-    that are all alike (`Statistic.unseen`).
+    Views that read the same tensors alike share their statistics; where they once differ, DivergedError asks
+    for the walk to be done anew with ``share`` False, each for itself (`summed`). Modules that are ``spare``,
+    such as experts, may be reached by no input: their statistics are then those of inputs that are all alike
+    (`Statistic.unseen`).
     """
 
     def __init__(
@@ -28,22 +47,37 @@ class InputSums:
         views: Sequence[WeightView],
         needs: Sequence[type[Statistic]],
         spare: Collection[nn.Module] = (),
+        share: bool = True,
     ) -> None:
-        self.views, self.needs, self.spare = views, needs, spare
+        self.views, self.needs, self.spare, self.share = views, needs, spare, share
         self.by_module = by_module(views)
         self._found: dict[str, Statistics] = {}
         self._leaders: dict[str, str] = {}
-        # this pass: tensor, and how it is read -> the view that summed it up
+        # this pass: what each view read, and tensor and way of reading -> the view that summed it up
+        self._read: dict[str, list[tuple[Any, ...]]] = {}
         self._seen: dict[tuple[Any, ...], tuple[Tensor, str]] = {}
+        self._real: Tensor | None = None
 
-    def next_batch(self) -> None:
+    def next_batch(self, batch: Any = None) -> None:
+        """Ends a pass; ``batch`` is what the next one is called with: tokens that its ``attention_mask``
+        ``(windows, seqlen)`` hides are padding, and do not count."""
+        for view in self.views:
+            leader = self._leaders.get(view.name, view.name)
+            if self._read.get(view.name) != self._read.get(leader):
+                raise DivergedError
         self._seen.clear()
+        self._read.clear()
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._real = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = first_input(module, args)
         for view in self.by_module[module]:
-            name = view.name
-            first = self._seen.setdefault((id(x), *view.reads), (x, name))[1]
+            name, key = view.name, (*identity(x), *view.reads)
+            if not self.share:
+                key = (name, *key)
+            first = self._seen.setdefault(key, (x, self._leaders.get(name, name)))[1]
+            self._read.setdefault(name, []).append(key)
             if name not in self._leaders:
                 self._leaders[name] = first
                 if first == name:
@@ -51,21 +85,22 @@ class InputSums:
                 else:
                     self._found[name] = self._found[first]
             elif self._leaders[name] != first:
-                raise CalibrationError(
-                    f"{name} reads the input of {first}, and before read that of {self._leaders[name]}: "
-                    "what changes its wiring between windows cannot be calibrated"
-                )
+                raise DivergedError
             if first == name:
                 try:
                     rows = view.inputs(module, args)
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from error
+                real = self._real
+                if real is not None and x.shape[:2] == real.shape and len(rows) == real.numel():
+                    rows = rows[real.flatten()]
                 for statistic in self._found[name].values():
                     statistic.update(rows)
 
     def finish(self) -> dict[str, Statistics]:
         """Statistics by the names of views; raises CalibrationError for a view that no input reached, or
         whose inputs are not finite."""
+        self.next_batch()
         for view in self.views:
             if view.name not in self._found and view.module not in self.spare:
                 raise CalibrationError(f"no calibration input reached {view.name}")
@@ -98,4 +133,9 @@ def first_input(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
             raise CalibrationError("a recurrent layer is calibrated on plain tensors, not packed sequences")
         raise CalibrationError(f"a {type(module).__name__} was called without its input as first argument")
     x: Tensor = args[0]
+    if x.is_nested:
+        raise CalibrationError(
+            f"a {type(module).__name__} was called with a nested tensor, which has no rows to sum up: leave "
+            "padding masks out, or set enable_nested_tensor=False on nn.TransformerEncoder"
+        )
     return x

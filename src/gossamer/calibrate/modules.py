@@ -2,88 +2,115 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.calibrate.gradients import Gradient
-from gossamer.calibrate.inputs import InputSums, Statistics, by_module, first_input
+from gossamer.calibrate.inputs import InputSums, Statistics, by_module, first_input, identity, summed
 from gossamer.calibrate.statistics import Statistic
 from gossamer.errors import CalibrationError
 from gossamer.nn.views import WeightView, positional
 
-Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """``model`` on a batch: one argument, several (a tuple), or named ones (a mapping)."""
+    """``model`` on a batch: one argument, several (a tuple or list), or named ones (a mapping)."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 class _StopError(Exception):
     """All that is asked for was seen."""
 
 
+@dataclass(frozen=True)
+class Waves:
+    """``order``: views in the order in which inputs reach them, those together that read the same tensor or
+    belong to one module. ``calls``: how often a batch calls each module, where every batch does so as often;
+    empty where that depends on the batch."""
+
+    order: list[list[WeightView]]
+    calls: dict[nn.Module, int]
+
+
 @torch.no_grad()
-def waves(model: nn.Module, views: Sequence[WeightView], batch: Batch) -> list[list[WeightView]]:
-    """``views`` in the order in which ``batch`` reaches them, those together that read the same tensor or
-    belong to one module. Raises CalibrationError for one that is not reached."""
+def waves(model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch]) -> Waves:
+    """Runs ``batches`` through ``model`` to see how they reach ``views``. Raises CalibrationError for one
+    that none of them reaches."""
     found: list[list[WeightView]] = []
-    of_tensor: dict[int, tuple[Tensor, list[WeightView]]] = {}
+    of_tensor: dict[tuple[int, int], tuple[Tensor, list[WeightView]]] = {}
     modules = by_module(views)
     reached: set[nn.Module] = set()
+    calls: Counter[nn.Module] = Counter()
 
     def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[module] += 1
         if module in reached:
             return
         reached.add(module)
         x = first_input(module, args)
-        if id(x) not in of_tensor:
-            of_tensor[id(x)] = x, []  # held, so that no other tensor takes its place in memory
-            found.append(of_tensor[id(x)][1])
-        of_tensor[id(x)][1].extend(modules[module])
+        if identity(x) not in of_tensor:
+            of_tensor[identity(x)] = x, []  # held, so that no other tensor takes its place in memory
+            found.append(of_tensor[identity(x)][1])
+        of_tensor[identity(x)][1].extend(modules[module])
 
+    each: list[dict[nn.Module, int]] = []
     with _hooked(modules, see):
-        call(model, batch)
+        for batch in batches:
+            calls.clear()
+            call(model, batch)
+            of_tensor.clear()
+            each.append(dict(calls))
     for module, its in modules.items():
         if module not in reached:
             raise CalibrationError(f"no calibration input reached {its[0].name}: name it in `skip`")
-    return found
+    return Waves(found, each[0] if all(one == each[0] for one in each) else {})
 
 
 @torch.no_grad()
 def gather_inputs(
-    model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch], needs: Sequence[type[Statistic]]
+    model: nn.Module,
+    views: Sequence[WeightView],
+    batches: Sequence[Batch],
+    needs: Sequence[type[Statistic]],
+    calls: Mapping[nn.Module, int],
 ) -> dict[str, Statistics]:
-    """Statistics ``needs`` of what each of ``views`` multiplies, by name; a batch runs no further than to the
-    last of them. Those that read the same tensor share theirs."""
-    sums = InputSums(views, needs)
-    calls: dict[nn.Module, int] = {}
-    usual: dict[nn.Module, int] = {}  # calls in a batch, where the model was run to its end
+    """Statistics ``needs`` of what each of ``views`` multiplies, by name. ``calls``: those of `Waves`; where
+    they are known, a batch runs no further than to the last of the views. Those that always read the same
+    tensors share theirs; padding (an ``attention_mask`` among a batch's named arguments) does not count."""
+    modules = by_module(views)
+    wanted = {module: calls[module] for module in modules} if calls else {}
 
-    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-        sums.see(module, args)
-        calls[module] = calls.get(module, 0) + 1
-        if usual and calls == usual:
-            raise _StopError
+    def walked(share: bool) -> dict[str, Statistics]:
+        sums = InputSums(views, needs, share=share)
+        made: Counter[nn.Module] = Counter()
 
-    with _hooked(sums.by_module, see):
-        for batch in batches:
-            sums.next_batch()
-            calls.clear()
-            try:
-                call(model, batch)
-            except _StopError:
-                continue
-            if not usual:
-                usual.update(calls)
-    return sums.finish()
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            sums.see(module, args)
+            made[module] += 1
+            if made == wanted:
+                raise _StopError
+
+        with _hooked(modules, see):
+            for batch in batches:
+                sums.next_batch(batch)
+                made.clear()
+                try:
+                    call(model, batch)
+                except _StopError:
+                    continue
+        return sums.finish()
+
+    return summed(walked)
 
 
 def gather_gradients(
@@ -99,7 +126,13 @@ def gather_gradients(
             weight.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                grads = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
+                told = loss(model, batch)
+                if not isinstance(told, Tensor) or told.numel() != 1 or not told.requires_grad:
+                    raise CalibrationError(
+                        "the loss of a batch is to be one number that gradients can be taken of: a scalar "
+                        "tensor, made outside torch.no_grad"
+                    )
+                grads = torch.autograd.grad(told.sum(), weights, allow_unused=True)
             for view, grad in zip(views, grads, strict=True):
                 if grad is not None:
                     found = view.matrix_of(grad).float()

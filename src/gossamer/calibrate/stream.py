@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibrate.inputs import InputSums
+from gossamer.calibrate.inputs import InputSums, Statistics, summed
 from gossamer.calibrate.statistics import Statistic
 from gossamer.calibrate.work import Inputs, WorkFolder
 from gossamer.errors import CalibrationError
@@ -200,12 +200,16 @@ def _collect(
 ) -> dict[str, dict[type[Statistic], Statistic]]:
     """Runs the block over its inputs and sums up what each layer reads."""
     views = [linear_view(name, layer) for name, layer in visit.layers.items()]
-    sums = InputSums(views, needs, spare=layers_of_experts(visit.module))
-    handles = [layer.register_forward_pre_hook(sums.see) for layer in visit.layers.values()]
-    try:
-        for _ in _run(visit.module, inputs, batch, kwargs):
-            sums.next_batch()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums.finish()
+
+    def walked(share: bool) -> dict[str, Statistics]:
+        sums = InputSums(views, needs, spare=layers_of_experts(visit.module), share=share)
+        handles = [layer.register_forward_pre_hook(sums.see) for layer in visit.layers.values()]
+        try:
+            for _ in _run(visit.module, inputs, batch, kwargs):
+                sums.next_batch()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sums.finish()
+
+    return summed(walked)

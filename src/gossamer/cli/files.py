@@ -98,7 +98,13 @@ def export(
         print(f"{path}: {show.size(size)} of {dtype.value}, {form.value}")
         if (checkpoint / "activations.json").is_file():
             print("its gates are left out: the folder computes with all activations")
-        print(f"next: AutoModelForCausalLM.from_pretrained({str(path)!r})")
+        if sparse is None:
+            print(f"next: AutoModelForCausalLM.from_pretrained({str(path)!r})")
+        else:
+            print(
+                "for compressed-tensors 0.9 to 0.14, and gossamer: beside a later one transformers starts "
+                "sparse layers with random weights, so give that a dense export"
+            )
 
 
 def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from gossamer.models.checkpoint import load_checkpoint
 from gossamer.models.checkpoint_writer import copy_companions
 from gossamer.models.naming import state_of
 from gossamer.nn import StructuredEmbedding, StructuredLinear
-from gossamer.nn.experts import Experts, is_fused, layers_of_experts
+from gossamer.nn.experts import Experts, is_fused
 from gossamer.nn.views import is_conv1d
 from gossamer.progress import Progress, silent
 
@@ -46,11 +46,12 @@ def export_dense(
     ``source``: the folder of a checkpoint, or a model in memory, structured or not; ``dtype``: float32,
     bfloat16 or float16, of every floating tensor; ``base``: where tokenizer files come from (the checkpoint
     by default); ``sparse``: linear layers with zeros are stored in one of compressed-tensors' formats
-    (`models.bitmask`), "sparse-bitmask" or "sparse-24-bitmask", which transformers reads with that library
-    beside it. One matrix is unpacked at a time. Files past ``shard_bytes`` are split as transformers splits
-    them. Nothing is left under ``out`` unless all is there. Returns ``out``. Raises OutputError where ``out``
-    is taken or cannot be written, or weights are not 2:4 that should be, CheckpointError where the
-    checkpoint is damaged.
+    (`models.bitmask`), "sparse-bitmask" or "sparse-24-bitmask", for versions 0.9 to 0.14 of that library:
+    transformers beside a later one starts such layers with random weights. One matrix is unpacked at a time.
+    Files past ``shard_bytes`` are split as transformers splits them. Nothing is left under ``out`` unless all
+    is there. Returns ``out``. Raises OutputError where ``out`` is taken or cannot be written, weights are not
+    2:4 that should be, or no linear layer has zeros that a sparse format is asked for, CheckpointError where
+    the checkpoint is damaged.
     """
     out = Path(out)
     check_free(out)
@@ -101,10 +102,8 @@ def _squeezed(
     """The tensors with the weights of linear layers that have zeros in a format of compressed-tensors, and
     what ``config.json`` says of it."""
     found: dict[str, LazyTensor] = {}
-    kinds = (StructuredLinear, nn.Linear)
-    inside = layers_of_experts(model)  # which are written as transformers fuses them
-    whole = {name for name, module in model.named_modules() if isinstance(module, kinds)}
-    whole -= {name for name, module in model.named_modules() if module in inside}
+    # what the library looks for by this class: not GPT-2's Conv1D, nor experts, which transformers fuses
+    whole = {name for name, module in _dense_twin(model).named_modules() if isinstance(module, nn.Linear)}
     zeros = places = 0
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
@@ -123,7 +122,9 @@ def _squeezed(
         for part, value in parts.items():
             load = partial(_part, tensor, kind, part)
             found[f"{module}.{part}"] = LazyTensor(value.dtype, tuple(value.shape), load)
-    return found, config_of(kind, zeros / max(1, places), sorted(whole))
+    if not zeros:
+        raise OutputError(f"no linear layer has zeros that {kind} could leave out: export it dense")
+    return found, config_of(kind, zeros / places, sorted(whole))
 
 
 def _part(weight: LazyTensor, kind: str, part: str) -> Tensor:

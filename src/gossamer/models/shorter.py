@@ -56,9 +56,10 @@ def write_shorter(
 ) -> Path:
     """Writes ``model`` (a skeleton over ``files``) without the blocks ``removed`` into the new folder.
 
-    Experts must not be taken apart. Weights keep their stored dtype and ties, one is in memory at a time; tokenizer files are copied;
-    ``record`` is kept beside, as RECORD. Raises ModelError where the configuration cannot describe what is
-    left (such as one that says "every fourth block"), OutputError where ``out`` is taken or not writable.
+    Experts must not be taken apart. Weights keep their stored dtype and ties, one is in memory at a time;
+    tokenizer files are copied; ``record`` is kept beside, as RECORD. Raises ModelError where the config
+    cannot describe what is left (such as one that says "every fourth block"), OutputError where ``out`` is
+    taken or not writable.
     """
     parts = find_parts(model)
     kept = [index for index in range(len(parts.blocks)) if index not in removed]

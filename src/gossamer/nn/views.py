@@ -101,10 +101,16 @@ def weight_views(model: nn.Module) -> tuple[list[WeightView], dict[str, str]]:
             if id(view.weight) not in seen:
                 seen.add(id(view.weight))
                 found.append(view)
+            else:
+                left[view.name] = "its weight is another layer's too, which stands for both"
     return found, left
 
 
 def _why_not(module: nn.Module) -> str:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "its weight has no shape yet: run the model once"
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and "weight" not in module._parameters:
+        return "its weight is computed from other parameters: make it one of its own first"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         return "a convolution in groups: each group has a few inputs of its own"
     if isinstance(module, nn.modules.conv._ConvNd) and (module.transposed or len(module.kernel_size) > 2):

@@ -59,7 +59,8 @@ class ADMM(Method):
 
     def scores(self, layer: Layer) -> Tensor:
         """|W_ij| * ||x_j||: what the first step compares."""
-        return layer.weight.abs() * _problem(layer[Gram], self.damping, self.rho).norm
+        problem = _problem(layer[Gram], self.damping, self.rho)
+        return layer.weight.masked_fill(problem.dead, 0.0).abs() * problem.norm
 
     def prune(self, layer: Layer, pattern: Pattern, sparsity: float, values: ValueType, group: int) -> Pruned:
         if sparsity == 0:

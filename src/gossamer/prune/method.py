@@ -150,6 +150,9 @@ class Combination:
         return self.budget is not None or self.sparsity > 0
 
 
+DEFAULT_PATTERN = "32:64"  # of jobs that are asked for neither a pattern nor a sparsity
+
+
 def check_combination(
     method_name: str,
     *,

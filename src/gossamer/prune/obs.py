@@ -22,7 +22,7 @@ from gossamer.calibrate import Gram
 from gossamer.claim import Claim, Experiment
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import Quantized, ValueType, choose_scales, quantize_codes
-from gossamer.prune.method import METHODS, Layer, Method, Pruned
+from gossamer.prune.method import METHODS, Layer, Method, Pruned, round_values
 from gossamer.sparse import NM, Pattern, Unstructured, mask_from_scores
 
 
@@ -63,9 +63,11 @@ class OBS(Method):
     def scores(self, layer: Layer) -> Tensor:
         """OBS saliency w² / [H⁻¹]_jj, with no column frozen."""
         factor = inverse_factor(layer[Gram], self.damping, "natural")
-        return layer.weight.square() / factor.upper.square().sum(dim=0)
+        return layer.weight.masked_fill(factor.dead, 0.0).square() / factor.upper.square().sum(dim=0)
 
     def prune(self, layer: Layer, pattern: Pattern, sparsity: float, values: ValueType, group: int) -> Pruned:
+        if sparsity == 0 and not values.is_integer:
+            return round_values(layer.weight, None, values, group)  # floats round by themselves
         order = self.order
         if order == "auto":
             order = "activation" if sparsity == 0 else "natural"
@@ -110,7 +112,8 @@ def inverse_factor(gram: Gram, damping: float, order: str) -> InverseFactor:
     H = gram.matrix.clone()
     diagonal = H.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1.0
+    # as large as the others, so that these set no scale
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
     columns = torch.arange(len(H))
     if order == "activation":
         columns = torch.argsort(diagonal, descending=True, stable=True)

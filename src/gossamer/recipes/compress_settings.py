@@ -10,6 +10,7 @@ from gossamer.calibrate import Gradient, Statistic
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Combination, check_combination
+from gossamer.prune.method import DEFAULT_PATTERN
 from gossamer.prune.outliers import OutlierColumns, outlier_columns
 from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
@@ -53,7 +54,7 @@ class CompressSettings(BaseModel):
         value_type(self.head_values)
         pattern = self.pattern
         if pattern is None and self.sparsity is None and self.budget is None:
-            pattern = "32:64"
+            pattern = DEFAULT_PATTERN
         found = check_combination(
             self.method,
             pattern=pattern,

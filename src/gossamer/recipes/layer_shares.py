@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram, InputNorm, Statistic
 from gossamer.matrices.values import value_type
-from gossamer.prune import Combination, Layer
+from gossamer.prune import Combination, Layer, method
 from gossamer.prune.method import check_finite
 from gossamer.sparse import NM
 from gossamer.sparse.masks import unit_scores
@@ -32,9 +32,9 @@ def competing_scores(layer: Layer, combination: Combination) -> Tensor:
 
 
 def outlier_scores(layer: Layer) -> Tensor:
-    """``owl``: |W_ij| ||x_j||, whose outliers are counted over a block's layers."""
+    """``owl``: Wanda's |W_ij| ||x_j||, whose outliers are counted over a block's layers."""
     check_finite(layer)
-    return layer.weight.abs() * layer[InputNorm].norm
+    return method("wanda").scores(layer)
 
 
 def curve(layer: Layer, combination: Combination) -> list[tuple[float, float]]:

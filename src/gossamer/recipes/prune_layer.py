@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gossamer.calibrate import Gram
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, MethodError
 from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
 from gossamer.prune import Combination, Layer, Pruned
@@ -21,9 +21,15 @@ def prune_layer(
     try:
         if outliers is not None:
             return outliers.prune(c.method, layer, c.pattern, share or 0.0, c.values, c.group)
-        return c.method.prune(layer, c.pattern, share or 0.0, c.values, c.group)
+        pruned = c.method.prune(layer, c.pattern, share or 0.0, c.values, c.group)
     except GossamerError as error:
         raise type(error)(f"{layer.name}: {error}") from error
+    if pruned.mask is not None and not pruned.mask.any():
+        raise MethodError(
+            f"{layer.name}: none of its {layer.weight.shape[1]} inputs an output would keep a weight: leave "
+            "it out, or prune less"
+        )
+    return pruned
 
 
 def record_of(layer: Layer, pruned: Pruned) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.calibrate import Gradient
-from gossamer.calibrate.modules import Batch, Loss, gather_gradients, gather_inputs, waves
+from gossamer.calibrate.modules import Batch, Loss, Waves, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.models.place import takes_matrix
 from gossamer.nn import StructuredLinear, replace_module
@@ -26,7 +26,7 @@ from gossamer.nn.modes import evaluating
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned, check_combination
-from gossamer.prune.method import check_finite
+from gossamer.prune.method import DEFAULT_PATTERN, check_finite
 from gossamer.prune.outliers import OutlierColumns, outlier_columns
 from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
 from gossamer.recipes.prune_layer import pack_layer, prune_layer, record_of
@@ -71,14 +71,16 @@ def sparsify(
 ) -> Sparsified:
     """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers, attention.
 
-    ``batches``: calibration inputs, each a tensor, a tuple of arguments or a mapping of named ones; they run
-    through the model many times, in its evaluation mode. ``method``, ``pattern``, ``sparsity``,
-    ``allocation``, ``values``, ``group``, ``outliers``, ``outlier_share``, ``seed`` and ``options`` as for
-    `compress`; what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
+    ``batches``: calibration inputs, each a tensor, a tuple or list of arguments or a mapping of named ones
+    (what its ``attention_mask`` hides is padding, and does not count); they run through the model many times,
+    in its evaluation mode. ``method``, ``pattern``, ``sparsity``, ``allocation``, ``values``, ``group``,
+    ``outliers``, ``outlier_share``, ``seed`` and ``options`` as for `compress` (neither pattern nor sparsity:
+    ``32:64``); what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
     expressions, found anywhere in a weight's name, of those to leave as they are (a classifier's last layer).
     ``loss``: a scalar of model and batch, for what reads gradients: some methods, and the allocation
     ``sensitivity``. ``pack``: linear layers become
-    `StructuredLinear`, packed, which run by our kernels; those with a forward of their own do not.
+    `StructuredLinear`, packed, which run by our kernels; those with a forward of their own do not, nor those
+    whose weights another module reads (`nn.TransformerEncoderLayer`).
 
     Nothing is changed where it fails. Raises a GossamerError for whatever a person can mend: no batches,
     values that are not finite, a weight that no input reaches, a pattern that does not fit.
@@ -87,7 +89,7 @@ def sparsify(
         raise ModelError(f"sparsify takes a PyTorch module, not {model!r}: compress takes models on disk")
     combination = check_combination(
         method,
-        pattern=pattern,
+        pattern=DEFAULT_PATTERN if pattern is None and sparsity is None else pattern,
         sparsity=sparsity,
         allocation_name=allocation,
         values=values,
@@ -96,10 +98,19 @@ def sparsify(
         seed=seed,
     )
     apart = outlier_columns(outliers, outlier_share, combination.values)
-    given: list[Batch] = [batches] if isinstance(batches, Tensor) else list(batches)
+    given: list[Batch] = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
     job = _Job(model, given, combination, apart, skip, loss, progress)
+    if pack and job.views[0].name == "":
+        raise ModelError(
+            f"a {type(model).__name__} by itself cannot be replaced by a packed layer: put it into a "
+            "torch.nn.Sequential"
+        )
     with evaluating(model):
-        return job.run(pack)
+        found, packed = job.run(pack)
+    for old, new in packed.items():
+        for name in [name for name, one in model.named_modules(remove_duplicate=False) if one is old]:
+            replace_module(model, name, new.train(old.training))
+    return found
 
 
 def _skipped(skip: str | Sequence[str], names: Iterable[str]) -> set[str]:
@@ -143,6 +154,7 @@ class _Job:
             check_finite(Layer(view.name, view.matrix()))
         self.needs = (*combination.method.needs, *(() if outliers is None else outliers.needs))
         self.gradients: dict[str, Gradient] = {}
+        self.reached: Waves | None = None
         for asks, needs in (
             (f"the method {combination.method.name}", combination.method.needs),
             ("keeping outliers apart", self.needs),
@@ -153,24 +165,24 @@ class _Job:
             if Gradient in needs and loss is None:
                 raise CalibrationError(f"{asks} reads gradients: give a loss of model and batch")
 
-    def run(self, pack: bool) -> Sparsified:
+    def run(self, pack: bool) -> tuple[Sparsified, dict[nn.Module, StructuredLinear]]:
+        """What was done, and with ``pack`` what is to stand in the place of linear layers."""
         before = {view.name: view.weight.detach().clone() for view in self.views}
         try:
             pruned, records = self._prune()
+            taken = _read_elsewhere(self.model)
             packed = {
-                view.name: self._packed(view, pruned[view.name])
+                view.module: self._packed(view, pruned[view.name])
                 for view in self.views
-                if pack and _is_linear(view)
+                if pack and _is_linear(view) and view.module not in taken
             }
         except BaseException:
             with torch.no_grad():
                 for view in self.views:
                     view.weight.copy_(before[view.name])
             raise
-        for name, module in packed.items():
-            replace_module(self.model, name, module)
         masks = {name: one.mask for name, one in pruned.items() if one.mask is not None}
-        return Sparsified(records, masks, self.left)
+        return Sparsified(records, masks, self.left), packed
 
     def _prune(self) -> tuple[dict[str, Pruned], list[dict[str, Any]]]:
         if self.loss is not None and Gradient in (*self.needs, *allocation_needs(self.combination)):
@@ -191,10 +203,13 @@ class _Job:
         """The layers in the order in which inputs reach them, those together that read the same, with
         statistics ``needs`` of what reaches them then."""
         streaming = tuple(kind for kind in needs if kind.passes == "streaming")
-        ordered = waves(self.model, self.views, self.batches[0]) if streaming else [[v] for v in self.views]
+        if streaming and self.reached is None:
+            self.reached = waves(self.model, self.views, self.batches)
+        calls = self.reached.calls if self.reached else {}
+        ordered = self.reached.order if self.reached and streaming else [[view] for view in self.views]
         for index, wave in enumerate(ordered):
             self.progress(stage, index, len(ordered))
-            found = gather_inputs(self.model, wave, self.batches, streaming) if streaming else {}
+            found = gather_inputs(self.model, wave, self.batches, streaming, calls) if streaming else {}
             layers = [Layer(view.name, view.matrix(), dict(found.get(view.name, {}))) for view in wave]
             for layer in layers:
                 if layer.name in self.gradients:
@@ -234,13 +249,19 @@ class _Job:
 
     def _packed(self, view: WeightView, pruned: Pruned) -> StructuredLinear:
         bias = getattr(view.module, "bias", None)
-        return StructuredLinear(pack_layer(pruned, self.combination), bias).train(view.module.training)
+        return StructuredLinear(pack_layer(pruned, self.combination), bias)
 
 
 def _block(name: str) -> str:
     """The part of a model that a weight belongs to: its name up to the first number, else the whole name."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
     return found.group() if found else name
+
+
+def _read_elsewhere(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weights are read by the module around them, which could not read a packed one's."""
+    readers = [one for one in model.modules() if isinstance(one, nn.TransformerEncoderLayer)]
+    return {part for one in readers for part in one.modules()}
 
 
 def _is_linear(view: WeightView) -> bool:

@@ -163,7 +163,8 @@ def owl(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]
     more -= (more * sizes).sum() / sizes.sum()
     # near sparsity 0 or 1 there is less room than SPREAD
     more *= min(1.0, sparsity / more.max(), 0.99 * (1 - sparsity) / -more.min())
-    return {la.name: float(sparsity - m) for la, m in zip(layers, more, strict=True)}
+    # where the room is all used, rounding may pass it
+    return {la.name: max(0.0, float(sparsity - m)) for la, m in zip(layers, more, strict=True)}
 
 
 def sensitivity(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
