@@ -125,14 +125,26 @@ def measure(args: argparse.Namespace, name: str, pythons: dict[str, str], reader
                 found.note(str(why))
         for prompt in prompts if servers and reader else ():
             players = {c: s for c, s in servers.items() if prompt == subject.prompts[0] or c.long}
-            others, start, own = OtherWork(), time.perf_counter(), cpu_seconds(players)
+            others = WorkOfOthers(players)
             found.series[prompt] = play(args, players, prompt, prompt != subject.prompts[0], reader, found)
-            own = (cpu_seconds(players) - own) / (time.perf_counter() - start)
-            found.other_work[prompt] = round(max(0.0, others.cores() - own), 3)
+            found.other_work[prompt] = others.cores()
     finally:
         for server in servers.values():
             server.close()
     return found
+
+
+class WorkOfOthers:
+    """Counts what other processes than this one and the ``players`` compute from when it is made on."""
+
+    def __init__(self, players: dict[Contender, Server]) -> None:
+        self.players, self.start, self.own = players, time.perf_counter(), cpu_seconds(players)
+        self.others = OtherWork()
+
+    def cores(self) -> float:
+        """How many cores' worth of time that was on average, up to now."""
+        own = (cpu_seconds(self.players) - self.own) / (time.perf_counter() - self.start)
+        return round(max(0.0, self.others.cores() - own), 3)
 
 
 def cpu_seconds(players: dict[Contender, Server]) -> float:

@@ -121,7 +121,7 @@ for _method in ("wanda", "obs"):
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.one_shot", description=__doc__)
-    protocol.add_model_arguments(parser)
+    protocol.add_model_arguments(parser, required=False)
     parser.add_argument(
         "--configs",
         default="all",
@@ -229,7 +229,8 @@ def main() -> None:
         runs = protocol.read_json(args.out).get("runs", {})
         protocol.write_between(args.table, "catalogue", catalogue_table(runs))
         return
-    args.model, args.data = str(Path(args.model).resolve()), str(protocol.data_folder(args.data))
+    args.model = str(protocol.model_folder(args.model))
+    args.data = str(protocol.data_folder(args.data))
     protocol.set_threads(args.threads)
     groups = {"all": CONFIGS, "catalogue": CATALOGUE, "equal_bytes": EQUAL_BYTES, "outliers": OUTLIERS}
     known = {name: config for group in groups.values() for name, config in group.items()}
@@ -249,14 +250,16 @@ def main() -> None:
         out = folder / name
         try:
             load = round(os.getloadavg()[0], 2)
+            kept = protocol.read_json(args.out).get("runs", {}).get(name, {}) if args.measure_only else {}
             made = {"options": options} if args.measure_only else compress(args, options, out)
-            figures = {**made, **measure(args, out), "threads": args.threads, "load_average_before": load}
+            measured = {**measure(args, out), "threads": args.threads, "load_average_before": load}
+            figures = {**kept, **made, **measured}
         finally:
             if args.keep is None:
                 shutil.rmtree(folder)
-        theirs = original.get(rival, {}).get("perplexity") or original.get(rival, {}).get(
-            "perplexity_elsewhere"
-        )
+        found = original.get(rival, {})
+        same = args.eval_windows == protocol.EVAL_WINDOWS  # as theirs were measured
+        theirs = (found.get("perplexity") or found.get("perplexity_elsewhere")) if same else None
         figures["original_perplexity"] = theirs
         ratio = round(figures["perplexity"] / theirs, 3) if theirs else None
         rows.append([name, figures["bits_linears"], figures["perplexity"], figures["mean_kl"], theirs, ratio,

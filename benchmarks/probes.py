@@ -10,6 +10,7 @@ flipped from the dense model's, with the paired interval of the difference.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import gossamer as gs
 from benchmarks import protocol
+from gossamer.bench.machine import cpu_name
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.probes import PROBES
 from gossamer.evaluate.task_scores import flips
@@ -59,12 +61,15 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit("--items takes 2 or more")
     if args.windows:
         protocol.data_folder(args.data)
-    setting = {"isa": isa(), "threads": args.threads, "dtype": args.dtype}
-    protocol.update_json(args.out, {"machine": protocol.machine(), "setting": setting})
+    common = {"isa": isa(), "threads": args.threads, "dtype": args.dtype, "cpu": cpu_name()}
     for name, path in contenders(args).items():
+        manifest = Path(path) / "gossamer.json"
+        made = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16] if manifest.exists() else None
+        setting = {**common, "checkpoint": made}
         parts = [*args.probes, *(["perplexity"] if args.windows else [])]
         cells = protocol.read_json(args.out).get("cells", {})
-        left = [part for part in parts if args.again or not _there(cells.get(f"{name}, {part}"), args, part)]
+        known = {part: cells.get(f"{name}, {part}") for part in parts}
+        left = [part for part in parts if args.again or not _there(known[part], setting, args, part)]
         if not left:
             continue
         loaded = gs.load(path, dtype=args.dtype, engine="native")
@@ -75,14 +80,15 @@ def run(args: argparse.Namespace) -> None:
             except EvaluationError as error:
                 print(f"{name}, {part}: skipped: {error}", flush=True)
                 continue
-            cell = {"model": name, "part": part, **told, "seconds": time.perf_counter() - begun}
+            cell = {"model": name, "part": part, "setting": setting, **told}
+            cell["seconds"] = time.perf_counter() - begun
             protocol.update_json(args.out, {"cells": {f"{name}, {part}": cell}})
             print(f"{name}, {part}: {cell['seconds']:.0f} s", flush=True)
 
 
-def _there(cell: dict[str, Any] | None, args: argparse.Namespace, part: str) -> bool:
-    """Whether ``cell`` was measured on as many items or windows as are asked for."""
-    if cell is None:
+def _there(cell: dict[str, Any] | None, setting: dict[str, Any], args: argparse.Namespace, part: str) -> bool:
+    """Whether ``cell`` was measured in this ``setting``, on as many items or windows as are asked for."""
+    if cell is None or cell.get("setting") != setting:
         return False
     return bool(cell["asked"] == (args.windows if part == "perplexity" else args.items))
 

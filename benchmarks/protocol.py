@@ -39,10 +39,11 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that all scripts share: the dense model, the texts, the threads."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Options that all scripts share: the dense model (not ``required`` where a script has parts that need
+    none, see `model_folder`), the texts, the threads."""
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face folder of the dense model"
+        "--model", required=required, metavar="DIR", help="Hugging Face folder of the dense model"
     )
     add_data_arguments(parser, f"folder that holds {TEST_TEXT} and {CALIBRATION_TEXT}")
 
@@ -56,6 +57,13 @@ def add_data_arguments(parser: argparse.ArgumentParser, words: str) -> None:
         help=f"{words} (default: $GOSSAMER_DATA)",
     )
     parser.add_argument("--threads", type=int, default=1, help="threads of every library (default 1)")
+
+
+def model_folder(model: str | None) -> Path:
+    """The folder of ``--model``, or the end of the script where none was given."""
+    if not model:
+        raise SystemExit("the dense model is needed: pass --model DIR")
+    return Path(model).resolve()
 
 
 def data_folder(data: str | None) -> Path:

@@ -17,11 +17,11 @@ import argparse
 import gzip
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from torch import Tensor
 
 from benchmarks import protocol, quality_cells, quality_tables
 from benchmarks.compress import GOSSAMER, limited
-from benchmarks.decode import Found, play
+from benchmarks.decode import Found, WorkOfOthers, play
 from benchmarks.decode_processes import GoneError, Server, make, python_of
 from benchmarks.decode_protocol import Contender
 from benchmarks.kernel_protocol import PAST_CACHE, Reader, last_level_cache
 from benchmarks.kernels import environment, progress
 from benchmarks.quality_cells import CELLS, LEVELS, PLAIN, RIVALS, Cell, job_of, record_of, rival_bytes
-from gossamer.bench.machine import OtherWork, machine_facts, use_threads
+from gossamer.bench.machine import cpu_name, machine_facts, use_threads
 
 PARTS = ("make", "judge", "tasks", "speed", "table")
 NOVEL = "text/persuasion.txt.gz"
@@ -48,7 +48,7 @@ DEPTH, READ = 512, 256 << 20
 def parse() -> argparse.Namespace:
     parser = protocol.parser("quality", __doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    protocol.add_model_arguments(parser)
+    protocol.add_model_arguments(parser, required=False)
     parser.set_defaults(threads=2)
     parser.add_argument("--name", default="SmolLM2-135M", help="of the model in results and folders")
     parser.add_argument("--work", type=Path, default=Path("quality.work"), help="where files are kept")
@@ -71,9 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "quality.json")
     parser.add_argument("--page", type=Path, default=protocol.RESULTS.parents[1] / "docs/quality.md")
     parser.set_defaults(huge_pages=False, isa=None, make=False)
-    args = parser.parse_args()
-    args.model = args.reference = Path(args.model).resolve()
-    return args
+    return parser.parse_args()
 
 
 def save(args: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
@@ -224,6 +222,7 @@ def speed(args: argparse.Namespace) -> None:
     """Every layout once (tuned weights take the time of others), rivals in the same rounds."""
     players: dict[Contender, Server] = {}
     found, env, pythons = Found(), environment(args), python_of(args)
+    run = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
     seen: set[str] = set()
     reader = Reader(max(8 * READ, PAST_CACHE * last_level_cache()), args.threads)
     try:
@@ -236,7 +235,7 @@ def speed(args: argparse.Namespace) -> None:
                 seen.add(cell)
             except GoneError as why:
                 progress(str(why))
-        others = OtherWork()
+        others = WorkOfOthers(players)
         series = play(args, players, DEPTH, False, reader, found)
         busy = others.cores()
     finally:
@@ -249,13 +248,14 @@ def speed(args: argparse.Namespace) -> None:
             continue
         rate = [round(1 / seconds, 2) for seconds in series[c.name].step]
         timed = {
+            "run": run,
             "decode": rate,
             "depth": DEPTH,
             "threads": args.threads,
             "isa": isa,
-            "load": os.getloadavg()[0],
+            "cpu": cpu_name(),
+            "other_work": busy,
         }
-        timed["busy_cores"] = round(busy, 2)
         prefix = c.variant.rpartition(", ")[0]
         names = [f"{prefix}, {level}" for level in LEVELS] if c.ours else [c.name]
         for name in names:
@@ -265,17 +265,18 @@ def speed(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    args.data = protocol.data_folder(args.data)
-    protocol.set_threads(args.threads)
-    if args.tuned_first:
-        args.model = quality_cells.tuned_dense(args)
-        args.name = f"{args.name}, tuned first"
-    (args.work / args.name).mkdir(parents=True, exist_ok=True)
-    for part in args.parts:
-        if part == "table":
-            quality_tables.write(args.out, args.page)
-        else:
-            {"make": build, "judge": judge, "tasks": tasks, "speed": speed}[part](args)
+    if parts := [part for part in args.parts if part != "table"]:
+        args.model = args.reference = protocol.model_folder(args.model)
+        args.data = protocol.data_folder(args.data)
+        protocol.set_threads(args.threads)
+        if args.tuned_first:
+            args.model = quality_cells.tuned_dense(args)
+            args.name = f"{args.name}, tuned first"
+        (args.work / args.name).mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        {"make": build, "judge": judge, "tasks": tasks, "speed": speed}[part](args)
+    if "table" in args.parts:
+        quality_tables.write(args.out, args.page)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,21 +53,35 @@ def cell_of(name: str) -> str:
     return cell if level in LEVELS else name
 
 
+def speeds_of(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Speeds by cell, since a layout is timed once, whatever its weights went through: all of one run, that
+    which timed the most, of those the last."""
+    found = {cell_of(name): one["speed"] for name, one in model.items() if "speed" in one}
+    runs = Counter(str(timed.get("run", "")) for timed in found.values())
+    if not runs:
+        return {}
+    run = max(runs, key=lambda name: (runs[name], name))
+    return {cell: timed for cell, timed in found.items() if str(timed.get("run", "")) == run}
+
+
 def rows_of(model: dict[str, Any]) -> list[Row]:
     """All contenders that were judged, by bytes."""
     dense = {text: statistics.mean(found["loss"]) for text, found in model[DENSE]["judged"].items()}
-    # a layout is timed once, whatever its weights went through
-    speeds = {cell_of(name): found["speed"] for name, found in model.items() if "speed" in found}
+    speeds = speeds_of(model)
     rows = []
     for name, found in model.items():
         if name == DENSE or "judged" not in found:
+            continue
+        counts = {text: len(one["loss"]) for text, one in found["judged"].items()}
+        if counts != {text: len(one["loss"]) for text, one in model[DENSE]["judged"].items()}:
+            print(f"{name} was judged on other windows than the dense model: left out")
             continue
         judged = {
             text: {key: statistics.mean(values) for key, values in one.items()}
             for text, one in found["judged"].items()
         }
         ratios = {text: math.exp(one["loss"] - dense[text]) for text, one in judged.items()}
-        timed = found.get("speed") or speeds.get(cell_of(name))
+        timed = speeds.get(cell_of(name))
         rows.append(
             Row(
                 name,
@@ -211,12 +226,14 @@ def made_by(model: dict[str, Any]) -> str:
     """The command behind one of ours, and how speed was timed."""
     words = next(one["made"]["command"] for one in model.values() if "made" in one).split()
     command = " ".join([*words[:2], "MODEL", *words[3:]])
-    timed = next((one["speed"] for one in model.values() if "speed" in one), None)
+    timed = next(iter(speeds_of(model).values()), None)
+    cpu = (timed or {}).get("cpu")
     if timed is None:
         return f"Ours were made as by `{command}`."
     return (
         f"Ours were made as by `{command}`. Tokens a second: after {timed['depth']} tokens, "
-        f"{timed['threads']} threads, {timed['isa']}, the median of {len(timed['decode'])} rounds in turn."
+        f"{timed['threads']} threads, {timed['isa']}{f' ({cpu})' if cpu else ''}, the median of "
+        f"{len(timed['decode'])} rounds in turn."
     )
 
 

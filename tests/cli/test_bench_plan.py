@@ -106,3 +106,11 @@ def test_options_that_do_not_go_together(model: Path, checkpoint: Path) -> None:
     refused(run("bench", model, "--refresh"), "--plan")
     refused(run("bench", checkpoint, "--plan", "--zeros", "70"), "from 0 to 1", "70")
     refused(run("bench", model, "--plan", "--values", "int5"), "int5")
+
+
+@pytest.mark.parametrize("option", [("--dtype", "float32"), ("--engine", "transformers"), ("--repeats", "9"),
+                                    ("--cache", "kivi4"), ("--huge-pages",)])  # fmt: skip
+def test_options_of_measuring_have_no_place_in_a_plan(checkpoint: Path, option: tuple[str, ...]) -> None:
+    done = run("bench", checkpoint, "--plan", *option)
+    assert done.code == 2
+    assert f"{option[0]} is of measuring a model" in done.err

@@ -265,6 +265,20 @@ def test_experts_that_no_token_reached_are_counted(tmp_path: Path) -> None:
     assert told["uncompressed"] == {f"model.layers.{i}.mlp.gate.weight": 32 * 64 for i in range(3)}
 
 
+def test_models_that_cut_text_otherwise_are_no_versions_of_one(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tiny_folder(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = (vocabulary[letter] for letter in "et")
+    vocabulary["e"], vocabulary["t"] = b, a
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = run("eval", model, "--against", other, "--text", text, "--windows", "2", "--seqlen", "32")
+    assert done.code == 2
+    assert "other tokens" in done.err
+
+
 def test_info_of_a_plain_model(model: Path) -> None:
     told = run("info", model, "--json").document
     assert told["kind"] == "model"

@@ -7,11 +7,14 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from gossamer.errors import EvaluationError
 from gossamer.evaluate import (
     bootstrap_mean,
+    exp,
     paired_difference,
+    paired_ratio,
     perplexity_interval,
     perplexity_ratio_interval,
 )
@@ -32,19 +35,26 @@ def test_quantiles_equal_those_of_all_possible_resamples() -> None:
     values = [0.0, 1.0, 10.0, 100.0]
     every = [float(np.mean(draw)) for draw in itertools.product(values, repeat=4)]
     found = bootstrap_mean(values, confidence=0.8, resamples=50_000)
+    wider = float(stats.t.ppf(0.9, 3) / stats.norm.ppf(0.9)) * math.sqrt(4 / 3)
+    middle = float(np.mean(values))
     # the drawn quantile lies within a point of probability of the exact one
-    low, high = np.quantile(every, [0.09, 0.11]), np.quantile(every, [0.89, 0.91])
+    low, high = (
+        middle + wider * (np.quantile(every, tail) - middle) for tail in ([0.09, 0.11], [0.89, 0.91])
+    )
     assert low[0] <= found.low <= low[1]
     assert high[0] <= found.high <= high[1]
 
 
 def test_covers_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(2)
-    hits = 0
-    for trial in range(400):
-        found = bootstrap_mean(rng.normal(size=40).tolist(), confidence=0.9, resamples=500, seed=trial)
-        hits += found.low <= 0.0 <= found.high
-    assert 0.85 <= hits / 400 <= 0.94  # 0.9, a little less at 40 windows, and three deviations of chance
+    for windows in (5, 10, 40):
+        hits = 0
+        for trial in range(400):
+            found = bootstrap_mean(
+                rng.normal(size=windows).tolist(), confidence=0.9, resamples=500, seed=trial
+            )
+            hits += found.low <= 0.0 <= found.high
+        assert 0.85 <= hits / 400 <= 0.96  # 0.9 and three deviations of chance
 
 
 def test_pairing_removes_what_windows_share() -> None:
@@ -59,6 +69,29 @@ def test_pairing_removes_what_windows_share() -> None:
     ratio = perplexity_ratio_interval(worse, better)
     assert ratio.estimate == pytest.approx(math.exp(found.estimate))
     assert (ratio.low, ratio.high) == (math.exp(found.low), math.exp(found.high))
+
+
+def test_the_ratio_of_two_means() -> None:
+    """Against the delta method's deviation of the logarithm, and turned round."""
+    rng = np.random.default_rng(5)
+    hard = rng.gamma(9.0, 0.1, size=200)
+    ours, theirs = hard * rng.normal(0.5, 0.02, size=200), hard
+    found = paired_ratio(ours.tolist(), theirs.tolist())
+    ratio = ours.mean() / theirs.mean()
+    deviation = np.std(ours - ratio * theirs) / theirs.mean() / math.sqrt(200)
+    assert found.estimate == pytest.approx(ratio)
+    assert found.low == pytest.approx(ratio - 1.96 * deviation, abs=0.1 * deviation)
+    assert found.high == pytest.approx(ratio + 1.96 * deviation, abs=0.1 * deviation)
+    back = paired_ratio(theirs.tolist(), ours.tolist())
+    assert (1 / back.high, 1 / back.low) == pytest.approx((found.low, found.high), rel=1e-9)
+    with pytest.raises(EvaluationError, match="not positive"):
+        paired_ratio([1.0, 2.0], [0.0, 0.0])
+
+
+def test_losses_past_all_numbers_are_infinite() -> None:
+    found = perplexity_interval([1000.0, 1200.0])
+    assert (found.estimate, found.high) == (math.inf, math.inf)
+    assert exp(1.0) == math.e
 
 
 def test_perplexity_interval_is_exp_of_the_mean_interval() -> None:

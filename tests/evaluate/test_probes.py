@@ -152,6 +152,27 @@ def test_answers_in_json_are_judged() -> None:
     assert changed(probe.ask(subject(says=turned), 4, silent), right).agreement == (True,) * 4
 
 
+def test_the_strictest_measure_of_json_is_the_strictest() -> None:
+    """``1`` is no ``true``, though Python takes them for equal; 5 and 5.0 are one number."""
+    probe = Structured()
+    orders = [probe.item(number) for number in range(200) if "paid" in probe.item(number)[1]]
+    prompt, record, _ = next(item for item in orders if item[1]["paid"])
+    known = {probe.item(number)[0]: probe.item(number)[1] for number in range(200)}
+
+    def ask(said: dict[str, Any]) -> Any:
+        return probe.ask(
+            subject(says=lambda asked: json.dumps(said if asked == prompt else known[asked])), 200, silent
+        )
+
+    loose, right = ask({**record, "paid": 1}), ask(record)
+    where = next(i for i, (a, b) in enumerate(zip(loose.answers, right.answers, strict=True)) if a != b)
+    assert [one[where] for one in loose.measures.values()] == [True, False, False]
+    whole = next(item for item in orders if item[1]["price"].is_integer())
+    prompt, record = whole[0], whole[1]
+    same = ask({**record, "price": int(record["price"])})
+    assert all(changed(same, right).agreement)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[1]", "1", '{"a": NaN}', '{"a": 1, "a": 2}', '{"a": 1} and so on', "{'a': 1}", "[" * 9999],

@@ -178,6 +178,14 @@ def test_flips_count_both_ways() -> None:
     assert (found.lost, found.gained) == (2, 1)
     assert found.difference.estimate == pytest.approx(-0.2)
     assert found.difference.low < -0.2 < found.difference.high
+    same = flips([True] * 200, [True] * 200).difference  # no flips among few are no proof that there are none
+    assert (same.low, same.estimate, same.high) == pytest.approx((-0.0097, 0.0, 0.0097), abs=1e-4)
+    many = flips(
+        [True] * 60 + [False] * 40 + [True] * 900, [False] * 60 + [True] * 40 + [True] * 900
+    ).difference
+    wald = 1.96 * (0.1 - 0.02**2) ** 0.5 / 1000**0.5
+    assert (many.low, many.high) == pytest.approx((0.02 - wald, 0.02 + wald), abs=3e-4)
+    assert flips([True], [False]).difference.high == 1.0
 
 
 def right_ones(model: Any, row: dict[str, Any], *, norm: bool) -> int:

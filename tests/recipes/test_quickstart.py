@@ -17,14 +17,14 @@ from gossamer.evaluate.size import size_of_folder
 from gossamer.models import load_checkpoint, load_model, load_tokenizer, read_text
 from gossamer.models.text import Text, evaluation_windows
 from gossamer.recipes import quickstart as room
-from gossamer.recipes.quickstart import Contender, Quickstart, choose, quickstart
+from gossamer.recipes.quickstart import CONTENDERS, NATIVE, Contender, Quickstart, choose, quickstart
 from tiny import tiny_folder
 
 
 def contender(name: str, kl: float, decode: float) -> Contender:
     figures: dict[str, Any] = dict.fromkeys(("perplexity", "agreement", "prompt_speed"), 1.0)
     sizes: dict[str, Any] = {"weight_bytes": 1, "linear_bits": 1.0, "all_bits": 1.0, "head": "int8"}
-    return Contender(name=name, source=name, kl=kl, decode_speed=decode, **figures, **sizes)
+    return Contender(name=name, source=name, engine="", kl=kl, decode_speed=decode, **figures, **sizes)
 
 
 DENSE = contender("dense bf16", 0.0, 20.0)
@@ -40,6 +40,9 @@ DENSE = contender("dense bf16", 0.0, 20.0)
         ([("int4", 0.2, 40.0), ("sparse", 0.3, 50.0)], "dense bf16", "dense won: no other"),
         ([("int4", float("nan"), 40.0)], "dense bf16", "dense won"),
         ([("int4", 0.05, 20.0)], "dense bf16", "dense won"),  # as fast is not faster
+        ([(NATIVE, 0.0, 30.0), ("int4", 0.05, 45.0)], "int4", "1.50x dense bf16, native"),
+        ([(NATIVE, 0.0, 30.0), ("int4", 0.05, 25.0)], NATIVE, "dense won: none"),
+        ([(NATIVE, 0.0, 10.0), ("int4", 0.05, 25.0)], "int4", "1.25x dense bf16"),
     ],
 )
 def test_the_fastest_within_the_bar_is_chosen(
@@ -95,9 +98,10 @@ def test_every_figure_is_that_of_its_part(done: Quickstart, model: Path, text: P
     rest = Text((joined[int(0.7 * len(joined)) :],), "rest")
     windows = evaluation_windows(rest, load_tokenizer(model), 48, 3)
     dense = load_model(model, torch.bfloat16)[0].to(fast_dtype())
-    packed = {one.name: load_checkpoint(one.source) for one in done.contenders[1:]}
+    packed = {one.name: load_checkpoint(one.source) for one in done.contenders[2:]}
     quality = compare({"dense bf16": dense, **packed}, windows, reference=dense)
-    assert [one.name for one in done.contenders] == ["dense bf16", "dense int4", "32:64 sparse int4"]
+    assert [one.name for one in done.contenders] == ["dense bf16", NATIVE, *CONTENDERS]
+    quality[NATIVE] = quality["dense bf16"]
     for one in done.contenders:
         assert one.perplexity == pytest.approx(quality[one.name].perplexity, rel=1e-6)
         assert one.kl == pytest.approx(quality[one.name].mean_kl, abs=1e-7)
@@ -106,11 +110,11 @@ def test_every_figure_is_that_of_its_part(done: Quickstart, model: Path, text: P
         assert one.prompt_speed > 0
     assert done.contenders[0].linear_bits == 16.0
     assert done.contenders[0].kl == 0.0
-    for one in done.contenders[1:]:
+    for one in done.contenders[2:]:
         size = size_of_folder(Path(one.source))
         assert (one.linear_bits, one.all_bits) == (size.linear_bits, size.all_bits)
         assert one.head == "int8"
-    assert size_of_folder(Path(done.contenders[2].source)).sparsity == pytest.approx(0.5)
+    assert size_of_folder(Path(done.contenders[3].source)).sparsity == pytest.approx(0.5)
     assert done.chosen in {one.name for one in done.contenders}
     assert not done.smoke
     assert done.text == "prose.txt, its last 30 %"
@@ -128,9 +132,12 @@ def test_speeds_are_those_of_the_engine_that_serves(
         return measured(*models, **settings)
 
     monkeypatch.setattr(room, "speed", spy)
-    quickstart(tmp_path / "start", model=str(model), windows=2, text=text)
+    found = quickstart(tmp_path / "start", model=str(model), windows=2, text=text)
     assert timed.pop("dense bf16").startswith("transformers")
-    assert timed == dict.fromkeys(("dense int4", "32:64 sparse int4"), "the native decoder")
+    assert timed == dict.fromkeys((NATIVE, "dense int4", "32:64 sparse int4"), "the native decoder")
+    told = {one.name: one.engine for one in found.contenders}
+    assert told.pop("dense bf16").startswith("transformers")
+    assert told == timed
 
 
 def test_what_is_done_is_not_done_again(
@@ -153,7 +160,7 @@ def test_a_missing_step_is_made_again_with_the_same_bytes(
     for before, after in zip(done.contenders, again.contenders, strict=True):
         same = {"decode_speed": 0.0, "prompt_speed": 0.0, "source": ""}
         assert dataclasses.replace(before, **same) == dataclasses.replace(after, **same)
-    weights = [Path(one.source) / "gossamer.safetensors" for one in (done.contenders[2], again.contenders[2])]
+    weights = [Path(one.source) / "gossamer.safetensors" for one in (done.contenders[3], again.contenders[3])]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -170,6 +177,11 @@ def test_another_plan_is_refused(
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(TextError, match="empty"):
         quickstart(tmp_path / "new", model=str(model), text=tmp_path / "empty.txt")
+    # enough to calibrate on, too little to measure: told before anything is made
+    (tmp_path / "middling.txt").write_text(text.read_text()[:260])
+    with pytest.raises(TextError, match="tokens"):
+        quickstart(tmp_path / "new", model=str(model), windows=1, text=tmp_path / "middling.txt")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["plan.json"]
     (tmp_path / "short.txt").write_text("a few words only")
     for _ in range(2):  # a plan of which nothing came may be replaced
         with pytest.raises(TextError, match="tokens"):

@@ -18,6 +18,7 @@ from gossamer.dynamic.activations import method as gating
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.errors import CheckpointError, MethodError
+from gossamer.evaluate import paired_ratio
 from gossamer.matrices import Packed, Sum
 from gossamer.models import load_checkpoint
 from gossamer.prune import METHODS, Claim, Experiment
@@ -26,7 +27,7 @@ from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.measure import quality
 from gossamer.recipes.shrink import ShrinkSettings
-from gossamer.report import Texts, claimed, reproduce, verdicts_in
+from gossamer.report import Texts, claimed, one_shot, reproduce, texts, verdicts_in
 from gossamer.report.catalogue_page import page
 from gossamer.report.reproduce import run_all
 from tiny import tiny_folder
@@ -291,7 +292,7 @@ def test_contenders_may_lose_blocks_and_be_tuned_on_what_the_dense_model_writes(
     assert found.ratio == pytest.approx(
         found.figures["continuations"]["kl"] / found.figures["ordinary"]["kl"]
     )
-    assert found.interval is None
+    assert found.interval is not None
 
 
 def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
@@ -374,11 +375,72 @@ def test_damaged_verdicts_are_refused(tmp_path: Path) -> None:
         verdicts_in(file)
 
 
+def test_no_interval_is_no_clear_verdict(model: str, tmp_path: Path) -> None:
+    asked = claim(model, factor=1e3)
+    one = reproduce("magnitude", tmp_path, claim=asked, texts=Texts([PROSE], [PROSE[5000:]], 1, 64))
+    assert (one.interval, one.holds, one.clear) == (None, True, False)
+    assert "holds (one run, no interval)" in page({"magnitude": one.to_dict()})
+    two = reproduce("magnitude", tmp_path, claim=asked, texts=Texts([PROSE], [PROSE[5000:]], 2, 64))
+    assert two.interval is not None
+    assert two.clear
+    assert "on 2 windows of 64" in page({"magnitude": two.to_dict()})
+
+
+def test_distances_have_an_interval_too(model: str, tmp_path: Path) -> None:
+    asked = replace(claim(model, factor=1.0), metric="kl")
+    found = reproduce("magnitude", tmp_path, claim=asked, texts=TEXTS)
+    ours, theirs = (found.figures[name]["window_kl"] for name in ("magnitude", "random"))
+    want = paired_ratio(ours, theirs)
+    assert found.ratio == pytest.approx(want.estimate)
+    assert found.interval == (want.low, want.high)
+    assert "window_kl" not in found.to_dict()["figures"]["magnitude"]
+    nothing = replace(asked, than="dense")
+    assert reproduce("magnitude", tmp_path, claim=nothing, texts=TEXTS).ratio == math.inf
+
+
+def test_figures_are_of_the_text_and_the_model_not_of_their_names(tmp_path: Path) -> None:
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    tiny_folder(folder)
+    text.write_text(PROSE[:8000])
+
+    def perplexity() -> float:
+        given = Texts([PROSE], str(text), 4, 64)
+        found = reproduce("magnitude", tmp_path / "work", claim=claim(str(folder)), texts=given)
+        value: float = found.figures["dense"]["perplexity"]
+        return value
+
+    first = perplexity()
+    text.write_text(PROSE[8000:16000])
+    second = perplexity()
+    assert first != second
+    tiny_folder(folder, seed=1)
+    for kept in (texts._weights, one_shot._dense):  # of a process
+        kept.cache_clear()
+    assert perplexity() != second
+
+
+def test_a_smoke_test_is_told_on_the_page(model: str, tmp_path: Path) -> None:
+    """Also where the prose inside Python calibrated only."""
+    for given in (Texts(None, [PROSE], 2, 64), Texts([PROSE], None, 2, 64), TEXTS):
+        found = reproduce("magnitude", tmp_path, claim=claim(model), texts=given)
+        assert ("SMOKE TEST" in page({"magnitude": found.to_dict()})) == (given is not TEXTS)
+
+
 def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
     run = CliRunner().invoke
     listed = run(app, ["reproduce", "--list", "--json"])
     assert set(json.loads(listed.stdout)) == set(claimed())
     assert run(app, ["reproduce"]).exit_code == 2
     assert run(app, ["reproduce", "nothing"]).exit_code == 2
+    assert run(app, ["reproduce", "nothing", "--list"]).exit_code == 2
+    assert set(json.loads(run(app, ["reproduce", "obs", "obs", "--list", "--json"]).stdout)) == {"obs"}
+    both = run(app, ["reproduce", "wanda", "--all"])
+    assert both.exit_code == 2
+    assert "leave wanda out" in both.stderr
+    text = tmp_path / "same.txt"
+    text.write_text(PROSE)
+    same = run(app, ["reproduce", "wanda", "--calibration", str(text), "--text", str(text)])
+    assert same.exit_code == 2
+    assert "cannot both calibrate and measure" in same.stderr
     assert run(app, ["reproduce", "--page", str(tmp_path / "catalogue.md")]).exit_code == 0
     assert "| `obs` |" in (tmp_path / "catalogue.md").read_text()

@@ -19,6 +19,7 @@ BUSY = 0.1  # cores that other processes keep busy: above it they disturb the fi
 
 @guarded
 def bench(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(
@@ -75,7 +76,10 @@ def bench(
     if plan or profile:
         options.unused("of measuring a model: leave out with --plan and --profile", attention=attention)
     if plan:
-        options.unused("of measuring a model: leave out with --plan", huge_pages=huge_pages or None)
+        options.unused(
+            "of measuring a model: leave out with --plan",
+            **options.given(context, "dtype", "engine", "cache", "repeats", "huge_pages"),
+        )
         chosen = {"values": values, "pattern": pattern, "sparsity": sparsity, "zeros": zeros}
         _plan(models[0], as_json, prompt=prompt, decode=decode, threads=threads, refresh=refresh, **chosen)
         return

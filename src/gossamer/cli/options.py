@@ -122,6 +122,12 @@ def unused(why: str, **given: object) -> None:
         raise EvaluationError(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {why}")
 
 
+def given(context: typer.Context, *names: str) -> dict[str, object]:
+    """Those of the options ``names`` that stand on the command line; for `unused`."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return {name: True for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """``KEY=VALUE`` pairs as a method's options: numbers and true/false where they look like it, else text.
     Raises MethodError."""

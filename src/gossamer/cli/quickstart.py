@@ -99,11 +99,15 @@ def _print(found: Quickstart) -> None:
         )
         for one in found.contenders
     ]
+    engines: dict[str, list[str]] = {one.engine.partition(":")[0]: [] for one in found.contenders}
+    for one in found.contenders:
+        engines[one.engine.partition(":")[0]].append(one.name)
     notes = [
         f"Quality: on {found.windows} windows of {found.seqlen:,} tokens of {found.text} (few, to be done in "
         f"minutes), after calibration on {found.calibration_windows}.",
         *([SMOKE] if found.smoke else []),
         *([f"Note: {found.note}"] if found.note else []),
+        "Timed in: " + "; ".join(f"{engine}: {', '.join(names)}" for engine, names in engines.items()) + ".",
         *machine_notes(Machine(**found.machine), found.other_work),
         f"\nBy these figures: {found.chosen}. {found.why[0].upper()}{found.why[1:]}.",
     ]

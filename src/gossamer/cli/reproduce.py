@@ -51,19 +51,22 @@ def reproduce(
     """Run the claims of methods' papers in miniature, with their baselines, and say whether they hold."""
     from gossamer.report.reproduce import claimed, run_all
 
-    claims = claimed()
+    claims, names = claimed(), list(dict.fromkeys(names or ()))
+    if unknown := [name for name in names if name not in claims]:
+        raise MethodError(f"the method {unknown[0]!r} has no claim to run (there are: {', '.join(claims)})")
+    if every and names:
+        raise MethodError(f"--all runs every claim: leave {names[0]} out, or leave --all out")
     if listed:
+        claims = {name: claim for name, claim in claims.items() if name in (names or claims)}
         if as_json:
             show.document({name: claim.to_dict() for name, claim in claims.items()})
         else:
             rows = [(name, claim.says, ", ".join(claim.experiment.against)) for name, claim in claims.items()]
             show.columns("Claims", ("method", "the paper says", "beside"), rows, left=3)
         return
-    chosen = list(claims) if every else list(names or ())
+    chosen = list(claims) if every else names
     if not chosen and page is None:
         raise MethodError("name a method, or --all (`gossamer reproduce --list` shows them)")
-    if unknown := [name for name in chosen if name not in claims]:
-        raise MethodError(f"the method {unknown[0]!r} has no claim to run (there are: {', '.join(claims)})")
     options.use_threads(threads)
     texts = _texts(calibration, text, windows)
     found = []
@@ -102,6 +105,8 @@ def _texts(calibration: str | None, text: str | None, windows: int) -> Texts:
     if data and (Path(data) / MEASURED).exists():
         calibration = calibration or str(Path(data) / CALIBRATION)
         text = text or str(Path(data) / MEASURED)
+    if calibration and text and Path(calibration).resolve() == Path(text).resolve():
+        raise MethodError(f"{text} cannot both calibrate and measure: give another --text")
     return Texts(calibration, text, windows)
 
 

@@ -3,7 +3,9 @@
 from gossamer.evaluate.bootstrap import (
     Interval,
     bootstrap_mean,
+    exp,
     paired_difference,
+    paired_ratio,
     perplexity_interval,
     perplexity_ratio_interval,
 )
@@ -22,9 +24,11 @@ __all__ = [
     "confidence",
     "corrupted",
     "evaluate",
+    "exp",
     "layer_errors",
     "memory_bytes",
     "paired_difference",
+    "paired_ratio",
     "perplexity_interval",
     "perplexity_ratio_interval",
     "reconstruction_error",

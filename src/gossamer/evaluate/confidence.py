@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import EvaluationError
+from gossamer.evaluate.bootstrap import exp
 from gossamer.evaluate.logits import LogitReader, eval_mode
 
 CHUNK = 256  # positions whose logits are held at once
@@ -79,7 +79,7 @@ def confidence(
                 loss -= float(logp.gather(1, targets[:, None]).double().sum())
                 sure.add(logp, targets)
     tokens = float(sure.sums[0].sum())
-    return Confidence(math.exp(loss / tokens), sure.accuracy, sure.error)
+    return Confidence(exp(loss / tokens), sure.accuracy, sure.error)
 
 
 def corrupted(windows: Tensor, share: float, vocabulary: int, seed: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from gossamer.errors import EvaluationError
 from gossamer.evaluate.bootstrap import (
     Interval,
     bootstrap_mean,
+    exp,
     perplexity_interval,
     perplexity_ratio_interval,
 )
@@ -59,19 +60,19 @@ class Quality:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood per token."""
-        return _exp(_mean(self.nll))
+        return exp(_mean(self.nll))
 
     @property
     def reference_perplexity(self) -> float | None:
         """The reference model's perplexity on the same windows."""
-        return None if self.reference_nll is None else _exp(_mean(self.reference_nll))
+        return None if self.reference_nll is None else exp(_mean(self.reference_nll))
 
     @property
     def perplexity_ratio(self) -> float | None:
         """Perplexity over the reference's (1.02 = 2 % worse)."""
         if self.reference_nll is None:
             return None
-        return _exp(_mean(self.nll) - _mean(self.reference_nll))
+        return exp(_mean(self.nll) - _mean(self.reference_nll))
 
     @property
     def mean_kl(self) -> float | None:
@@ -278,8 +279,3 @@ def _check_windows(windows: Tensor, first: int, batch: int, chunk: int) -> None:
 
 def _mean(values: tuple[float, ...]) -> float:
     return math.fsum(values) / len(values)
-
-
-def _exp(x: float) -> float:
-    """exp that gives infinity where float64 ends: a broken model may well have a loss of 1,000 nats."""
-    return math.exp(x) if x < 709.0 else math.inf

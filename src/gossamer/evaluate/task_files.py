@@ -59,7 +59,7 @@ def read_task(name: str, items: int | None = ITEMS) -> TaskItems:
     if not rows:
         raise EvaluationError(f"{path.name} holds no items")
     total = len(rows)
-    label = path.name.partition(".")[0]
+    label = _label(path)
     ends_with = TASKS.get(name, "")
     chosen = [_item(*rows[index], path.name, ends_with) for index in spread(total, items)]
     if len({len(set(item.contexts)) > 1 for item in chosen}) > 1:
@@ -77,10 +77,14 @@ def check_tasks(names: Sequence[str]) -> None:
     """Raises EvaluationError where one of ``names`` is no task, its file is missing, or two are one."""
     if not names:
         raise EvaluationError(f"name at least one task of {', '.join(TASKS)}, or a .jsonl file")
-    labels = [_find(name).name.partition(".")[0] for name in names]
+    labels = [_label(_find(name)) for name in names]
     for label in labels:
         if labels.count(label) > 1:
             raise EvaluationError(f"the task {label} is named twice")
+
+
+def _label(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def _find(name: str) -> Path:

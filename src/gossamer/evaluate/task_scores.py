@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import Any
 
 from gossamer.errors import EvaluationError
-from gossamer.evaluate.bootstrap import Interval, paired_difference
+from gossamer.evaluate.bootstrap import Interval
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TaskScore:
 @dataclass(frozen=True)
 class Flips:
     """The same items answered by two models: ``lost`` were right before and are wrong now, ``gained`` the
-    other way; ``difference``: of accuracy, now - before, with its paired bootstrap interval over items.
+    other way; ``difference``: of accuracy, now - before, with its 95 % interval over pairs of answers.
     Dutta et al. 2024, Accuracy is Not All You Need: equal accuracy may hide many flips."""
 
     lost: int
@@ -67,12 +67,20 @@ class Flips:
 
 
 def flips(now: Sequence[bool], before: Sequence[bool]) -> Flips:
-    """Flips between two models' answers to the same items, in order. Raises EvaluationError for other lengths
-    and for fewer than two items."""
-    difference = paired_difference([float(x) for x in now], [float(x) for x in before])
+    """Flips between two models' answers to the same items, in order. The interval is that of paired shares
+    with half an item added to each of the four kinds of pairs, so that no flips among few items are no proof
+    (Agresti & Min 2005, Simple Improved Confidence Intervals for Comparing Matched Proportions). Raises
+    EvaluationError for other lengths and where there is none."""
+    if len(now) != len(before) or not now:
+        raise EvaluationError(f"flips are of the same items, got {len(now)} and {len(before)} answers")
     pairs = list(zip(now, before, strict=True))
     lost = sum(was and not now_right for now_right, was in pairs)
     gained = sum(now_right and not was for now_right, was in pairs)
+    items, changed, net = len(pairs) + 2, lost + gained + 1, gained - lost
+    middle = net / items
+    half = NormalDist().inv_cdf(0.975) * math.sqrt(changed - net**2 / items) / items
+    low, high = max(-1.0, middle - half), min(1.0, middle + half)
+    difference = Interval((gained - lost) / len(pairs), low, high, 0.95, len(pairs), 0)
     return Flips(lost, gained, difference)
 
 

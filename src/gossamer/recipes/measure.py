@@ -76,6 +76,11 @@ def quality(
     if against is not None:
         dense = against if isinstance(against, LoadedModel) else load(against, dtype=dtype, progress=progress)
     reference = None if dense is None else dense.model
+    if dense is not None and not torch.equal(windows_for(dense, read, seqlen, windows), ids):
+        raise EvaluationError(
+            f"{dense.title} cuts the text into other tokens than {loaded.title}: they are no versions of one "
+            "model"
+        )
     measured = compare({loaded.title: loaded.model}, ids, reference=reference, first=first, progress=progress)
     return MeasuredQuality(
         loaded.title, None if dense is None else dense.title, read.label, read.smoke, measured[loaded.title]

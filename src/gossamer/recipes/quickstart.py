@@ -18,13 +18,15 @@ import torch
 
 from gossamer import kernels
 from gossamer.calibrate import fast_dtype
+from gossamer.engine import why_not
 from gossamer.errors import GossamerError, ModelError, OutputError
 from gossamer.evaluate import compare
 from gossamer.evaluate.size import size_of_model
 from gossamer.matrices.atomic import atomic_file
 from gossamer.models.manifest import MANIFEST, is_checkpoint
 from gossamer.models.sources import resolve
-from gossamer.models.text import Text, default_text, read_text
+from gossamer.models.text import Text, default_text, evaluation_windows, read_text
+from gossamer.models.tokenizer import load_tokenizer
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.describe import describe_checkpoint
@@ -41,7 +43,10 @@ KL_BAR = 0.10  # nats a token: beyond it, a model's answers drift visibly from t
 SEQLEN = 1024
 MEASURED_WINDOWS = 8  # of SEQLEN tokens: few, so that the whole stays within minutes
 PROMPT, DECODE, ROUNDS = 512, 64, 3
-DENSE = "dense bf16"
+DENSE, NATIVE = (
+    "dense bf16",
+    "dense bf16, native",
+)  # in transformers, and in the decoder that serves the others
 _SHARE = 0.7  # of a given text, for calibration; the rest measures
 
 # name: folder and settings of `compress`
@@ -53,12 +58,13 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table. ``source``: what to load; ``weight_bytes``: as stored (of the dense one: in
-    bfloat16); bits per weight as everywhere; ``head``: the number format of embeddings and head; ``kl``: to
-    dense bfloat16, nats a token; speeds in tokens a second."""
+    """One row of the table. ``source``: what to load; ``engine``: what ran it; ``weight_bytes``: as stored
+    (of the dense one: in bfloat16); bits per weight as everywhere; ``head``: the number format of embeddings
+    and head; ``kl``: to dense bfloat16, nats a token; speeds in tokens a second."""
 
     name: str
     source: str
+    engine: str
     weight_bytes: int
     linear_bits: float
     all_bits: float
@@ -68,6 +74,11 @@ class Contender:
     agreement: float
     prompt_speed: float
     decode_speed: float
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is the model as it was, in one engine or the other."""
+        return self.name in (DENSE, NATIVE)
 
     @property
     def passes(self) -> bool:
@@ -99,7 +110,7 @@ class Quickstart:
     def load(self) -> LoadedModel:
         """The chosen contender, ready to answer."""
         best = next(one for one in self.contenders if one.name == self.chosen)
-        return load(best.source, dtype="fast")
+        return load(best.source, dtype="fast", engine="native" if best.name == NATIVE else "auto")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -115,7 +126,8 @@ def quickstart(
     text: str | Path | None = None,
     progress: Progress = silent,
 ) -> Quickstart:
-    """Makes dense int4 and 32:64 sparse int4 of a model by the OBS sweep, and measures both beside dense.
+    """Makes dense int4 and 32:64 sparse int4 of a model by the OBS sweep, and measures both beside dense: in
+    transformers, and in the native decoder that serves the two where it knows the model's family.
 
     ``folder``: where all of it lies; what is there already is not made again. ``model``: any source; None
     takes SmolLM2-135M-Instruct from the hub, or, where that cannot be reached, from its wheel.
@@ -128,6 +140,7 @@ def quickstart(
     folder = Path(folder)
     calibration, measure = _texts(text)
     plan = _plan(folder, model, windows, calibration, measure, progress)
+    _check_length(plan["model"], measure)
     for name, (place, settings) in CONTENDERS.items():
         if not is_checkpoint(folder / place):
             compress(
@@ -140,9 +153,13 @@ def quickstart(
                 **settings,
             )
     measured = _measured(folder, plan["model"], measure, progress)
-    sources = {DENSE: plan["model"]} | {name: str(folder / place) for name, (place, _) in CONTENDERS.items()}
+    places = {name: str(folder / place) for name, (place, _) in CONTENDERS.items()}
     rows = measured["contenders"]
-    contenders = tuple(Contender(name=name, source=sources[name], **rows[name]) for name in sources)
+    contenders = tuple(
+        Contender(name=name, source=places.get(name, plan["model"]), **rows[name])
+        for name in (DENSE, NATIVE, *CONTENDERS)
+        if name in rows
+    )
     chosen, why = choose(contenders)
     return Quickstart(
         folder=folder,
@@ -164,10 +181,11 @@ def quickstart(
 
 
 def choose(contenders: tuple[Contender, ...]) -> tuple[str, str]:
-    """The contender to use, and why: among those within KL_BAR of dense the fastest at decoding. The first is
-    the dense model, which always passes."""
-    dense, *others = contenders
-    passing = [one for one in contenders if one.passes or one is dense]
+    """The contender to use, and why: among those within KL_BAR of dense the fastest at decoding. The dense
+    model always passes, and others are held against the engine that is faster with it."""
+    dense = max((one for one in contenders if one.dense), key=lambda one: one.decode_speed)
+    others = [one for one in contenders if not one.dense]
+    passing = [dense, *(one for one in others if one.passes)]
     best = max(passing, key=lambda one: one.decode_speed)
     bar = f"KL to dense at most {KL_BAR:.2f} nats a token"
     if best is not dense:
@@ -260,23 +278,27 @@ def _measured(folder: Path, source: str, text: Text, progress: Progress) -> dict
         "checkpoints": [hashlib.sha256(data).hexdigest() for data in checkpoints],
         "threads": torch.get_num_threads(),
         "isa": kernels.isa(),
-        "dense in": str(fast_dtype()),
+        "dense in": [str(fast_dtype()), DENSE, NATIVE],
     }
     if file.exists() and (found := _read(file)).get("of") == key:
         return found
     dense = load(source, dtype="fast", progress=progress)
     models = {DENSE: dense}
+    if why_not(dense.model) is None:
+        models[NATIVE] = load(source, dtype="fast", engine="native", progress=progress)
     models |= {name: load(folder / place) for name, (place, _) in CONTENDERS.items()}
     windows = windows_for(dense, text, SEQLEN, MEASURED_WINDOWS)
-    modules: dict[str, nn.Module] = {name: one.model for name, one in models.items()}
+    modules: dict[str, nn.Module] = {name: one.model for name, one in models.items() if name != NATIVE}
     quality = compare(modules, windows, reference=dense.model, progress=progress)
+    quality[NATIVE] = quality[DENSE]  # the same weights
     named = [replace(one, label=name) for name, one in models.items()]  # each in the engine that serves it
     speeds = speed(*named, prompt=PROMPT, decode=DECODE, repeats=ROUNDS, progress=progress)
     rows = {}
     for name in models:
-        row = _dense_row(dense) if name == DENSE else _row(folder / CONTENDERS[name][0])
+        row = _row(folder / CONTENDERS[name][0]) if name in CONTENDERS else _dense_row(dense)
         rows[name] = {
             **row,
+            "engine": models[name].engine,
             "perplexity": quality[name].perplexity,
             "kl": quality[name].mean_kl,
             "agreement": quality[name].top1_agreement,
@@ -292,6 +314,11 @@ def _measured(folder: Path, source: str, text: Text, progress: Progress) -> dict
     }
     _write(file, measured)
     return measured
+
+
+def _check_length(source: str, text: Text) -> None:
+    """Raises TextError where what measures is too short, before anything is made."""
+    evaluation_windows(text, load_tokenizer(resolve(source).folder), SEQLEN, MEASURED_WINDOWS)
 
 
 def _dense_row(dense: LoadedModel) -> dict[str, Any]:

@@ -11,9 +11,11 @@ HEAD = """# Catalogue
 
 Every method of the project, one small file each. Made by `gossamer reproduce --page`. *Measured* is the
 miniature experiment of the claim: the method's figure, that of what it is held
-against, and their ratio with its 95 % bootstrap interval over windows. A claim that does not hold says so;
+against, and their ratio with its 95 % bootstrap interval over windows (not clearly: the interval, or one of
+several seeds, lies on the other side of what was asked). A claim that does not hold says so;
 methods without a figure have not been run, or their claim is not data yet.
 """
+FEW = 20  # windows; fewer are told
 TITLES = {
     "prune": "Pruning",
     "format": "Number formats",
@@ -67,7 +69,13 @@ def measured(verdict: Mapping[str, Any]) -> str:
     around = "" if interval is None else f" [{interval[0]:.3g} to {interval[1]:.3g}]"
     bound = f"{claim['bound'].replace('_', ' ')} {claim['factor']:g}"
     words = "holds" if verdict["holds"] else "**does not hold**"
-    words += "" if verdict["clear"] else " (not clearly)"
     ratios = verdict.get("ratios") or ()
+    clear = verdict["clear"] and (interval is not None or len(ratios) > 1)
+    words += "" if clear else " (not clearly)" if interval is not None else " (one run, no interval)"
+    windows = figures[name].get("windows")
+    if windows is not None and windows[0] < FEW:
+        words += f", on {windows[0]} windows of {windows[1]:,}"
+    if any(one.get("smoke_test") for one in figures.values()):
+        words += " -- SMOKE TEST, on the prose inside Python"
     seeds = f", {len(ratios)} seeds {min(ratios):.3g} to {max(ratios):.3g}" if ratios else ""
     return f"{values}: ratio {verdict['ratio']:.3g}{around}{seeds}, asked {bound}: {words}"

@@ -24,8 +24,7 @@ from gossamer.recipes.gate import gate
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.measure import windows_for
 from gossamer.recipes.shrink import remove_blocks
-from gossamer.report.texts import Texts, label, tuned_on
-from gossamer.version import VERSION
+from gossamer.report.texts import Texts, label, subject, tuned_on
 
 
 def figures(
@@ -65,14 +64,20 @@ def figures(
         "perplexity": found.perplexity,
         "kl": found.mean_kl,
         "nll": list(found.nll),
+        "window_kl": None if found.kl is None else list(found.kl),
+        "windows": [found.windows, found.seqlen],
         "text": read.label,
-        "smoke_test": read.smoke,
+        "smoke_test": read.smoke or _calibrated_on_prose(name, texts),
         "seconds": round(seconds, 1),
     }
     text = json.dumps(result, indent=1)
     with atomic_file(file) as beside:
         beside.write(text.encode())
     return dict(json.loads(text))
+
+
+def _calibrated_on_prose(name: str, texts: Texts) -> bool:
+    return name != "dense" and texts.calibration is None
 
 
 def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path, progress: Progress) -> None:
@@ -120,9 +125,8 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
         return experiment.model
     seqlen = min(experiment.seqlen, 512)
     drawn = experiment.seeded({})
-    asked = {"method": "shrunk", "model": experiment.model, "blocks": experiment.blocks, "seqlen": seqlen}
-    asked |= drawn
-    out = work / label({**asked, "version": VERSION, "texts": texts.named})
+    asked = {"method": "shrunk", **subject(experiment.model), "blocks": experiment.blocks, "seqlen": seqlen}
+    out = work / label({**asked, **drawn, "texts": texts.named})
     if not out.exists():
         remove_blocks(
             experiment.model,
@@ -143,7 +147,7 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     others = {kind: made and experiment.seeded(made) for kind, made in found.items()}
     plain = name == "dense" or others["shrunk"] or others["attending"] or others["caching"]
     settings = None if plain else experiment.settings(name)
-    asked = {"method": name, "model": experiment.model, "version": VERSION, "settings": settings}
+    asked = {"method": name, **subject(experiment.model), "settings": settings}
     tuning = experiment.tuning_of(name)
     tuned: dict[str, Any] = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
     if others["gated"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gossamer.claim import Claim
 from gossamer.errors import CheckpointError, MethodError
-from gossamer.evaluate import paired_difference
+from gossamer.evaluate import exp, paired_ratio, perplexity_ratio_interval
 from gossamer.matrices.atomic import output_error
 from gossamer.progress import Progress, silent
 from gossamer.recipes.catalogue import methods
@@ -26,9 +26,9 @@ __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 @dataclass(frozen=True)
 class Verdict:
     """What came of a claim. ``figures``: by contender; ``ratio`` of the method's metric to that of
-    ``claim.than``, and its 95 % bootstrap interval over windows, where the metric has one; ``holds``: the
-    ratio keeps the bound; ``clear``: so do its whole interval and every seed, or none of them. Of several
-    seeds figures are means, and ``ratios`` those of each."""
+    ``claim.than``, and its 95 % bootstrap interval over windows, where there are two or more; ``holds``: the
+    ratio keeps the bound; ``clear``: so do its whole interval and every seed, or none of them, and there is
+    an interval or more than one seed. Of several seeds figures are means, and ``ratios`` those of each."""
 
     name: str
     claim: Claim
@@ -44,7 +44,7 @@ class Verdict:
         """Plain values for JSON; the values of each window are left out."""
         plain = {**asdict(self), "claim": self.claim.to_dict()}
         plain["figures"] = {
-            name: {key: value for key, value in found.items() if key not in ("nll", "asked")}
+            name: {key: value for key, value in found.items() if key not in ("nll", "window_kl", "asked")}
             for name, found in self.figures.items()
         }
         return plain
@@ -88,7 +88,7 @@ def reproduce(
     ]
     found = {one: _mean([run[one] for run in runs]) for one in names}
     ratio, *ratios = (
-        float(run[name][claim.metric]) / run[claim.than][claim.metric] for run in (found, *runs)
+        _ratio(run[name][claim.metric], run[claim.than][claim.metric]) for run in (found, *runs)
     )
     interval = _interval(claim, found[name], found[claim.than])
     kept = {_keeps(claim, one) for one in (ratio, *ratios, *(interval or ()))}
@@ -99,7 +99,7 @@ def reproduce(
         ratio,
         interval,
         _keeps(claim, ratio),
-        len(kept) == 1,
+        len(kept) == 1 and (interval is not None or seeds > 1),
         time.perf_counter() - start,
         tuple(ratios) if seeds > 1 else (),
     )
@@ -110,9 +110,15 @@ def _mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(runs) == 1:
         return runs[0]
     nll = [fmean(window) for window in zip(*(run["nll"] for run in runs), strict=True)]
-    kl = None if runs[0]["kl"] is None else fmean(run["kl"] for run in runs)
-    found = {"perplexity": math.exp(min(fmean(nll), 700.0)), "kl": kl, "nll": nll}
+    found: dict[str, Any] = {"perplexity": exp(fmean(nll)), "nll": nll}
+    if runs[0]["kl"] is not None:
+        kl = [fmean(window) for window in zip(*(run["window_kl"] for run in runs), strict=True)]
+        found |= {"kl": fmean(kl), "window_kl": kl}
     return {**runs[0], **found, "seconds": round(fmean(run["seconds"] for run in runs), 1)}
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    return float(ours) / theirs if theirs else math.inf
 
 
 def _keeps(claim: Claim, ratio: float) -> bool:
@@ -120,11 +126,16 @@ def _keeps(claim: Claim, ratio: float) -> bool:
 
 
 def _interval(claim: Claim, ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float] | None:
-    if claim.metric != "perplexity" or len(ours["nll"]) < 2:
+    key = "nll" if claim.metric == "perplexity" else "window_kl"
+    values, reference = ours[key], theirs[key]
+    if len(values) < 2 or not all(map(math.isfinite, [*values, *reference])):
         return None
-    if not all(map(math.isfinite, [*ours["nll"], *theirs["nll"]])):
+    if key == "nll":
+        found = perplexity_ratio_interval(values, reference)
+    elif min(sum(values), sum(reference)) <= 0:  # the dense model's own
         return None
-    found = paired_difference(ours["nll"], theirs["nll"]).map(math.exp)
+    else:
+        found = paired_ratio(values, reference)
     return found.low, found.high
 
 

@@ -6,11 +6,15 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from gossamer import kernels
+from gossamer.calibrate import fast_dtype
 from gossamer.claim import Experiment
 from gossamer.matrices.atomic import atomic_file
+from gossamer.matrices.checksums import checksums_of
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text
 from gossamer.models.tokenizer import load_tokenizer
@@ -42,15 +46,32 @@ class Texts:
 
     @property
     def named(self) -> dict[str, Any]:
-        """Texts by what they are called: a path's name and size, or a digest of strings."""
+        """Texts by what they say."""
+        found = asdict(self)
+        return found | {key: source and digest(source) for key, source in found.items() if key in _SOURCES}
 
-        def name(source: TextSource) -> Any:
-            if source is None or not isinstance(source, (str, Path)):
-                return source and hashlib.sha256("\0".join(source).encode()).hexdigest()
-            path = Path(source).expanduser()
-            return [path.name, path.stat().st_size if path.is_file() else None]
 
-        return {**asdict(self), "calibration": name(self.calibration), "measured": name(self.measured)}
+_SOURCES = ("calibration", "measured")
+
+
+def digest(source: TextSource) -> str:
+    """What tells a text from others."""
+    return hashlib.sha256("\0".join(read_text(source).documents).encode()).hexdigest()
+
+
+def subject(model: str) -> dict[str, Any]:
+    """What figures of ``model`` depend on whatever is made of it: its weights, what they are multiplied in on
+    this machine, and the release."""
+    machine = {"in": str(fast_dtype()), "isa": kernels.isa()}
+    return {"model": model, "weights": _weights(model), "version": VERSION, **machine}
+
+
+@lru_cache
+def _weights(model: str) -> str:
+    found = hashlib.sha256()
+    for path in sorted(resolve(model).folder.glob("*.safetensors")):
+        found.update(checksums_of(path).sha256.encode())
+    return found.hexdigest()
 
 
 def label(asked: dict[str, Any]) -> str:
@@ -63,7 +84,7 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
     """What a contender is tuned on: the calibration text, what the dense model makes of its beginnings, or
     instructions cut from it with answers, made once in the folder ``work``."""
     drawn = experiment.seeded({})
-    asked: dict[str, Any] = {"method": "sampled", "model": experiment.model, "version": VERSION, **drawn}
+    asked: dict[str, Any] = {"method": "sampled", **subject(experiment.model), **drawn}
     if name in experiment.sampled:
         asked["tokens"] = tokens = experiment.sampled[name]
         out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"

@@ -44,9 +44,10 @@ class Structured:
             written = subject.generate(prompt, TOKENS, stop="\n", chat=False)
             record = parsed(written)
             found["valid JSON"].append(record is not None)
-            found["keys and types"].append(shape(record) == shape(expected))
-            found["values"].append(record == expected)
-            answers.append(written.strip() if record is None else json.dumps(record, sort_keys=True))
+            alike = shape(record) == shape(expected)
+            found["keys and types"].append(alike)
+            found["values"].append(alike and record == expected)
+            answers.append(written.strip() if record is None else same_text(record))
             labels.append(label)
         progress("probe json", count, count)
         measures = {name: tuple(right) for name, right in found.items()}
@@ -98,6 +99,19 @@ def _book(chance: random.Random) -> tuple[str, Record]:
 
 
 KINDS: tuple[Callable[[random.Random], tuple[str, Record]], ...] = (_person, _order, _trip, _book)
+
+
+def same_text(record: Record) -> str:
+    """JSON that is equal where two records are: keys in order, and 5.0 written as 5."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    return json.dumps(plain(record), sort_keys=True)
 
 
 def parsed(text: str) -> Record | None:
