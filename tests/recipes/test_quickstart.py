@@ -40,7 +40,7 @@ DENSE = contender("dense bf16", 0.0, 20.0)
         ([("int4", 0.2, 40.0), ("sparse", 0.3, 50.0)], "dense bf16", "dense won: no other"),
         ([("int4", float("nan"), 40.0)], "dense bf16", "dense won"),
         ([("int4", 0.05, 20.0)], "dense bf16", "dense won"),  # as fast is not faster
-        ([(NATIVE, 0.0, 30.0), ("int4", 0.05, 45.0)], "int4", "1.50x dense bf16, native"),
+        ([(NATIVE, 0.0, 30.0), ("int4", 0.05, 45.0)], "int4", "1.50x dense bf16 (native)"),
         ([(NATIVE, 0.0, 30.0), ("int4", 0.05, 25.0)], NATIVE, "dense won: none"),
         ([(NATIVE, 0.0, 10.0), ("int4", 0.05, 25.0)], "int4", "1.25x dense bf16"),
     ],
@@ -134,7 +134,7 @@ def test_speeds_are_those_of_the_engine_that_serves(
     monkeypatch.setattr(room, "speed", spy)
     found = quickstart(tmp_path / "start", model=str(model), windows=2, text=text)
     assert timed.pop("dense bf16").startswith("transformers")
-    assert timed == dict.fromkeys((NATIVE, "dense int4", "32:64 sparse int4"), "the native decoder")
+    assert timed == dict.fromkeys((NATIVE, *CONTENDERS), "the native decoder")
     told = {one.name: one.engine for one in found.contenders}
     assert told.pop("dense bf16").startswith("transformers")
     assert told == timed

@@ -49,7 +49,7 @@ def quickstart(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make a small model int4 and sparse int4, compare both with dense, and ask the best one something.
+    """Make a small model nl4 (4 bits) and sparse int4, compare both with dense, and ask the best something.
 
     Takes a few minutes. Ctrl-C is safe: the same command goes on where it stopped.
     """

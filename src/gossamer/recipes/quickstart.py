@@ -1,7 +1,7 @@
-"""The first minutes: a small model made int4 and sparse int4, measured beside dense, and the best named.
+"""The first minutes: a small model made nl4 and sparse int4, measured beside dense, and the best named.
 
 FOLDER/plan.json            what was asked for: model, windows, text; another plan is refused
-FOLDER/int4, sparse-int4    checkpoints; one that is there is not made again
+FOLDER/nl4, sparse-int4     checkpoints; one that is there is not made again
 FOLDER/measured.json        quality and speed, and the checkpoints, threads and kernels they belong to
 """
 
@@ -43,15 +43,13 @@ KL_BAR = 0.10  # nats a token: beyond it, a model's answers drift visibly from t
 SEQLEN = 1024
 MEASURED_WINDOWS = 8  # of SEQLEN tokens: few, so that the whole stays within minutes
 PROMPT, DECODE, ROUNDS = 512, 64, 3
-DENSE, NATIVE = (
-    "dense bf16",
-    "dense bf16, native",
-)  # in transformers, and in the decoder that serves the others
+# in transformers, and in the decoder that serves the others
+DENSE, NATIVE = "dense bf16", "dense bf16 (native)"
 _SHARE = 0.7  # of a given text, for calibration; the rest measures
 
 # name: folder and settings of `compress`
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense int4": ("int4", {"sparsity": 0.0}),
+    "dense nl4": ("nl4", {"sparsity": 0.0, "values": "nl4"}),
     "32:64 sparse int4": ("sparse-int4", {"pattern": "32:64"}),
 }
 
@@ -126,7 +124,7 @@ def quickstart(
     text: str | Path | None = None,
     progress: Progress = silent,
 ) -> Quickstart:
-    """Makes dense int4 and 32:64 sparse int4 of a model by the OBS sweep, and measures both beside dense: in
+    """Makes dense nl4 and 32:64 sparse int4 of a model by the OBS sweep, and measures both beside dense: in
     transformers, and in the native decoder that serves the two where it knows the model's family.
 
     ``folder``: where all of it lies; what is there already is not made again. ``model``: any source; None
@@ -212,8 +210,8 @@ def _note(source: str) -> str | None:
         )
     if fast_dtype() == torch.float32:
         told.append(
-            "dense is multiplied in float32, since this processor has no instructions for bfloat16 and "
-            "PyTorch would be several times as slow without them"
+            "in transformers dense is multiplied in float32, since this processor has no instructions for "
+            "bfloat16 and PyTorch would be several times as slow without them"
         )
     return "; ".join(told) or None
 
