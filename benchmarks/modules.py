@@ -45,7 +45,7 @@ PATTERNS = {
 # one sparsity shared among layers otherwise than alike: asked for by name
 ALLOCATED = {
     f"70 % {name}": {"sparsity": 0.7, "allocation": name}
-    for name in ("er", "erk", "global", "owl", "sensitivity")
+    for name in ("er", "erk", "owl", "sensitivity")
 }
 TRAINED, HELD = 8000, 2000
 
