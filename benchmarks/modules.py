@@ -44,8 +44,7 @@ PATTERNS = {
 }
 # one sparsity shared among layers otherwise than alike: asked for by name
 ALLOCATED = {
-    f"70 % {name}": {"sparsity": 0.7, "allocation": name}
-    for name in ("er", "erk", "owl", "sensitivity")
+    f"70 % {name}": {"sparsity": 0.7, "allocation": name} for name in ("er", "erk", "owl", "sensitivity")
 }
 TRAINED, HELD = 8000, 2000
 

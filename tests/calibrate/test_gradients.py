@@ -124,3 +124,20 @@ def test_what_has_no_gradient_is_refused(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "inf")
     with pytest.raises(ModelError, match="infinity"):
         run(tmp_path / "inf", tmp_path / "b")
+
+
+def test_a_layer_that_is_called_twice_has_both_outputs() -> None:
+    from gossamer.calibrate.gradients import _Sums
+
+    layer = torch.nn.Linear(4, 3)
+    sums = _Sums(layer)
+    first, second = (layer(torch.randn(2, 5, 4)) for _ in range(2))
+    for output in (first, second):
+        sums.see(layer, (), output)
+    loss = (first * 2).sum() + (second * 3).sum()
+    weight, *outputs = torch.autograd.grad(loss, [layer.weight, *sums.given])
+    sums.add(weight, outputs)
+    found = sums.finish("twice", 1)
+    torch.testing.assert_close(found.outputs, torch.full((3,), 10.0 * (4 + 9)))
+    torch.testing.assert_close(found.mean, weight)
+    assert not sums.given

@@ -358,6 +358,17 @@ def test_the_page_says_what_does_not_hold(model: str, tmp_path: Path) -> None:
     assert "| `wanda` |" in text
 
 
+def test_the_page_says_which_verdicts_are_of_an_earlier_claim(model: str, tmp_path: Path) -> None:
+    name = "magnitude"
+    found = reproduce(name, tmp_path, claim=claim(model, factor=1e-3), texts=TEXTS).to_dict()
+    today = claimed()[name].to_dict()
+    assert "an earlier form of the claim" in page({name: found})
+    keys = ("metric", "than", "factor", "bound")
+    found["claim"] |= {key: today[key] for key in keys}
+    found["figures"].setdefault(today["than"], found["figures"]["random"])
+    assert "an earlier form" not in page({name: found})
+
+
 def test_the_page_in_the_docs_has_every_method() -> None:
     text = (Path(__file__).parents[2] / "docs" / "catalogue.md").read_text(encoding="utf-8")
     assert [m.name for m in methods() if f"| `{m.name}` | {m.says}".replace("|", "") not in plain(text)] == []

@@ -9,7 +9,7 @@ sums, 8 bytes a weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,11 +215,12 @@ class _Pass:
                 with torch.enable_grad():
                     hidden = inputs.read(at, at + 1).requires_grad_()
                     out = run_block(module, hidden, self.kwargs[index])
-                used = [s for s in sums.values() if s.output is not None]
-                wanted = [hidden, *(s.weight for s in used), *(s.output for s in used)]
-                found = torch.autograd.grad(out, wanted, above.read(at, at + 1), allow_unused=True)  # type: ignore[arg-type]
-                for s, weight, output in zip(used, found[1:], found[1 + len(used) :], strict=False):
-                    s.add(weight, output)
+                used = [s for s in sums.values() if s.given]
+                wanted = [hidden, *(s.weight for s in used), *(one for s in used for one in s.given)]
+                found = torch.autograd.grad(out, wanted, above.read(at, at + 1), allow_unused=True)
+                outputs = iter(found[1 + len(used) :])
+                for s, weight in zip(used, found[1:], strict=False):
+                    s.add(weight, [next(outputs) for _ in s.given])
                 yield found[0]
         finally:
             for handle in handles:
@@ -231,7 +232,7 @@ class _Pass:
 
 
 class _Sums:
-    """Sums over windows for one layer; ``output``: what it gave in the window at hand."""
+    """Sums over windows for one layer; ``given``: what it gave in the window at hand, call by call."""
 
     def __init__(self, layer: nn.Module) -> None:
         assert isinstance(layer.weight, Tensor)
@@ -239,20 +240,22 @@ class _Sums:
         shape = weight_of(layer).shape
         self.mean, self.squares = torch.zeros(shape), torch.zeros(shape)
         self.outputs = torch.zeros(shape[0])
-        self.output: Tensor | None = None
+        self.given: list[Tensor] = []
         self.windows = 0
 
     def see(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.output = output
+        self.given.append(output)
 
-    def add(self, weight: Tensor | None, output: Tensor | None) -> None:
-        self.output = None
-        if weight is None or output is None:
+    def add(self, weight: Tensor | None, outputs: Sequence[Tensor | None]) -> None:
+        self.given = []
+        if weight is None:
             return
         gradient = (weight.T if self.turned else weight).float()
         self.mean.add_(gradient)
         self.squares.addcmul_(gradient, gradient)
-        self.outputs += output.float().reshape(-1, len(self.outputs)).square().sum(dim=0)
+        for output in outputs:
+            if output is not None:
+                self.outputs += output.float().reshape(-1, len(self.outputs)).square().sum(dim=0)
         self.windows += 1
 
     def finish(self, name: str, windows: int) -> Gradient:

@@ -44,7 +44,7 @@ class LogitReader:
     def __init__(self, model: nn.Module, name: str = "the model", *, remember: bool = False) -> None:
         self.model = model
         self.name = name
-        self._seen: dict[bytes, Tensor] | None = {} if remember else None
+        self._seen: dict[tuple[bytes, int], Tensor] | None = {} if remember else None
         self._parts: tuple[nn.Module, nn.Module] | None = None
         self._probed = False
 
@@ -70,7 +70,7 @@ class LogitReader:
         return lambda start, stop: self._finite(head(hidden[:, start:stop]).float(), start)
 
     def _hidden(self, body: nn.Module, ids: Tensor) -> Tensor:
-        key = ids.numpy().tobytes() if self._seen is not None else b""
+        key = (ids.numpy().tobytes() if self._seen is not None else b"", len(ids))
         if self._seen is not None and key in self._seen:
             return self._seen[key]
         hidden: Tensor = body(input_ids=ids, use_cache=False).last_hidden_state

@@ -102,7 +102,7 @@ class InverseFactor:
 def inverse_factor(gram: Gram, damping: float, order: str) -> InverseFactor:
     """The factor of ``gram``'s damped inverse, made once and shared by all layers with these inputs.
 
-    Raises CalibrationError where even the whole mean diagonal as damping does not make H positive
+    Raises CalibrationError where damping raised up to the whole mean diagonal does not make H positive
     definite: its statistics are damaged.
     """
     key = (damping, order)
@@ -129,7 +129,7 @@ def inverse_factor(gram: Gram, damping: float, order: str) -> InverseFactor:
         used *= 10
         if used > 1:
             raise CalibrationError(
-                "the Gram matrix of the inputs is not positive definite even with damping 1: "
+                f"the Gram matrix of the inputs is not positive definite even with damping {used / 10:g}: "
                 "the calibration inputs are damaged (NaN, infinite or overflowed)"
             )
     factor = InverseFactor(upper, columns, torch.argsort(columns), dead, used)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gossamer import kernels
+from gossamer.bench.machine import cpu_name
 from gossamer.calibrate import fast_dtype
 from gossamer.engine import why_not
 from gossamer.errors import GossamerError, ModelError, OutputError
@@ -276,6 +277,7 @@ def _measured(folder: Path, source: str, text: Text, progress: Progress) -> dict
         "checkpoints": [hashlib.sha256(data).hexdigest() for data in checkpoints],
         "threads": torch.get_num_threads(),
         "isa": kernels.isa(),
+        "cpu": cpu_name(),
         "dense in": [str(fast_dtype()), DENSE, NATIVE],
     }
     if file.exists() and (found := _read(file)).get("of") == key:

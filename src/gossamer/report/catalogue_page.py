@@ -52,10 +52,17 @@ def _row(method: MethodFacts, verdict: Mapping[str, Any] | None) -> list[str]:
         ", ".join(method.patterns),
         method.cite,
         claim,
-        "" if verdict is None else measured(verdict),
+        "" if verdict is None else measured(verdict) + _outdated(method, verdict),
         f"`gossamer reproduce {method.name}`" if method.claim else "",
     ]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+
+
+def _outdated(method: MethodFacts, verdict: Mapping[str, Any]) -> str:
+    """What is said where the claim that was run asked for something else than today's does."""
+    asked = {} if method.claim is None else method.claim.to_dict()
+    same = all(verdict["claim"].get(key) == asked.get(key) for key in ("metric", "than", "factor", "bound"))
+    return "" if same else " (an earlier form of the claim)"
 
 
 def measured(verdict: Mapping[str, Any]) -> str:
