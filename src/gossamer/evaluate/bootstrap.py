@@ -50,7 +50,7 @@ def bootstrap_mean(
 
     Windows are drawn with replacement, as many as there are, ``resamples`` times; the middle ``confidence``
     of the means, widened as Student's t and the n - 1 degrees of freedom ask of few windows (by 10 % at 20,
-    by a half at 5), is the interval. Same values and seed, same interval. Windows are taken as independent,
+    by 58 % at 5), is the interval. Same values and seed, same interval. Windows are taken as independent,
     and it says nothing of text from elsewhere.
     Efron 1979, Bootstrap Methods: Another Look at the Jackknife; Hesterberg 2015, What Teachers Should Know
     About the Bootstrap (percentile intervals are too narrow for small n, and how much).
@@ -59,24 +59,18 @@ def bootstrap_mean(
     (0, 1).
     """
     array = np.asarray(values, dtype=np.float64)
-    return _interval(array[:, None] if array.ndim == 1 else array, _mean, confidence, resamples, seed)
+    columns = array[:, None] if array.ndim == 1 else array
+    return _interval(columns, _mean, confidence=confidence, resamples=resamples, seed=seed)
 
 
-def paired_ratio(
-    values: Sequence[float],
-    reference: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
+def paired_ratio(values: Sequence[float], reference: Sequence[float], **options: Any) -> Interval:
     """Interval of ``mean(values) / mean(reference)``, both positive and measured on the same windows in the
     same order; drawn in pairs, and widened, as by `paired_difference` and `bootstrap_mean`."""
     _check_pairs(values, reference)
     pairs = np.stack([np.asarray(values, np.float64), np.asarray(reference, np.float64)], axis=1)
     if pairs.size and not (pairs.mean(axis=0) > 0).all():
         raise EvaluationError("a ratio was asked of means that are not positive")
-    logs = _interval(pairs, _log_ratio, confidence, resamples, seed)  # whose spread is even on both sides
+    logs = _interval(pairs, _log_ratio, **options)  # whose spread is even on both sides
     return logs.map(exp)
 
 
@@ -92,9 +86,10 @@ def _log_ratio(means: np.ndarray) -> np.ndarray:
 def _interval(
     array: np.ndarray,
     statistic: Callable[[np.ndarray], np.ndarray],
-    confidence: float,
-    resamples: int,
-    seed: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Interval:
     """Of a statistic of the means of ``array``'s columns ``(windows, columns)``."""
     if array.ndim != 2 or len(array) < 2:
@@ -123,14 +118,7 @@ def _interval(
     return Interval(middle, low, high, confidence, n, resamples)
 
 
-def paired_difference(
-    values: Sequence[float],
-    reference: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
+def paired_difference(values: Sequence[float], reference: Sequence[float], **options: Any) -> Interval:
     """Interval of ``mean(values) - mean(reference)``, both measured on the same windows in the same order.
 
     Each resample draws whole windows, both members of a pair together: what makes a window hard for both
@@ -139,7 +127,7 @@ def paired_difference(
     """
     _check_pairs(values, reference)
     difference = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    return bootstrap_mean(difference.tolist(), confidence=confidence, resamples=resamples, seed=seed)
+    return bootstrap_mean(difference.tolist(), **options)
 
 
 def _check_pairs(values: Sequence[float], reference: Sequence[float]) -> None:
