@@ -82,6 +82,15 @@ def theirs(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {key: figures[key] for key in ("seconds", "peak_rss_gb", "zeros", "perplexity")}
 
 
+def told_by_gossamer(threads: int, *words: str, **env: str) -> Any:
+    """What the command ``gossamer words --json`` says, in a process of its own that keeps to ``threads``."""
+    command = [sys.executable, "-c", GOSSAMER, *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=limited(threads) | env, check=False)
+    if done.returncode:
+        raise SystemExit(f"gossamer {' '.join(words)} failed")
+    return json.loads(done.stdout)
+
+
 def limited(threads: int) -> dict[str, str]:
     """The environment for a child that keeps to `threads` threads."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -9,16 +9,14 @@ counts. Ratios are medians of those of each round. Results: `results/instruction
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.compress import GOSSAMER, limited
+from benchmarks.compress import told_by_gossamer
 from gossamer import kernels
 
 DENSE = ("bfloat16", "float32")
@@ -30,11 +28,10 @@ Speeds = dict[str, dict[str, list[float]]]  # by model, then phase: tokens a sec
 def measure(args: Any, models: list[str], isa: str = "", dtype: str = "auto") -> tuple[Speeds, float]:
     """Tokens a second of one round of ``models`` by the kernels of ``isa``, and the cores that others kept
     busy."""
-    command = [sys.executable, "-c", GOSSAMER, "bench", *models, "--json", "--repeats", "1", "--dtype", dtype]
-    command += ["--prompt", str(args.prompt), "--decode", str(args.decode), "--threads", str(args.threads)]
-    env = limited(args.threads) | ({"GOSSAMER_ISA": isa} if isa else {})
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=env, check=True)
-    found = json.loads(done.stdout)
+    words = ["--prompt", str(args.prompt), "--decode", str(args.decode), "--threads", str(args.threads)]
+    words += ["--repeats", "1", "--dtype", dtype]
+    env = {"GOSSAMER_ISA": isa} if isa else {}
+    found = told_by_gossamer(args.threads, "bench", *models, *words, **env)
     speeds = {
         name: {phase: [one[f"{phase}_tokens_per_second"]] for phase in ("prompt", "decode")}
         for name, one in found["contenders"].items()

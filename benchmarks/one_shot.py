@@ -10,8 +10,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from functools import lru_cache
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import protocol
-from benchmarks.compress import GOSSAMER, limited
+from benchmarks.compress import told_by_gossamer
 
 # name: (options of `gossamer compress`, the run in results/original.json that it answers)
 CONFIGS: dict[str, tuple[str, str | None]] = {
@@ -142,18 +140,15 @@ def parse() -> argparse.Namespace:
 
 def compress(args: argparse.Namespace, options: str, out: Path) -> dict[str, Any]:
     """One `gossamer compress` in a process of its own: seconds and peak memory."""
-    command = [sys.executable, "-c", GOSSAMER, "compress", args.model, "--out", str(out), "--json"]
-    command += ["--calibration", str(Path(args.data) / protocol.CALIBRATION_TEXT), *options.split()]
-    command += ["--seqlen", str(protocol.CALIBRATION_SEQLEN), "--threads", str(args.threads)]
+    words = ["--calibration", str(Path(args.data) / protocol.CALIBRATION_TEXT), *options.split()]
+    words += ["--seqlen", str(protocol.CALIBRATION_SEQLEN), "--threads", str(args.threads)]
     start = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=limited(args.threads), check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"gossamer compress {options} failed")
+    told = told_by_gossamer(args.threads, "compress", args.model, "--out", str(out), *words)
     return {
         "options": options,
         "seconds": round(time.perf_counter() - start, 1),
         # its own word: what wait4 says of a child counts this process's memory too, up to the exec
-        "peak_rss_gb": round(json.loads(done.stdout)["peak_memory_bytes"] / 1e9, 3),
+        "peak_rss_gb": round(told["peak_memory_bytes"] / 1e9, 3),
     }
 
 

@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import protocol, quality_cells, quality_tables
-from benchmarks.compress import GOSSAMER, limited
+from benchmarks.compress import told_by_gossamer
 from benchmarks.decode import Found, WorkOfOthers, play
 from benchmarks.decode_processes import GoneError, Server, make, python_of
 from benchmarks.decode_protocol import Contender
@@ -201,11 +198,10 @@ def tasks(args: argparse.Namespace) -> None:
     for name, folder in asked.items():
         if "tasks" in known(args, name) and not args.again:
             continue
-        command = [sys.executable, "-c", GOSSAMER, "eval", str(folder), "--json", "--items", str(args.items)]
-        command += ["--tasks", "arc_easy,piqa,openbook_qa,winogrande,boolq"]
-        env = limited(args.threads) | {"GOSSAMER_DATA": str(args.data)}
-        done = subprocess.run(command, stdout=subprocess.PIPE, env=env, check=True)
-        found = {task: compact(score) for task, score in json.loads(done.stdout)["tasks"].items()}
+        words = ["eval", str(folder), "--items", str(args.items)]
+        words += ["--tasks", "arc_easy,piqa,openbook_qa,winogrande,boolq"]
+        told = told_by_gossamer(args.threads, *words, GOSSAMER_DATA=str(args.data))
+        found = {task: compact(score) for task, score in told["tasks"].items()}
         save(args, name, {"tasks": found})
         shown = ", ".join(f"{task} {score['accuracy']:.1%}" for task, score in found.items())
         progress(f"{name}: {shown}")
@@ -256,11 +252,7 @@ def speed(args: argparse.Namespace) -> None:
             "cpu": cpu_name(),
             "other_work": busy,
         }
-        prefix = c.variant.rpartition(", ")[0]
-        names = [f"{prefix}, {level}" for level in LEVELS] if c.ours else [c.name]
-        for name in names:
-            if known(args, name):
-                save(args, name, {"speed": timed})
+        save(args, c.name, {"speed": timed})
 
 
 def main() -> None:

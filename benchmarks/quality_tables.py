@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +55,11 @@ def cell_of(name: str) -> str:
 def speeds_of(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Speeds by cell, since a layout is timed once, whatever its weights went through: all of one run, that
     which timed the most, of those the last."""
-    found = {cell_of(name): one["speed"] for name, one in model.items() if "speed" in one}
-    runs = Counter(str(timed.get("run", "")) for timed in found.values())
-    if not runs:
-        return {}
-    run = max(runs, key=lambda name: (runs[name], name))
-    return {cell: timed for cell, timed in found.items() if str(timed.get("run", "")) == run}
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, one in model.items():
+        if "speed" in one:
+            runs.setdefault(one["speed"].get("run", ""), {})[cell_of(name)] = one["speed"]
+    return max(runs.items(), key=lambda run: (len(run[1]), run[0]), default=("", {}))[1]
 
 
 def rows_of(model: dict[str, Any]) -> list[Row]:

@@ -104,3 +104,14 @@ def test_damaged_gates_and_those_of_another_model_are_refused(source: Path, tmp_
     (tmp_path / "small" / "activations.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match="its gate 128"):
         gs.load(tmp_path / "small")
+
+
+@pytest.mark.parametrize("made", ["plain", "checkpoint"])
+def test_experts_are_not_gated(tmp_path: Path, made: str) -> None:
+    """Though they are linear layers: calibration may reach few of them, or none by any token."""
+    model = tiny_folder(tmp_path / "moe", "mixtral", num_local_experts=32, num_experts_per_tok=1)
+    if made == "checkpoint":
+        model = gs.compress(model, tmp_path / "int4", method="magnitude", sparsity=0, **SMALL).path
+    found = gs.gate(model, tmp_path / "out", sparsity=0.5, seqlen=16, windows=1)
+    assert found.gates.gates
+    assert not any(".experts." in name for name in found.gates.gates)

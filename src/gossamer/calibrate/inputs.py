@@ -112,9 +112,13 @@ class InputSums:
                     statistic.finish()
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from error
+        unseen: dict[int, Statistics] = {}
         for view in self.views:
             if view.name not in self._found:
-                self._found[view.name] = {kind: kind.unseen(view.shape[1]) for kind in self.needs}
+                width = view.shape[1]
+                if width not in unseen:
+                    unseen[width] = {kind: kind.unseen(width) for kind in self.needs}
+                self._found[view.name] = unseen[width]
         return self._found
 
 

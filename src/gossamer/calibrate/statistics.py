@@ -144,6 +144,13 @@ class Gram(Statistic):
         self.matrix = torch.zeros(features, features, dtype=torch.float32)
         self.factors: dict[Any, Any] = {}  # what solvers derive from the matrix, shared by its layers
 
+    @classmethod
+    def unseen(cls, features: int) -> Statistic:
+        found = cls(features)
+        found.matrix, found.tokens = torch.eye(features) * features, features  # no need to multiply it
+        found.reached = False
+        return found
+
     def update(self, x: Tensor) -> None:
         # bfloat16 inputs multiply as bfloat16 with float32 sums: exact products, twice the speed
         precision = "medium" if x.dtype == torch.bfloat16 else "highest"

@@ -99,9 +99,9 @@ def _print(found: Quickstart) -> None:
         )
         for one in found.contenders
     ]
-    engines: dict[str, list[str]] = {one.engine.partition(":")[0]: [] for one in found.contenders}
+    engines: dict[str, list[str]] = {}
     for one in found.contenders:
-        engines[one.engine.partition(":")[0]].append(one.name)
+        engines.setdefault(one.engine.partition(":")[0], []).append(one.name)
     notes = [
         f"Quality: on {found.windows} windows of {found.seqlen:,} tokens of {found.text} (few, to be done in "
         f"minutes), after calibration on {found.calibration_windows}.",

@@ -8,6 +8,7 @@ the router sends it; activation and gate stay those of the fused module, whateve
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,9 @@ class Experts(nn.Module):
 
     def parts(self, name: str) -> list[tuple[nn.Module, str]]:
         """Where the members of the fused parameter ``name`` are held: layer and parameter, by expert."""
-        layer, parameter = (
-            (name.removesuffix("_bias"), "bias") if name.endswith("_bias") else (name, "weight")
-        )
-        return [(getattr(self._modules[str(i)], layer), parameter) for i in range(len(self))]
+        layer = name.removesuffix("_bias")
+        parameter = "weight" if layer == name else "bias"
+        return [(getattr(self._modules[str(index)], layer), parameter) for index in range(len(self))]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states`` (tokens, hidden), the experts ``top_k_index`` (tokens, k) of each and their
@@ -75,9 +75,9 @@ class Experts(nn.Module):
                 continue
             its = rows[start:end]
             tokens = its // top_k_index.shape[1]
-            first, down = (self.get_submodule(f"{index}.{name}") for name in (self.first, "down_proj"))
-            inner = self.activate(first(hidden_states[tokens]))
-            out.index_add_(0, tokens, down(inner).float() * weights[its])
+            expert: Any = self._modules[str(index)]
+            inner = self.activate(getattr(expert, self.first)(hidden_states[tokens]))
+            out.index_add_(0, tokens, expert.down_proj(inner).float() * weights[its])
         return out.to(hidden_states.dtype)
 
 

@@ -109,6 +109,11 @@ def outlier_columns(threshold: float | None, share: float | None, values: ValueT
     return OutlierColumns(threshold or 0.0, 1.0 if share is None else share)
 
 
+def needs_of(method: Method, outliers: OutlierColumns | None) -> tuple[type[Statistic], ...]:
+    """What must be known of a layer to prune and round it, ``outliers`` apart."""
+    return method.needs if outliers is None else (*method.needs, *outliers.needs)
+
+
 def pack_apart(pruned: Pruned) -> Matrix:
     """A layer with outliers as the sum of its integers and its bfloat16 columns, each in the layout of the
     fewest bytes."""

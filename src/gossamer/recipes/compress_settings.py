@@ -11,7 +11,7 @@ from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Combination, check_combination
 from gossamer.prune.method import DEFAULT_PATTERN
-from gossamer.prune.outliers import OutlierColumns, outlier_columns
+from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
@@ -84,8 +84,7 @@ class CompressSettings(BaseModel):
 
     def layer_needs(self) -> tuple[type[Statistic], ...]:
         """What must be known of a layer to prune, round and pack it."""
-        needs, outliers = self.combination().method.needs, self.outlier_columns()
-        return needs if outliers is None else (*needs, *outliers.needs)
+        return needs_of(self.combination().method, self.outlier_columns())
 
     def tuner(self) -> Tuner | None:
         """The tuning method; raises MethodError for an unknown name or option."""

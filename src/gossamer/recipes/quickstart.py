@@ -139,18 +139,19 @@ def quickstart(
     folder = Path(folder)
     calibration, measure = _texts(text)
     plan = _plan(folder, model, windows, calibration, measure, progress)
-    _check_length(plan["model"], measure)
-    for name, (place, settings) in CONTENDERS.items():
-        if not is_checkpoint(folder / place):
-            compress(
-                plan["model"],
-                folder / place,
-                calibration=None if text is None else list(calibration.documents),
-                progress=_staged(name, progress),
-                windows=windows,
-                seqlen=SEQLEN,
-                **settings,
-            )
+    missing = {name: made for name, made in CONTENDERS.items() if not is_checkpoint(folder / made[0])}
+    if missing:
+        _check_length(plan["model"], measure)
+    for name, (place, settings) in missing.items():
+        compress(
+            plan["model"],
+            folder / place,
+            calibration=None if text is None else list(calibration.documents),
+            progress=_staged(name, progress),
+            windows=windows,
+            seqlen=SEQLEN,
+            **settings,
+        )
     measured = _measured(folder, plan["model"], measure, progress)
     places = {name: str(folder / place) for name, (place, _) in CONTENDERS.items()}
     rows = measured["contenders"]

@@ -27,7 +27,7 @@ from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned, check_combination
 from gossamer.prune.method import DEFAULT_PATTERN, check_finite
-from gossamer.prune.outliers import OutlierColumns, outlier_columns
+from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
 from gossamer.recipes.prune_layer import pack_layer, prune_layer, record_of
 from gossamer.sparse.allocate import LayerInfo, allocation, outlier_share
@@ -78,9 +78,8 @@ def sparsify(
     ``32:64``); what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
     expressions, found anywhere in a weight's name, of those to leave as they are (a classifier's last layer).
     ``loss``: a scalar of model and batch, for what reads gradients: some methods, and the allocation
-    ``sensitivity``. ``pack``: linear layers become
-    `StructuredLinear`, packed, which run by our kernels; those with a forward of their own do not, nor those
-    whose weights another module reads (`nn.TransformerEncoderLayer`).
+    ``sensitivity``. ``pack``: linear layers become `StructuredLinear`, packed, which run by our kernels; not
+    those with a forward of their own, nor whose weights another module reads (`nn.TransformerEncoderLayer`).
 
     Nothing is changed where it fails. Raises a GossamerError for whatever a person can mend: no batches,
     values that are not finite, a weight that no input reaches, a pattern that does not fit.
@@ -152,7 +151,7 @@ class _Job:
             )
         for view in self.views:
             check_finite(Layer(view.name, view.matrix()))
-        self.needs = (*combination.method.needs, *(() if outliers is None else outliers.needs))
+        self.needs = needs_of(combination.method, outliers)
         self.gradients: dict[str, Gradient] = {}
         self.reached: Waves | None = None
         for asks, needs in (
@@ -231,9 +230,9 @@ class _Job:
             yield from (layer for _, layer in wave)
 
     def _scored(self, infos: dict[str, LayerInfo]) -> None:
-        for layer in self._dense():
-            scores = {layer.name: competing_scores(layer, self.combination)}
-            infos[layer.name] = replace(infos[layer.name], scores=partial(scores.__getitem__, layer.name))
+        scores = {layer.name: competing_scores(layer, self.combination) for layer in self._dense()}
+        for name, info in infos.items():
+            infos[name] = replace(info, scores=partial(scores.__getitem__, name))
 
     def _outlying(self, infos: dict[str, LayerInfo]) -> None:
         blocks: dict[str, list[Tensor]] = {}

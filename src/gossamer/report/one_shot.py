@@ -67,17 +67,13 @@ def figures(
         "window_kl": None if found.kl is None else list(found.kl),
         "windows": [found.windows, found.seqlen],
         "text": read.label,
-        "smoke_test": read.smoke or _calibrated_on_prose(name, texts),
+        "smoke_test": read.smoke or (name != "dense" and texts.calibration is None),
         "seconds": round(seconds, 1),
     }
     text = json.dumps(result, indent=1)
     with atomic_file(file) as beside:
         beside.write(text.encode())
     return dict(json.loads(text))
-
-
-def _calibrated_on_prose(name: str, texts: Texts) -> bool:
-    return name != "dense" and texts.calibration is None
 
 
 def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path, progress: Progress) -> None:

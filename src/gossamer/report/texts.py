@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Texts:
             return self.seqlen, self.windows
         return length, max(1, self.windows * self.seqlen // length)
 
-    @property
+    @cached_property
     def named(self) -> dict[str, Any]:
         """Texts by what they say."""
         found = asdict(self)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from gossamer.errors import ModelError
 from gossamer.models.walk import find_parts, is_router, weight_of
 from gossamer.nn import StructuredLinear
+from gossamer.nn.experts import layers_of_experts
 from gossamer.nn.views import is_conv1d
 
 
@@ -46,11 +47,13 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def linear_sites(model: nn.Module) -> dict[str, Site]:
-    """The inputs of all linear layers in the blocks of a decoder, routers of experts apart, by full names."""
+    """The inputs of all linear layers in the blocks of a decoder, by full names; not of routers, nor of
+    experts, which calibration may reach by few tokens or none."""
     found = {}
     for block in find_parts(model).blocks:
+        experts = layers_of_experts(block.module)
         for inner, module in block.module.named_modules():
-            if is_linear(module) and not is_router(inner):
+            if is_linear(module) and module not in experts and not is_router(inner):
                 name = f"{block.name}.{inner}"
                 found[name] = Site(name, module, shape_of(module)[1], weight_bytes(module))
     if not found:
