@@ -18,40 +18,6 @@ namespace {
 
 constexpr int64_t kMostOpened = 64 << 20;  // bytes of a layer's cache that is opened for several rows at once
 
-std::string fits(const Selected& w, int64_t out, int64_t in, const std::string& name) {
-    if (w.out == out && row_width(w) == in) return "";
-    return name + " is " + std::to_string(w.out) + " x " + std::to_string(row_width(w)) + ", not " +
-           std::to_string(out) + " x " + std::to_string(in);
-}
-
-std::string fits(const Linear& linear, int64_t out, int64_t in, const std::string& name) {
-    if (linear.terms.empty()) return name + " has no weights";
-    for (const Selected& w : linear.terms) {
-        const std::string fault = fits(w, out, in, name);
-        if (!fault.empty()) return fault;
-    }
-    return "";
-}
-
-// Panels of 16 outputs that a sum is split by, and all of them, padding included: the most of any term.
-int64_t unit_of(const Linear& linear) {
-    int64_t unit = 1;
-    for (const Packed& w : linear.terms) unit = std::max(unit, gossamer::unit_of(w.layout));
-    return unit;
-}
-
-int64_t panels_of(const Linear& linear) {
-    int64_t panels = 0;
-    for (const Packed& w : linear.terms) panels = std::max(panels, w.panels);
-    return panels;
-}
-
-int64_t activation_bytes(const Linear& linear, int64_t padded) {
-    int64_t bytes = 0;
-    for (const Packed& w : linear.terms) bytes += gossamer::activation_bytes(w, padded);
-    return bytes;
-}
-
 // Weights that see the same activations, and may be made ready for together.
 bool alike(const Selected& a, const Selected& b) {
     return a.values == b.values && a.parts == b.parts && (a.layout == kBySteps) == (b.layout == kBySteps) &&
@@ -107,14 +73,6 @@ void read_row(const Packed& w, int64_t row, float scale, float* to) {
 
 thread_local Workspace workspace;
 
-struct Share {
-    int64_t begin, end;
-};
-
-Share share_of(int64_t items, int worker, int workers) {
-    return {items * worker / workers, items * (worker + 1) / workers};
-}
-
 }  // namespace
 
 void DecoderModel::add(Layer layer) {
@@ -129,8 +87,10 @@ void DecoderModel::add(Layer layer) {
 }
 
 std::string DecoderModel::check() const {
-    if (hidden < 1 || inner < 1 || heads < 1 || kv_heads < 1 || head_dim < 2 || vocabulary < 1 ||
-        layers.empty())
+    const auto dense = [](const Layer& layer) { return !layer.mixture; };
+    const bool has_dense = std::any_of(layers.begin(), layers.end(), dense);
+    if (hidden < 1 || inner < int64_t(has_dense) || heads < 1 || kv_heads < 1 || head_dim < 2 ||
+        vocabulary < 1 || layers.empty())
         return "it has no layers, or a size below 1";
     if (heads % kv_heads) return std::to_string(heads) + " heads cannot share " + std::to_string(kv_heads);
     if (head_dim % 2 || head_dim > kMostHead)
@@ -145,14 +105,18 @@ std::string DecoderModel::check() const {
         const Layer& l = layers[i];
         const std::string of = " of layer " + std::to_string(i);
         const int64_t queries = heads * head_dim, keys = kv_heads * head_dim;
-        const std::string faults[] = {
-            fits(l.q, queries, hidden, "q" + of),     fits(l.k, keys, hidden, "k" + of),
-            fits(l.v, keys, hidden, "v" + of),        fits(l.o, hidden, queries, "o" + of),
-            fits(l.gate, inner, hidden, "gate" + of), fits(l.up, inner, hidden, "up" + of),
-            fits(l.down, hidden, inner, "down" + of)};
+        std::vector<std::string> faults = {
+            fits(l.q, queries, hidden, "q" + of), fits(l.k, keys, hidden, "k" + of),
+            fits(l.v, keys, hidden, "v" + of), fits(l.o, hidden, queries, "o" + of)};
+        if (l.mixture)
+            faults.push_back(l.mixture->check(hidden, of));
+        else
+            faults.insert(faults.end(),
+                          {fits(l.gate, inner, hidden, "gate" + of), fits(l.up, inner, hidden, "up" + of),
+                           fits(l.down, hidden, inner, "down" + of)});
         for (const std::string& one : faults)
             if (fault.empty()) fault = one;
-        if (fault.empty() && unit_of(l.gate) != unit_of(l.up))
+        if (fault.empty() && !l.mixture && unit_of(l.gate) != unit_of(l.up))
             fault = "gate and up" + of + " are split differently";
     }
     return fault;
@@ -211,16 +175,13 @@ class DecoderRun {
     // Where everything lies in the workspace.
     void lay_out() {
         const int64_t queries = m_.heads * m_.head_dim, keys = m_.kv_heads * m_.head_dim;
-        int64_t ready = 0, room = 0, scratch = 0;
+        int64_t ready = 0, room = 0, scratch = 0, routed = 0;
         const auto need = [&](std::initializer_list<const Linear*> group) {
             int64_t bytes = 0, selected = 0;
             for (const Linear* linear : group) {
                 bytes += activation_bytes(*linear, padded_);
-                for (const Selected& w : linear->terms) {
-                    selected += room_bytes(w, padded_);
-                    if (padded_ > 4 || w.layout == kColumns)
-                        scratch = std::max(scratch, aligned(scratch_bytes(w, padded_, block_)));
-                }
+                selected += room_bytes(*linear, padded_);
+                scratch = std::max(scratch, scratch_bytes(*linear, padded_, block_));
             }
             ready = std::max(ready, bytes);
             room = std::max(room, selected);
@@ -228,6 +189,12 @@ class DecoderRun {
         for (const Layer& l : m_.layers) {
             need({&l.q, &l.k, &l.v});
             need({&l.o});
+            if (l.mixture) {
+                need({&l.mixture->router});
+                scratch = std::max(scratch, l.mixture->scratch_bytes(padded_, block_));
+                routed = std::max(routed, Routed(*l.mixture, sizes(), nullptr).bytes());
+                continue;
+            }
             need({&l.gate, &l.up});
             need({&l.down});
         }
@@ -253,9 +220,11 @@ class DecoderRun {
                                    gates_ && padded_ > 1 ? padded_ * widest : 0,
                                    padded_ > 1 ? room / 4 : 0,
                                    rows_ > 1 ? cache_.stage_bytes() / 4 : 0,
+                                   routed / 4,
                                    opened_bytes <= kMostOpened ? opened_bytes / 4 : 0};
-        float** places[] = {&x_,      &normed_, &q_,       &k_,      &v_,     &attended_, &gate_,   &up_,
-                            &angles_, &spare_,  &queries_, &states_, &gated_, &room_,     &staged_, &opened_};
+        float** places[] = {&x_,     &normed_, &q_,      &k_,      &v_,       &attended_,
+                            &gate_,  &up_,     &angles_, &spare_,  &queries_, &states_,
+                            &gated_, &room_,   &staged_, &routed_, &opened_};
         constexpr int kPlaces = sizeof places / sizeof *places;
         static_assert(kPlaces == sizeof numbers / sizeof *numbers, "each place has a number");
         const bool own = padded_ == 1;  // activations, and the row that they are made of
@@ -317,16 +286,18 @@ class DecoderRun {
         return {std::min(padded_, blocks.begin * kMaxRowBlock), std::min(padded_, blocks.end * kMaxRowBlock)};
     }
 
+    RowSizes sizes() const { return {m_.hidden, rows_, padded_, block_}; }
+
     void meet() {
         if (padded_ > 1) barrier_.wait();
     }
 
-    // Where weights side by side read what they read: a layer, and the site of the first; the head: none.
+    // Where weights side by side read what they read: a layer, and the site of the first, if it has any.
     struct Reads {
         int64_t layer;
         Site first;
     };
-    static constexpr Reads kHead{-1, kSites};
+    static constexpr Reads kNoSite{-1, kSites};
 
     const Gate* gate_at(const Reads& at, size_t i) const {
         return gates_ && at.layer >= 0 ? &gates_->of(at.layer, Site(at.first + int(i))) : nullptr;
@@ -367,13 +338,9 @@ class DecoderRun {
             const float* left = x;
             if (gate && gate->on) left = left_of(me, at, i, x, row_width(linears[i]->terms[0]), rows);
             if (together(linears, at, i)) continue;
-            for (const Selected& w : linears[i]->terms) {
-                if (rows.begin < rows.end)
-                    gossamer::make_ready(tier_, w, left, kF32, rows.begin, rows.end,
-                                         activations_at(memory, w, padded_, block_), room);
-                memory += gossamer::activation_bytes(w, padded_);
-                room += room_bytes(w, padded_);
-            }
+            gossamer::make_ready(tier_, *linears[i], left, rows, padded_, block_, memory, room);
+            memory += activation_bytes(*linears[i], padded_);
+            room += room_bytes(*linears[i], padded_);
         }
         meet();
     }
@@ -391,21 +358,8 @@ class DecoderRun {
     // Outputs of some units of a linear, whose activations lie at `ready`.
     void multiply_some(const Worker& me, const Linear& linear, uint8_t* ready, float* y, const float* base,
                        Share units) {
-        if (units.begin >= units.end) return;
-        const int64_t unit = unit_of(linear), begin = units.begin * unit, out = linear.terms[0].out;
-        for (const Packed& w : linear.terms) {
-            multiply(tier_, w, activations_at(ready, w, padded_, block_), Output{y, kF32, base}, begin,
-                     std::min(units.end * unit, w.panels), me.scratch);
-            ready += gossamer::activation_bytes(w, padded_);
-            base = y;
-        }
-        if (linear.bias)
-            for (int64_t r = 0; r < padded_; r++)
-                for (int64_t o = kPanel * begin; o < std::min(kPanel * unit * units.end, out); o++)
-                    y[r * out + o] += linear.bias[o];
+        multiply(tier_, linear, ready, padded_, block_, y, base, units, me.scratch);
     }
-
-    static int64_t units(const Linear& linear) { return panels_of(linear) / unit_of(linear); }
 
     // This worker's share of the outputs of several weights side by side.
     template <size_t N>
@@ -416,7 +370,7 @@ class DecoderRun {
         const Share mine = share_of(all, me.id, threads_);
         int64_t before = 0;
         for (size_t i = 0; i < N; i++) {
-            const int64_t unit = unit_of(*linears[i]), count = units(*linears[i]);
+            const int64_t unit = unit_of(*linears[i]), count = units_of(*linears[i]);
             const auto clipped = [&](int64_t at) {
                 return std::min(count, std::max<int64_t>(0, (at - before + unit - 1) / unit));
             };
@@ -730,8 +684,7 @@ class DecoderRun {
 
     void layer(const Worker& me, int64_t number, bool timed) {
         const Layer& l = m_.layers[size_t(number)];
-        const Reads at_q{number, kAtQ}, at_o{number, kAtO}, at_gate{number, kAtGate},
-            at_down{number, kAtDown};
+        const Reads at_q{number, kAtQ}, at_o{number, kAtO};
         take_in(me, number);
         make_ready(me, {&l.q, &l.k, &l.v}, x_, l.norm_attention, at_q);
         multiply_all(me, {&l.q, &l.k, &l.v}, {q_, k_, v_}, nullptr, at_q);
@@ -754,10 +707,19 @@ class DecoderRun {
         multiply_all(me, {&l.o}, {x_}, x_, at_o);
         barrier_.wait();
         if (timed) spent(&DecoderTimes::attention_products);
+        if (l.mixture)
+            mix(me, *l.mixture, l.norm_mlp);
+        else
+            mlp(me, l, number);
+        if (timed) spent(&DecoderTimes::mlp);
+    }
+
+    void mlp(const Worker& me, const Layer& l, int64_t number) {
+        const Reads at_gate{number, kAtGate}, at_down{number, kAtDown};
         const Linear* inner[] = {&l.gate, &l.up};
         make_ready(me, {&l.gate, &l.up}, x_, l.norm_mlp, at_gate);
         const bool activated = gates_ && gates_->of(number, kAtActivated).on;
-        const Share mine = share_of(units(l.gate), me.id, threads_);
+        const Share mine = share_of(units_of(l.gate), me.id, threads_);
         multiply_some(me, l.gate, ready_for(me, inner, 0, at_gate), gate_, nullptr, mine);
         multiply_some(me, l.up, ready_for(me, inner, 1, at_gate), up_, nullptr, mine);
         const int64_t wide = kPanel * unit_of(l.gate), from = mine.begin * wide;
@@ -771,7 +733,14 @@ class DecoderRun {
         make_ready(me, {&l.down}, activated ? gated_products(me, number) : gate_, nullptr, at_down);
         multiply_all(me, {&l.down}, {x_}, x_, at_down);
         barrier_.wait();
-        if (timed) spent(&DecoderTimes::mlp);
+    }
+
+    void mix(const Worker& me, const Mixture& mixture, const float* norm) {
+        const Routed routed(mixture, sizes(), reinterpret_cast<uint8_t*>(routed_));
+        make_ready(me, {&mixture.router}, x_, norm, kNoSite);
+        multiply_all(me, {&mixture.router}, {routed.scores()}, nullptr, kNoSite);
+        barrier_.wait();
+        routed.run(tier_, barrier_, me.id, threads_, me.normed, x_, me.scratch);
     }
 
     // What the gate of the activation leaves of this worker's rows, times the up projection's outputs.
@@ -785,8 +754,8 @@ class DecoderRun {
     // Logits of all rows, or of the last alone.
     void head(const Worker& me) {
         if (all_) {
-            make_ready(me, {&m_.head}, x_, m_.norm, kHead);
-            multiply_all(me, {&m_.head}, {padded_ > rows_ ? spare_ : logits_}, nullptr, kHead);
+            make_ready(me, {&m_.head}, x_, m_.norm, kNoSite);
+            multiply_all(me, {&m_.head}, {padded_ > rows_ ? spare_ : logits_}, nullptr, kNoSite);
             if (padded_ > rows_) {
                 barrier_.wait();
                 const Share mine = share_of(rows_ * m_.vocabulary, me.id, threads_);
@@ -803,7 +772,7 @@ class DecoderRun {
                                  nullptr);
         }
         barrier_.wait();
-        const Share mine = share_of(units(m_.head), me.id, threads_);
+        const Share mine = share_of(units_of(m_.head), me.id, threads_);
         if (mine.begin == mine.end) return;
         const int64_t unit = unit_of(m_.head), begin = mine.begin * unit,
                       end = std::min(mine.end * unit, w.panels);
@@ -830,7 +799,7 @@ class DecoderRun {
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,
-        *gated_, *room_, *staged_, *opened_;
+        *gated_, *room_, *staged_, *routed_, *opened_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
     int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0,
             room_bytes_ = 0;

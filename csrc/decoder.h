@@ -2,41 +2,33 @@
 //
 //   x = embedding[token]
 //   each layer:  x += o(attention(q(n), k(n), v(n)))    n = norm(x)
-//                x += down(silu(gate(n)) * up(n))       n = norm(x)
+//                x += down(silu(gate(n)) * up(n))       n = norm(x); or a mixture of such (mixture.h)
 //   logits = head(norm(x))
 //
 // All threads run the whole of it side by side and wait for each other where one needs what others made
 // (about six times a layer), so that a token costs one call of the team.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cache.h"
 #include "dispatch.h"
 #include "gates.h"
+#include "linear.h"
+#include "mixture.h"
 #include "policy.h"
-#include "selected.h"
 
 namespace gossamer {
-
-// A packed weight, or several whose products with the same activations are added in order; and a bias or
-// null.
-struct Linear {
-    Linear() = default;
-    Linear(const Selected& w, const float* b) : terms{w}, bias(b) {}
-    Linear(std::vector<Selected> weights, const float* b) : terms(std::move(weights)), bias(b) {}
-    std::vector<Selected> terms;
-    const float* bias = nullptr;
-};
 
 struct Layer {
     const float *norm_attention, *norm_mlp;  // hidden numbers
     const float *norm_query, *norm_key;      // head_dim numbers, or null
     Linear q, k, v, o, gate, up, down;
-    int64_t window;  // positions that one sees, itself among them; 0: all
-    bool rotates;    // rotary embeddings
+    int64_t window;                    // positions that one sees, itself among them; 0: all
+    bool rotates;                      // rotary embeddings
+    std::optional<Mixture> mixture{};  // in place of gate, up and down
 };
 
 struct DecoderModel {

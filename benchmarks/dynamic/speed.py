@@ -92,7 +92,7 @@ class Contender:
 
 def contender(layouts: Layouts, gates: Gates | None = None, columns: bool | None = None) -> Contender:
     decoder = layouts.decoder(gates, columns)
-    lying = sum(w.layout == "columns" for part in decoder.weights.values() for w in part)
+    lying = sum(w.layout == "columns" for part in decoder.weights.values() for w, _ in part)
     return Contender(decoder, layouts.modules, lying / len(layouts.modules))
 
 

@@ -18,7 +18,8 @@ namespace {
 
 // Nothing is a whole number of panels, groups or registers; three heads share keys, of which four attend
 // together.
-constexpr int64_t kHidden = 60, kInner = 100, kHeads = 6, kKvHeads = 2, kHead = 20, kVocabulary = 70;
+constexpr int64_t kLayers = 3, kHidden = 60, kInner = 100, kHeads = 6, kKvHeads = 2, kHead = 20,
+                  kVocabulary = 70;
 constexpr int64_t kPrompt = 600, kTokens = 620;  // past two chunks of the cache, and one border of 512 rows
 
 // A decoder and all that it points to.
@@ -49,7 +50,21 @@ class RandomDecoder {
              sum("columns", "int8", kHidden, kHeads * kHead, true),
              linear("columns", "int4", kInner, kHidden, true),
              linear("columns", "int4", kInner, kHidden, true), linear("dense", "int3", kHidden, kInner, true),
-             100, true}};
+             100, true},
+            {numbers(kHidden, 0.5, 1.5),
+             numbers(kHidden, 0.5, 1.5),
+             nullptr,
+             nullptr,
+             linear("dense", "int4", kHeads * kHead, kHidden, false),
+             linear("dense", "int4", kKvHeads * kHead, kHidden, false),
+             linear("dense", "int4", kKvHeads * kHead, kHidden, false),
+             linear("32:64", "int4", kHidden, kHeads * kHead, false),
+             {},
+             {},
+             {},
+             0,
+             true,
+             mixture()}};
         for (const Layer& layer : layers) model.add(layer);
         CHECK(model.layers[0].q.terms[1].inputs == model.layers[0].k.terms[1].inputs, "a list is kept twice");
     }
@@ -84,6 +99,19 @@ class RandomDecoder {
 
     Linear linear(const char* layout, const char* values, int64_t out, int64_t in, bool bias) {
         return {weight(layout, values, out, in), bias ? numbers(out, -1, 1) : nullptr};
+    }
+
+    // Experts of every kind: one layout, another, and sums; three of five are chosen.
+    Mixture mixture() {
+        Mixture m(linear("dense", "float32", 5, kHidden, true), 3, true);
+        const int64_t width = 40;
+        const char* layouts[] = {"dense", "32:64", "columns", "bitmap"};
+        for (const char* layout : layouts)
+            m.add({linear(layout, "int4", 2 * width, kHidden, true),
+                   linear(layout, "int8", kHidden, width, true)});
+        m.add(
+            {sum("dense", "int4", 2 * width, kHidden, false), sum("columns", "int8", kHidden, width, false)});
+        return m;
     }
 
     // Of two weights, each of which reads some of the inputs.
@@ -124,9 +152,9 @@ std::vector<float> start_of(CacheType type) {
 KeyBasis basis_of(const DecoderModel& model) {
     KeyBasis basis;
     basis.rank = 7;
-    basis.rotates = {1, 1};
+    basis.rotates.assign(size_t(kLayers), 1);
     basis.frequencies.assign(model.frequencies, model.frequencies + kHead / 2);
-    for (int64_t i = 0; i < 2 * kKvHeads * kHead * basis.rank; i++)
+    for (int64_t i = 0; i < kLayers * kKvHeads * kHead * basis.rank; i++)
         basis.vectors.push_back(i / basis.rank % basis.rank == i % basis.rank ? 0.4f : 0.0f);
     return basis;
 }
@@ -240,7 +268,8 @@ void check_policies(const DecoderModel& model, const std::vector<int64_t>& token
             {kLookAcross, 0, 0, 0, 0, 0, 0, few, few, 0}, {kLookTree, 1, 1, 1, 0, 0, few, 0, 0, 0}};
         std::vector<HeadPolicy> heads(kinds, kinds + 6);
         heads.insert(heads.end(), {kinds[5], kinds[4], kinds[3], kinds[2], kinds[1], kinds[0]});
-        return std::make_unique<Policy>(2, kHeads, heads, Labels(2, kKvHeads, {}), gate, kHead);
+        heads.insert(heads.end(), kinds, kinds + 6);
+        return std::make_unique<Policy>(kLayers, kHeads, heads, Labels(kLayers, kKvHeads, {}), gate, kHead);
     };
     CHECK(made(2)->check().empty(), "a good policy is refused: %s", made(2)->check().c_str());
     for (int64_t few : {int64_t(2), int64_t(99)}) {
@@ -279,7 +308,7 @@ void test_decoder() {
             check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, nullptr, random);
     // by threshold, by count, with importance and without; some sites of the second layer have none
     const std::vector<float> importance(kInner, 0.5f);
-    Gates gates(2);
+    Gates gates(kLayers);
     for (int site = 0; site < kSites; site++) {
         gates.set(0, Site(site), {true, 0.3f, site % 2 ? -1 : 20, site % 3 ? importance.data() : nullptr});
         if (site % 3) gates.set(1, Site(site), {true, 0.3f, site % 2 ? 20 : -1, nullptr});

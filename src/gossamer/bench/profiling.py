@@ -120,7 +120,9 @@ def profile(
                 written += steps
             progress("bench", turn + 1, repeats + 1)
         other_work = others.cores()
-    nbytes = {name: sum(one.nbytes for one in weights) for name, weights in decoder.weights.items()}
+    nbytes = {
+        name: sum(one.nbytes * share for one, share in weights) for name, weights in decoder.weights.items()
+    }
     # keys and values are read once for all heads of queries, and multiplied once by each
     seen = _positions(decoder, range(prompt + 1, prompt + decode + 1)) / decode
     token_bytes = {
@@ -128,7 +130,7 @@ def profile(
         "attention": seen * decoder.new_cache(cache).token_bytes / len(decoder.windows),
     }
     products = {
-        name: 2.0 * sum(one.shape[0] * one.shape[1] for one in weights)
+        name: 2.0 * sum(one.shape[0] * one.shape[1] * share for one, share in weights)
         for name, weights in decoder.weights.items()
     }
     products["head"] /= prompt  # of the last token alone

@@ -19,12 +19,14 @@ from gossamer.kernels.native import native
 from gossamer.matrices import Matrix, Packed, summands
 from gossamer.models.session import context_length
 from gossamer.nn import StructuredEmbedding, StructuredLinear
+from gossamer.nn.experts import experts_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
 # a layer's weights, by the part of a token that multiplies them
 _LINEARS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_products")
 _LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
+_OF_MIXTURE = tuple(name for name, part in _LINEARS.items() if part != "mlp")  # beside its experts
 
 
 class Decoder:
@@ -32,11 +34,11 @@ class Decoder:
 
     Packed weights, and sums of them, are used in place; plain ones are packed in their own dtype (float16 as
     float32), which keeps every number. Norms, attention and what lies between layers is float32.
-    ``context``: positions that the model knows; ``weights``: those that a token reads whole, by the part of
-    `append`'s times that does;
-    ``windows``: positions that each layer sees, its own among them (0: all). ``gates``: of activations, by
-    the names of modules: linear layers of the blocks (what they read), ``act_fn`` of MLPs (what they give);
-    they act on every token. Raises ModelError where `why_not` has a reason, and for gates of another model.
+    ``context``: positions that the model knows; ``weights``: each, and the share of tokens that read it, by
+    the part of `append`'s times that does; ``windows``: positions that each layer sees, its own among them
+    (0: all). ``gates``: of activations, by the names of modules: linear layers of the blocks (what they
+    read), ``act_fn`` of MLPs (what they give), those of experts not among them; they act on every token.
+    Raises ModelError where `why_not` has a reason, and for gates of another model.
     """
 
     def __init__(self, model: nn.Module, gates: Mapping[str, ActivationGate] | None = None) -> None:
@@ -47,7 +49,7 @@ class Decoder:
         config: Any = model.config
         body: Any = model.model
         self.context: int | None = context_length(config)
-        self.weights: dict[str, list[Matrix]] = {}
+        self.weights: dict[str, list[tuple[Matrix, float]]] = {}
         self.windows = _windows(config)
         self._alive: list[Any] = []
         rows = _matrix(body.embed_tokens)
@@ -60,7 +62,7 @@ class Decoder:
         self.head_dim = attention.head_dim
         sizes = [
             config.hidden_size,
-            body.layers[0].mlp.gate_proj.out_features,
+            _inner(body.layers),
             self.heads,
             self.kv_heads,
             self.head_dim,
@@ -158,14 +160,28 @@ class Decoder:
             self._array(getattr(getattr(attention, "q_norm", None), "weight", None)),
             self._array(getattr(getattr(attention, "k_norm", None), "weight", None)),
         ]
-        linears = [self._linear(part, _part(attention, mlp, name)) for name, part in _LINEARS.items()]
+        names = _OF_MIXTURE if _is_mixture(mlp) else _LINEARS
+        linears = [self._linear(_LINEARS[name], _part(attention, mlp, name)) for name in names]
         self._native.add_layer(
             norms,
             [[handle.packed for handle in handles] for handles, _ in linears],
             [bias for _, bias in linears],
             window,
             bool(getattr(attention, "use_rope", True)),
+            self._mixture(mlp) if _is_mixture(mlp) else None,
         )
+
+    def _mixture(self, mlp: Any) -> Any:
+        # which experts a token goes to may hang on the last bits of scores: these are not rounded
+        router = Packed.pack(mlp.gate.weight.detach(), values="float32", layout="dense")
+        normalised = bool(getattr(mlp.gate, "norm_topk_prob", True))
+        terms = [handle.packed for handle in self._weight("mlp", router)]
+        mixture = native().Mixture(terms, 0, mlp.gate.top_k, normalised)
+        share = mlp.gate.top_k / len(mlp.gate.weight)
+        for pair in experts_of(mlp.experts):
+            linears = [self._linear("mlp", linear, share) for linear in pair]
+            mixture.add(*(word for handles, bias in linears for word in ([h.packed for h in handles], bias)))
+        return mixture
 
     def _sites(self) -> list[dict[str, int]]:
         """Names of each layer's sites and their activations, in the order of csrc/gates.h."""
@@ -173,12 +189,16 @@ class Decoder:
         body: Any = self.model.model
         widths = dict.fromkeys(_LINEARS, config.hidden_size)
         widths |= {"o_proj": self.heads * self.head_dim}
-        widths |= dict.fromkeys(("down_proj", "act_fn"), body.layers[0].mlp.gate_proj.out_features)
+        widths |= dict.fromkeys(("down_proj", "act_fn"), _inner(body.layers))
         parts = {name: "mlp" if part == "mlp" else "self_attn" for name, part in _LINEARS.items()}
         parts |= {"act_fn": "mlp"}
         return [
-            {f"model.layers.{i}.{part}.{name}": widths[name] for name, part in parts.items()}
-            for i in range(len(body.layers))
+            {
+                f"model.layers.{i}.{part}.{name}": widths[name]
+                for name, part in parts.items()
+                if part != "mlp" or not _is_mixture(layer.mlp)
+            }
+            for i, layer in enumerate(body.layers)
         ]
 
     def _array(self, tensor: Tensor | None) -> int:
@@ -189,11 +209,11 @@ class Decoder:
         self._alive.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, part: str, module: Any) -> tuple[list[Handle], int]:
-        return self._weight(part, _matrix(module)), self._array(module.bias)
+    def _linear(self, part: str, module: Any, share: float = 1.0) -> tuple[list[Handle], int]:
+        return self._weight(part, _matrix(module), share), self._array(module.bias)
 
-    def _weight(self, part: str, matrix: Matrix) -> list[Handle]:
-        self.weights.setdefault(part, []).append(matrix)
+    def _weight(self, part: str, matrix: Matrix, share: float = 1.0) -> list[Handle]:
+        self.weights.setdefault(part, []).append((matrix, share))
         return self._handles(matrix)
 
     def _handles(self, matrix: Matrix) -> list[Handle]:
@@ -253,8 +273,22 @@ def _windows(config: Any) -> list[int]:
 def _weights(model: Any) -> list[tuple[str, Any]]:
     found = [("the embedding", model.model.embed_tokens), ("the head", model.lm_head)]
     for i, layer in enumerate(model.model.layers):
-        found += [(f"{name} of layer {i}", _part(layer.self_attn, layer.mlp, name)) for name in _LINEARS]
+        mixture = _is_mixture(layer.mlp)
+        names = _OF_MIXTURE if mixture else _LINEARS
+        found += [(f"{name} of layer {i}", _part(layer.self_attn, layer.mlp, name)) for name in names]
+        for pair in experts_of(layer.mlp.experts) if mixture else ():
+            found += [(f"an expert of layer {i}", module) for module in pair]
     return found
+
+
+def _is_mixture(mlp: Any) -> bool:
+    return hasattr(mlp, "experts")
+
+
+def _inner(layers: Any) -> int:
+    """Numbers between the products of an MLP; 0 where all layers are mixtures."""
+    dense = [layer.mlp.gate_proj.out_features for layer in layers if not _is_mixture(layer.mlp)]
+    return dense[0] if dense else 0
 
 
 def _part(attention: Any, mlp: Any, name: str) -> Any:

@@ -7,7 +7,7 @@ the router sends it; activation and gate stay those of the fused module, whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,32 +27,18 @@ class Experts(nn.Module):
 
     def __init__(self, fused: nn.Module, note: Note | None = None) -> None:
         super().__init__()
-        self.first = "gate_up_proj" if fused.has_gate else "up_proj"
+        self.first = _first(fused)
         self.turned = bool(fused.is_transposed)
-        stacks = {name: parameter for name, parameter in fused._parameters.items() if parameter is not None}
-        for index in range(len(stacks[self.first])):
+        for index, layers in enumerate(experts_of(fused, note)):
             expert = nn.Module()
-            for name in (self.first, "down_proj"):
-                setattr(expert, name, self._linear(stacks, name, index, note))
+            for name, layer in zip((self.first, "down_proj"), layers, strict=True):
+                setattr(expert, name, layer)
             self.add_module(str(index), expert)
-        for name in stacks:
+        for name in list(fused._parameters):
             delattr(fused, name)
         self.fused = fused  # what is left of it: how it activates and gates
         self.activate: Callable[[Tensor], Tensor] = fused._apply_gate if fused.has_gate else fused.act_fn  # type: ignore[assignment]
         self.train(fused.training)
-
-    def _linear(self, stacks: dict[str, nn.Parameter], name: str, index: int, note: Note | None) -> nn.Linear:
-        stack, bias = stacks[name], stacks.get(f"{name}_bias")
-        weight = stack.detach()[index].T if self.turned else stack.detach()[index]
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        layer.weight = _parameter(weight, stack)
-        if note is not None:
-            note(layer.weight, stack, index, self.turned)
-        if bias is not None:
-            layer.bias = _parameter(bias.detach()[index], bias)
-            if note is not None:
-                note(layer.bias, bias, index, False)
-        return layer
 
     def __len__(self) -> int:
         return sum(name.isdigit() for name in self._modules)
@@ -81,19 +67,54 @@ class Experts(nn.Module):
         return out.to(hidden_states.dtype)
 
 
+def experts_of(module: nn.Module, note: Note | None = None) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The first and the second linear layer of each expert: of `Experts` its own, of a fused module (see
+    `is_fused`) new ones over its values. ``note``: as for `Experts`."""
+    if isinstance(module, Experts):
+        for index in range(len(module)):
+            expert: Any = module._modules[str(index)]
+            yield getattr(expert, module.first), expert.down_proj
+        return
+    first = _first(module)
+    stacked: Any = module._parameters[first]
+    for index in range(len(stacked)):
+        yield _linear(module, first, index, note), _linear(module, "down_proj", index, note)
+
+
+def _linear(fused: nn.Module, name: str, index: int, note: Note | None) -> nn.Linear:
+    stack: Any = fused._parameters[name]
+    bias = fused._parameters.get(f"{name}_bias")
+    turned = bool(fused.is_transposed)
+    weight = stack.detach()[index].T if turned else stack.detach()[index]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = _parameter(weight, stack)
+    if note is not None:
+        note(layer.weight, stack, index, turned)
+    if bias is not None:
+        layer.bias = _parameter(bias.detach()[index], bias)
+        if note is not None:
+            note(layer.bias, bias, index, False)
+    return layer
+
+
 def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(value.contiguous(), requires_grad=like.requires_grad)
+
+
+def _first(fused: nn.Module) -> str:
+    return "gate_up_proj" if getattr(fused, "has_gate", False) else "up_proj"
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether ``module`` holds experts in the form in which transformers fuses them, and which can be taken
     apart: not where a norm follows each expert."""
-    first = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
     return (
         hasattr(module, "_apply_gate")
         and hasattr(module, "is_transposed")
         and not getattr(module, "has_post_expert_norm", False)
-        and all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in (first, "down_proj"))
+        and all(
+            getattr(module._parameters.get(name), "ndim", 0) == 3 for name in (_first(module), "down_proj")
+        )
     )
 
 
