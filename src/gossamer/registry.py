@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
-from typing import Any, Generic, TypeVar
+from math import isfinite
+from types import NoneType
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 from gossamer.errors import MethodError
 
@@ -76,8 +79,36 @@ def with_options(kind: Callable[..., T], options: Mapping[str, Any], what: str) 
         if name not in known:
             there_are = f"there are: {', '.join(known)}" if known else "it has none"
             raise MethodError(f"{what} does not take these options: there is no {name!r} ({there_are})")
+    _check_types(kind, options, what)
     try:
         return kind(**options)
     except TypeError as error:
         told = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise MethodError(f"{what} does not take these options: {told} ({error})") from None
+
+
+_PLAIN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    NoneType: "none",
+}
+
+
+def _check_types(kind: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
+    """Raises MethodError for a value that is none of the plain types which its field of a dataclass names."""
+    if not is_dataclass(kind):
+        return
+    hints = get_type_hints(kind)
+    for name, value in options.items():
+        wanted = get_args(hints[name]) or (hints[name],)
+        if all(one in _PLAIN for one in wanted) and not any(_is_one(value, one) for one in wanted):
+            allowed = " or ".join(_PLAIN[one] for one in wanted)
+            raise MethodError(f"{what} takes as {name} {allowed}, got {value!r}")
+
+
+def _is_one(value: Any, wanted: type[Any]) -> bool:
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    return type(value) is wanted
