@@ -111,6 +111,23 @@ def test_a_weight_may_be_tuned_without_a_mask() -> None:
     assert all(len(row.unique()) <= 16 for row in model.head.weight)
 
 
+def test_other_parameters_move_in_bfloat16_too() -> None:
+    model = Small().bfloat16()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tuning = ModuleTuning(model, {"head": None})
+    for step in range(60):
+        x, y = batch(step)
+        x = x.bfloat16() if x.is_floating_point() else x
+        nn.functional.cross_entropy(tuning(x).float().flatten(0, 1), y.flatten()).backward()
+        tuning.step(0.05)
+    tuning.merge()
+    norms = [name for name, p in before.items() if p.dim() == 1 and p.eq(1).all()]
+    assert norms
+    for name in norms:
+        assert (model.get_parameter(name) != before[name]).float().mean() > 0.5, name
+        assert model.get_parameter(name).dtype == torch.bfloat16
+
+
 def test_masks_that_do_not_belong_are_refused() -> None:
     with pytest.raises(ModelError, match="no weight 'nothing'"):
         ModuleTuning(Small(), {"nothing": None})

@@ -60,7 +60,13 @@ class ModuleTuning:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parameters = {name: names[id(view.weight)] for name, view in self.views.items()}
         tuned = set(self._parameters.values())
-        self.others = [p for name, p in model.named_parameters() if name not in tuned and p.requires_grad]
+        # in float32, since a step is below half of what bfloat16 can tell apart
+        self.others = {
+            name: nn.Parameter(p.detach().float().clone())
+            for name, p in model.named_parameters()
+            if name not in tuned and p.requires_grad and p.is_floating_point()
+        }
+        self._dtypes = {name: model.get_parameter(name).dtype for name in self.others}
         self.optimizer = self._optimizer()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,6 +75,7 @@ class ModuleTuning:
             self._parameters[name]: view.tensor_of(self.weights[name]()).to(view.weight.dtype)
             for name, view in self.views.items()
         }
+        given |= {name: value.to(self._dtypes[name]) for name, value in self.others.items()}
         return functional_call(self.model, given, args, kwargs)
 
     def step(self, fraction: float) -> None:
@@ -81,9 +88,11 @@ class ModuleTuning:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Puts the tuned weights into the model."""
+        """Puts the tuned weights and other parameters into the model."""
         for name, view in self.views.items():
             view.replace(self.weights[name].finished()[0])
+        for name, value in self.others.items():
+            self.model.get_parameter(name).copy_(value)
 
     def _factor(self, fraction: float) -> float:
         fraction = min(max(fraction, 0.0), 1.0)
@@ -91,7 +100,7 @@ class ModuleTuning:
 
     def _optimizer(self) -> torch.optim.AdamW:
         groups = [group for weight in self.weights.values() for group in weight.groups(self.share)]
-        for other in self.others:
+        for other in self.others.values():
             size = float(other.detach().abs().mean()) or 1.0  # biases that begin at zero
             groups.append({"params": [other], "lr": 0.1 * self.share * size})
         return adamw(groups)
