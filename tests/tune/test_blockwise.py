@@ -158,5 +158,4 @@ def test_masks_and_positions_are_those_of_one_window(arch: str, tmp_path: Path) 
         source, tmp_path / "out", method="magnitude", sparsity=0.5, **(SMALL | FEW | {"windows": 4})
     )
     for layer in done.made["layers"]:
-        if "tuned" in layer:
-            assert layer["tuned"]["after"] <= layer["tuned"]["before"]
+        assert layer["block_loss_tuned"] <= layer["block_loss"]

@@ -33,7 +33,8 @@ class Blockwise(Tuner):
     times as large as others' would otherwise be all that is tuned for. ``epochs`` passes over the windows
     with Adam, a window a step; ``rate``: the largest step of a weight, as a share of the mean size of its
     layer's (scales: a tenth of it), falling to zero by a cosine; ``held_out``: the share of windows, the last
-    ones, that are not tuned on and by which the best epoch is kept, the start among them.
+    ones, that are not tuned on and by which the best epoch is kept, the start among them. Windows of
+    calibration are drawn at random places: those of a short text share tokens.
     """
 
     claim = Claim(
