@@ -118,6 +118,10 @@ def test_changes_reach_into_settings() -> None:
         ({"tune.losses": {}}, "no loss is left"),
         ({"tune.losses": {"kl": 0}}, "no loss is left"),
         ({"tune.losses": {"squarehead": 1}}, "squarehead pairs the blocks"),
+        (
+            {"tune.method": "ast", "tune.options": {"begin": "dense"}, "compress.pattern": "2:4"},
+            "ast brings back dense weights by the names of layers, and shrink takes some away",
+        ),
         ({"tune.values": "int3"}, "round a second time"),
         ({"sample": {"tokens": 100}}, "tune needs 128 tokens of text .* but sample.tokens is 100"),
         ({"sample": {"temperature": -1}}, "temperature"),

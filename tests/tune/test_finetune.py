@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.errors import (
+    CalibrationError,
     GossamerError,
     MethodError,
     ModelError,
@@ -207,20 +209,120 @@ def test_the_merged_model_computes_what_the_tuned_one_did() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("changes", [{"micro": 4}, {"gradient_checkpointing": True}])
-def test_parts_of_a_batch_and_checkpointed_gradients_change_nothing(changes: dict[str, Any]) -> None:
-    found = []
+@pytest.mark.parametrize(
+    ("losses", "changes"),
+    [
+        ({"kl": 1, "task": 1}, {"micro": 4}),
+        (
+            {"kl": 1, "squarehead": 1},
+            {"gradient_checkpointing": True},
+        ),  # a ratio: not the same in other parts
+    ],
+)
+def test_parts_of_a_batch_and_checkpointed_gradients_change_nothing(
+    losses: dict[str, float], changes: dict[str, Any]
+) -> None:
+    batch, found = tiny_tokens(4, 16), []
     for micro, again in ((2, False), (changes.get("micro", 2), changes.get("gradient_checkpointing", False))):
         model, masks = masked()
         tuning = SparseTuning(
-            model, teacher=tiny_model(seed=3, num_hidden_layers=2), losses={"kl": 1, "squarehead": 1},
-            masks=masks, values="int4", gradient_checkpointing=again,
+            model, teacher=tiny_model(seed=3, num_hidden_layers=2), losses=losses, masks=masks, values="int4",
+            rate=1e-3, gradient_checkpointing=again,
         )  # fmt: skip
-        loop = Loop(tokens=3 * 4 * 16, batch=4, micro=micro, evaluations=1)
-        train(tuning, tiny_tokens(8, 16), tiny_tokens(2, 16, seed=9), loop)
+        start = {name: tensor.clone() for name, tensor in tuning.values().items()}
+        for _ in range(3):
+            for part in torch.split(batch, micro):
+                (tuning.loss(part) * (len(part) / len(batch))).backward()
+            tuning.step(0.5)
         found.append(tuning.values())
+        tuning.merge()
+        assert not any("forward" in vars(module) for module in model.modules())
+    moved = {name: float((tensor - start[name]).abs().max()) for name, tensor in found[0].items()}
+    assert min(moved.values()) > 1e-5
     for name, tensor in found[0].items():
         assert torch.allclose(tensor, found[1][name], rtol=0, atol=3e-6), name
+
+
+def test_checkpointed_gradients_leave_dropout_off() -> None:
+    model = tiny_model("opt", dropout=0.5)
+    masks = {n: None for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
+    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, gradient_checkpointing=True)
+    ids = tiny_tokens(2, 16)
+    assert torch.equal(tuning.loss(ids), tuning.loss(ids))
+
+
+def test_padding_counts_nowhere() -> None:
+    ids = tiny_tokens(2, 12)
+    model, masks = masked()
+    tuning = SparseTuning(
+        model, teacher=tiny_model(seed=3, num_hidden_layers=2), losses={"kl": 1, "task": 1, "squarehead": 1},
+        masks=masks,
+    )  # fmt: skip
+    want = float(tuning.loss(ids).detach())
+    for pad in (2, 77):
+        for side in (0, 1):
+            padding = torch.full((2, 5), pad)
+            parts = [(padding, torch.zeros_like(padding)), (ids, torch.ones_like(ids))]
+            whole, mask = (torch.cat(t, 1) for t in zip(*(parts if side == 0 else parts[::-1]), strict=True))
+            assert float(tuning.loss({"input_ids": whole, "attention_mask": mask})) == pytest.approx(
+                want, rel=1e-4
+            )
+
+
+def test_an_optimizer_of_ones_own_is_seen_by_losses_and_the_merge() -> None:
+    model, masks = masked()
+    tuning = SparseTuning(model, losses={"task": 1}, masks=masks, rate=1e-2)
+    ids = tiny_tokens(4, 16)
+    with torch.no_grad():
+        before = float(tuning.loss(ids))
+    for _ in range(5):
+        tuning.loss(ids, defer=False).backward()
+        tuning.optimizer.step()
+        tuning.optimizer.zero_grad()
+    with torch.no_grad():
+        after = float(tuning.loss(ids))
+        want = model(ids).logits
+        tuning.merge()
+        assert torch.equal(model(ids).logits, want)
+    assert after < 0.95 * before
+
+
+def test_a_run_that_goes_wrong_ends_at_its_best_state(
+    sparse_int4: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = SparseTuning.step, 0
+
+    def breaking(self: SparseTuning, fraction: float) -> None:
+        nonlocal calls
+        step(self, fraction)
+        calls += 1
+        if calls == 8:
+            next(iter(self.weights.values())).latent.data.fill_(torch.nan)
+
+    monkeypatch.setattr(SparseTuning, "step", breaking)
+    asked = {**BUDGET, "rate": None, "tokens": 30 * 4 * 32, "evaluations": 15}
+    done = gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **asked)
+    assert done.outcome.ended == "a loss that is not finite"
+    assert 0 < done.outcome.best_step <= 6
+    assert done.outcome.after["total"] < done.outcome.before["total"]
+    assert all(math.isfinite(total) for _, total in done.outcome.held_out)
+    calls = 7  # at once: nothing is better than the start
+    with pytest.raises(CalibrationError, match="not finite at step"):
+        gs.finetune(sparse_int4, tmp_path / "other", teacher=dense, **asked)
+
+
+def test_a_budget_below_a_step_is_a_step(sparse_int4: Path, dense: Path, tmp_path: Path) -> None:
+    done = gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **{**SMALL, "tokens": 10, "rate": None})
+    assert done.outcome.step == 1
+    assert len({total for _, total in done.outcome.held_out}) == 2  # it moved
+    model, masks = masked()
+    with pytest.raises(MethodError, match="needs a budget"):
+        train(
+            SparseTuning(model, losses={"task": 1}, masks=masks),
+            tiny_tokens(8, 16),
+            tiny_tokens(2, 16),
+            Loop(),
+        )
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(
@@ -341,6 +443,18 @@ def test_bf16_may_be_tuned_towards_int4(dense: Path, tmp_path: Path) -> None:
         ({"speed": 3}, GossamerError, "the setting speed"),
         ({"tokens": 0}, GossamerError, "the setting tokens"),
         ({"seqlen": 4096}, ModelError, "longer than"),
+        ({"method": "lora", "options": {"rank": 4.5}}, MethodError, "takes as rank a whole number, got 4.5"),
+        (
+            {"method": "lora", "options": {"alpha": float("nan")}},
+            MethodError,
+            "alpha a finite number, got nan",
+        ),
+        ({"method": "ast", "options": {"pattern": 24}}, MethodError, "takes as pattern text, got 24"),
+        (
+            {"loss_options": {"kl": {"temperature": True}}},
+            MethodError,
+            "temperature a finite number, got True",
+        ),
         ({"text": ["too short"]}, TextError, "window"),
         ({"text": [TEXT[:250]]}, TextError, "held out"),
         ({"teacher": "/nowhere"}, ModelError, "nowhere"),

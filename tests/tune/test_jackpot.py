@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tuned_models import RUN, Toy, masked
+from tuned_models import RUN, TEXT, Toy, masked
 
 import gossamer as gs
 from gossamer.errors import MethodError
@@ -142,7 +142,7 @@ def test_what_it_cannot_search_is_refused() -> None:
     torch.manual_seed(0)
     dense = torch.randn(8, 16)
     mask = mask_from_scores(dense.abs(), parse_pattern("1:4"))
-    with pytest.raises(MethodError, match="fewer than 2:4"):
+    with pytest.raises(MethodError, match="keeps 32 weights, and 2:4 keeps 64"):
         JackpotWeight(dense * mask, mask, None, JackpotOptions("2:4"))
     with pytest.raises(MethodError, match="has none"):
         JackpotWeight(dense, None)
@@ -160,8 +160,28 @@ def test_a_search_without_the_dense_weights_is_refused() -> None:
         SparseTuning(model, losses={"task": 1}, masks=masks, method="jackpot")
     model, masks = masked()
     shorter = tiny_model(num_hidden_layers=1)
-    with pytest.raises(MethodError, match=r"the teacher has none of model\.layers"):
+    with pytest.raises(MethodError, match="the model has 2 blocks, its teacher 1"):
         SparseTuning(model, teacher=shorter, losses={"task": 1}, masks=masks, method="jackpot")
+
+
+def test_what_a_search_makes_is_told_as_it_is(tmp_path: Path) -> None:
+    dense = tiny_folder(tmp_path / "dense", dtype="float32", num_hidden_layers=1)
+    options: dict[str, Any] = {"values": "float32", "windows": 2, "seqlen": 32, "calibration": [TEXT]}
+    made = compress(dense, tmp_path / "made", method="obs", pattern="2:4", **options).path
+    before = gs.finetune(  # a run that leaves all as it is, to see the checkpoint's own loss
+        made, tmp_path / "same", teacher=dense, **(RUN | {"tokens": 64, "rate": 1e-12}), norms=False
+    ).outcome.before
+    search = RUN | {"method": "jackpot", "options": {"pattern": "unstructured", "every": 1}, "norms": False}
+    done = gs.finetune(made, tmp_path / "out", teacher=dense, bfloat16=True, **search)
+    assert done.outcome.before["total"] == pytest.approx(before["total"], rel=1e-2)  # in bfloat16 here
+    assert done.made["pattern"] == "unstructured"
+    assert done.made["sparsity"] == pytest.approx(0.5)
+    plain = dict(gs.load(dense, dtype="float32").model.named_parameters())
+    for name, module in load_checkpoint(done.path, dtype=torch.float32).named_modules():
+        if isinstance(module, StructuredLinear) and "layers" in name:
+            mask, weight = module.matrix.mask(), plain[f"{name}.weight"]
+            assert not torch.equal(weight, weight.bfloat16().float())  # bits that bfloat16 would lose
+            assert torch.equal(module.matrix.to_dense(), weight * mask)
 
 
 @pytest.mark.parametrize("loss", ["kl", "task"])

@@ -74,12 +74,15 @@ def tune(
     rate: Annotated[
         float | None,
         typer.Option(
-            help="Of AdamW, at its highest; else a hundredth of the mean size of each layer's weights."
+            help="Of AdamW, at its highest; else a hundredth of the mean size of each layer's weights, of "
+            "floats a thousandth."
         ),
     ] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
-    micro: Annotated[int, typer.Option(min=1, help="Windows in memory at once.")] = 1,
+    micro: Annotated[
+        int, typer.Option(min=1, help="Windows in memory at once (squarehead: a ratio for each such part).")
+    ] = 1,
     held_out: Annotated[
         int, typer.Option(min=1, help="Windows that choose the best state and are never tuned on.")
     ] = 8,
@@ -177,9 +180,14 @@ def tune(
     command = ["gossamer", "eval", str(done.path)]
     model = teacher or done.made.get("model")
     following = shlex.join([*command, "--against", model] if model else command)
-    show.facts(f"{done.path}", rows, [*([SMOKE] if done.smoke_test else []), f"next: {following}"])
+    notes = [note for note, holds in ((SMOKE, done.smoke_test), (WORSE, done.worse)) if holds]
+    show.facts(f"{done.path}", rows, [*notes, f"next: {following}"])
 
 
+WORSE = (
+    "worse than CHECKPOINT on the held-out text: the search began at the dense weights, and what it found "
+    "does not make up for the updates that kept weights had"
+)
 SMOKE = "tuned on the prose inside Python (a smoke test): give --text TEXT for real use"
 
 

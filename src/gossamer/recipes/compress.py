@@ -40,7 +40,7 @@ from gossamer.recipes.compress_shares import allocate, layers_of
 from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
 from gossamer.recipes.layer_shares import Needs, allocation_needs
 from gossamer.recipes.load import check_context
-from gossamer.recipes.prune_layer import form_of, pack_layer, prune_layer, record_of
+from gossamer.recipes.prune_layer import form_of, mean_sparsity, pack_layer, prune_layer, record_of
 from gossamer.recipes.settings import checked
 from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
@@ -288,15 +288,13 @@ class _Job:
                 layers += json.loads(self.work.block_file(index, ".json").read_text())
             except (OSError, ValueError) as error:
                 raise ResumeError(f"block {index} in {self.work.path.name} is missing or damaged") from error
-        weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-        zeros = sum(layer["shape"][0] * layer["shape"][1] * layer["sparsity"] for layer in layers)
         made: dict[str, Any] = {
             "job": "compress",
             "model": self.source.label,
             "method": self.method.name,
             "pattern": str(self.combination.pattern),
             "sparsity_requested": self.combination.sparsity if self.prices is None else None,
-            "sparsity": zeros / weights,
+            "sparsity": mean_sparsity(layers),
             "sparsity_of": "prunable linear weights",
             "settings": self.settings.model_dump(),
             "calibration": None

@@ -31,8 +31,9 @@ from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
+from gossamer.recipes.prune_layer import mean_sparsity
 from gossamer.recipes.settings import checked
-from gossamer.tune import Outcome, Saves, SparseTuning, train
+from gossamer.tune import Outcome, Saves, SparseTuning, held_out_losses, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +48,11 @@ class Finetuned:
     outcome: Outcome
     resumed: bool
     smoke_test: bool
+
+    @property
+    def worse(self) -> bool:
+        """Whether its held-out loss is above the checkpoint's, where masks are searched from dense ones."""
+        return self.outcome.after["total"] > self.outcome.before["total"]
 
 
 def finetune(
@@ -91,7 +97,10 @@ class _Job:
         self.dtype = fast_dtype() if settings.bfloat16 is None else self.dtype
         self.contents = open_checkpoint(checkpoint)
         self.teacher_files: dict[str, str] = {}
-        self.teacher, self.teacher_label = self._teacher(teacher)
+        self.teacher: PreTrainedModel | None = None
+        self.dense: PreTrainedModel | None = None
+        self.teacher_label: str | None = None
+        self._load_teacher(teacher)
         self.model = load_checkpoint(checkpoint, verify="none", dtype=self.dtype)
         check_context(self.model.config, settings.seqlen, checkpoint.name)
         self.text = read_text(text)
@@ -103,14 +112,16 @@ class _Job:
             return self._run()
 
     def _run(self) -> Finetuned:
-        s = self.settings
+        s, saves = self.settings, Saves(self.work)
+        before = self._before() if self.dense is not None and saves.numbers() is None else None
         tuning = SparseTuning(
             self.model,
             teacher=self.teacher,
+            dense=self.dense,
             losses=s.chosen_losses(),
             method=s.method,
             options=self._options(),
-            pruned=[layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0],
+            pruned=self._pruned(),
             values=s.values,
             group=s.group,
             norms=s.norms,
@@ -121,15 +132,28 @@ class _Job:
             clip=s.clip,
             gradient_checkpointing=s.gradient_checkpointing,
         )
-        self.teacher = None  # the tuning keeps it for as long as it needs it
+        self.teacher = self.dense = None  # the tuning keeps them for as long as it needs them
         outcome = train(
-            tuning, self.windows, self.held_out, s.loop(), Saves(self.work), progress=self.progress
+            tuning, self.windows, self.held_out, s.loop(), saves, progress=self.progress, before=before
         )
         tuned = tuning.merge()
         made = self._made(outcome, tuned)
         self._write(tuned, made)
         self.work.remove()
         return Finetuned(self.out, made, outcome, self.work.resumed, self.text.smoke)
+
+    def _before(self) -> dict[str, float]:
+        """Held-out losses of the checkpoint as it is, where what is tuned begins elsewhere: at dense
+        weights."""
+        tuning = SparseTuning(
+            self.model, teacher=self.teacher, losses=self.settings.chosen_losses(), norms=False
+        )
+        losses = held_out_losses(tuning, self.held_out, self.settings.micro)
+        tuning.merge()
+        return losses
+
+    def _pruned(self) -> list[str]:
+        return [layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0]
 
     def _options(self) -> dict[str, Any]:
         """The method's own, and the pattern of the checkpoint for one that moves masks within it."""
@@ -141,22 +165,30 @@ class _Job:
         """What the checkpoint says of its layers."""
         return list(self.contents.manifest.made.get("layers") or [])
 
-    def _teacher(self, asked: str | Path | None) -> tuple[PreTrainedModel | None, str | None]:
-        """The model in evaluation mode and its label; None where neither a loss nor the method needs one."""
+    def _load_teacher(self, asked: str | Path | None) -> None:
+        """The teacher, where a loss needs one, and where the method brings back dense weights the model that
+        has all their bits."""
         kind = self.settings.weights()
         needed = any(loss.needs_teacher for loss, _ in self.settings.chosen_losses())
-        if not needed and not kind.brings_back(kind.chosen(self._options())):
-            return None, None
+        brings_back = kind.brings_back(kind.chosen(self._options()))
+        if brings_back:
+            self.dense = self._loaded(asked, torch.float32)
+        if needed:
+            same = brings_back and self.dtype == torch.float32
+            self.teacher = self.dense if same else self._loaded(asked, self.dtype)
+
+    def _loaded(self, asked: str | Path | None, dtype: torch.dtype) -> PreTrainedModel:
+        """The dense model in evaluation mode."""
         source = asked or self.contents.manifest.made.get("model")
         if source is None:
             raise ModelError("the checkpoint does not say which model it was made from: name the teacher")
         try:
             path = Path(source).expanduser()
             if is_checkpoint(path):
-                model, label, folder = load_checkpoint(path, dtype=self.dtype), path.resolve().name, path
+                model, label, folder = load_checkpoint(path, dtype=dtype), path.resolve().name, path
             else:
                 found = resolve(str(source), progress=self.progress)
-                model, _ = load_model(found.folder, self.dtype, apart=True)
+                model, _ = load_model(found.folder, dtype, apart=True)
                 label, folder = found.label, found.folder
         except GossamerError as error:
             if asked is not None:
@@ -168,8 +200,8 @@ class _Job:
         ours, theirs = (load_tokenizer(f).get_vocab() for f in (self.contents.path, folder))
         if ours != theirs:
             raise ModelError(f"the teacher {label} has another vocabulary than the checkpoint")
-        self.teacher_files = files_of(folder)
-        return model.requires_grad_(False).eval(), label
+        self.teacher_files, self.teacher_label = files_of(folder), label
+        return model.requires_grad_(False).eval()
 
     def _windows(self, checkpoint: Path) -> tuple[Tensor, Tensor]:
         """The windows to tune on, and those held out, of which none is both."""
@@ -209,7 +241,12 @@ class _Job:
             "with": made_with(),
         }
         layers = [_retold(layer, tuned) for layer in self._layers()]
-        return {**before, "layers": layers, "tuned": [*(before.get("tuned") or []), record]}
+        now: dict[str, Any] = {"layers": layers, "tuned": [*(before.get("tuned") or []), record]}
+        chosen = self.settings.weights().chosen(self._options())
+        if hasattr(chosen, "pattern"):  # its masks are no longer those of before
+            now["pattern"] = chosen.pattern
+            now["sparsity"] = mean_sparsity(layers)
+        return {**before, **now}
 
     def _write(self, tuned: dict[str, Matrix | Tensor], made: dict[str, Any]) -> None:
         contents = self.contents
@@ -233,4 +270,7 @@ def _retold(layer: dict[str, Any], tuned: dict[str, Matrix | Tensor]) -> dict[st
         return layer
     kept = {key: value for key, value in layer.items() if not key.endswith("_error")}
     now = {"layout": matrix.layout, "values": matrix.values_name, "bits_per_weight": matrix.bits_per_weight}
+    mask = matrix.unpack().mask
+    if mask is not None:
+        now["sparsity"] = 1.0 - int(mask.sum()) / mask.numel()
     return kept | now

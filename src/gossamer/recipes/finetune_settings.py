@@ -17,10 +17,11 @@ DEFAULT_TOKENS = 500_000
 class FinetuneSettings(BaseModel):
     """How a whole checkpoint is tuned.
 
-    ``method``: which weights move: ``full`` (all that are kept), ``lora`` or ``ast``, with ``options``;
-    ``losses``: weights by name (0 leaves one out), with ``loss_options`` by name; ``values``: other values
-    than the checkpoint's, such as int4 for one in bfloat16, in groups of ``group`` inputs a scale; ``norms``:
-    norms and biases of the blocks are tuned too; ``rate``: None takes each layer's own (`SparseTuning`).
+    ``method``: which weights move, with ``options``: ``full`` (all that are kept), ``lora``, ``scales``; or
+    masks: ``ast``, ``maskllm``, ``jackpot``; ``losses``: weights by name (0 leaves one out), with
+    ``loss_options`` by name; ``values``: other values than the checkpoint's, such as int4 for one in
+    bfloat16, in groups of ``group`` inputs a scale; ``norms``: norms and biases of the blocks are tuned too;
+    ``rate``: None takes each layer's own (`SparseTuning`).
     ``tokens`` or ``minutes``: the budget (neither: 500,000 tokens; both: what ends first); what else a run
     takes stands in :class:`gossamer.tune.Loop`.
     ``bfloat16``: whether the models compute in it (None: where the machine does it fast).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gossamer.calibrate import Gram
@@ -48,6 +49,13 @@ def record_of(layer: Layer, pruned: Pruned) -> dict[str, Any]:
         **({} if all(one.reached for one in layer.statistics.values()) else {"unreached": True}),
         **pruned.record,
     }
+
+
+def mean_sparsity(layers: Sequence[Mapping[str, Any]]) -> float:
+    """The share of zeros among the weights of records of layers."""
+    sizes: list[int] = [one["shape"][0] * one["shape"][1] for one in layers]
+    zeros = sum(size * float(one["sparsity"]) for size, one in zip(sizes, layers, strict=True))
+    return zeros / sum(sizes)
 
 
 def pack_layer(pruned: Pruned, combination: Combination) -> Matrix:

@@ -86,6 +86,13 @@ class Recipe(BaseModel):
                 f"the loss {states[0]} pairs the blocks of model and teacher, and shrink takes some away: "
                 "use losses of what comes out (kl, task)"
             )
+        kind = self.tune.weights()
+        options = kind.within(str(combination.pattern), self.tune.options)
+        if self.shrink is not None and kind.brings_back(kind.chosen(options)):
+            raise MethodError(
+                f"the method {self.tune.method} brings back dense weights by the names of layers, and shrink "
+                "takes some away: leave one of them out"
+            )
         if self.tune.values is not None and combination.values.is_integer:
             raise MethodError(
                 f"compress makes {self.compress.values}, which tune.values would round a second time: "

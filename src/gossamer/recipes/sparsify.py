@@ -29,7 +29,7 @@ from gossamer.prune import Combination, Layer, Pruned, check_combination
 from gossamer.prune.method import DEFAULT_PATTERN, check_finite
 from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
-from gossamer.recipes.prune_layer import pack_layer, prune_layer, record_of
+from gossamer.recipes.prune_layer import mean_sparsity, pack_layer, prune_layer, record_of
 from gossamer.sparse.allocate import LayerInfo, allocation, outlier_share
 
 
@@ -45,9 +45,7 @@ class Sparsified:
     @property
     def sparsity(self) -> float:
         """The share of zeros among the weights that were pruned."""
-        sizes: list[int] = [one["shape"][0] * one["shape"][1] for one in self.layers]
-        zeros = sum(s * float(one["sparsity"]) for s, one in zip(sizes, self.layers, strict=True))
-        return zeros / sum(sizes)
+        return mean_sparsity(self.layers)
 
 
 def sparsify(

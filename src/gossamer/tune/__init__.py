@@ -1,6 +1,6 @@
 """Winning quality back: the weights that were kept are tuned, under masks that stay exact."""
 
-from gossamer.tune.loop import Loop, Outcome, train
+from gossamer.tune.loop import Loop, Outcome, held_out_losses, train
 from gossamer.tune.method import TUNERS, Tuner, tuner
 from gossamer.tune.modules import ModuleTuning
 from gossamer.tune.saves import Saves
@@ -17,6 +17,7 @@ __all__ = [
     "SparseTuning",
     "TunedWeight",
     "Tuner",
+    "held_out_losses",
     "train",
     "tuner",
 ]

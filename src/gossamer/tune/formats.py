@@ -60,10 +60,10 @@ class Format:
 
     def finish(self, weight: TunedWeight) -> Matrix:
         """The tuned weight as a matrix of this format."""
-        plain, codes = weight.finished()
+        (plain, codes), mask = weight.finished(), weight.final_mask()
         layout = "auto" if weight.frees_masks else self.layout
         if codes is not None:
-            return Packed.pack(codes, layout=layout, mask=weight.mask)
+            return Packed.pack(codes, layout=layout, mask=mask)
         if self.values is not None:
-            return Packed.pack(plain, self.values, layout, mask=weight.mask)
-        return Dense(plain) if weight.mask is None else Sparse(weight.mask, plain)
+            return Packed.pack(plain, self.values, layout, mask=mask)
+        return Dense(plain) if mask is None else Sparse(mask, plain)

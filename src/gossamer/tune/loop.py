@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from gossamer.errors import CalibrationError
+from gossamer.errors import CalibrationError, MethodError
 from gossamer.progress import Progress, silent
 from gossamer.tune.saves import Saves
 from gossamer.tune.sparse import SparseTuning
@@ -18,7 +18,8 @@ from gossamer.tune.sparse import SparseTuning
 @dataclass(frozen=True)
 class Loop:
     """``tokens``, ``minutes``: the budget, of which one at least is given; the run ends with the first that
-    is spent. ``batch`` windows make a step, ``micro`` of them at once. ``evaluations``: how often, evenly
+    is spent. ``batch`` windows make a step, ``micro`` of them at once (squarehead is
+    a ratio: of each such part by itself, and its mean over them). ``evaluations``: how often, evenly
     over the run, the held-out loss is measured and the state saved, and the best state is the result; after
     ``patience`` of them without a better loss the run ends (None: never, since losses that rise while the
     rate is high fall again with it). ``seed``: of the order of the windows."""
@@ -36,7 +37,8 @@ class Loop:
 class Outcome:
     """``tokens``: tuned on, counted each time they were seen; ``before`` and ``after``: held-out losses by
     name, ``total`` their weighted sum; ``after`` is that of the best state, at ``best_step``; ``held_out``:
-    the step and the total of every evaluation; ``ended``: "tokens", "minutes" or "patience"."""
+    the step and the total of every evaluation; ``ended``: "tokens", "minutes", "patience", or "a loss that is
+    not finite", where an earlier state was better than the start."""
 
     step: int = 0
     tokens: int = 0
@@ -59,15 +61,30 @@ def train(
     loop: Loop,
     saves: Saves | None = None,
     progress: Progress = silent,
+    before: dict[str, float] | None = None,
 ) -> Outcome:
     """Tunes on ``windows`` ``(n, seqlen)`` of token ids, each once in random order, then all again, until the
     budget is spent; ends in the state of the least loss on ``held_out``, the start among them.
 
-    With ``saves`` a run that was killed goes on at the last evaluation, to the same bits where the budget is
-    in tokens. Raises CalibrationError where a loss is not finite.
+    ``before``: held-out losses to tell as those before (None: of the state to begin with). With ``saves`` a
+    run that was killed goes on at the last evaluation, to the same bits where the budget is in tokens. Raises
+    CalibrationError where a loss is not finite and no state was better than the start, and MethodError
+    without a budget.
     """
-    run = _Run(tuning, windows, held_out, loop, saves, progress)
-    return run.run()
+    if loop.tokens is None and loop.minutes is None:
+        raise MethodError("a run needs a budget: tokens, minutes or both")
+    return _Run(tuning, windows, held_out, loop, saves, progress, before).run()
+
+
+@torch.no_grad()
+def held_out_losses(tuning: SparseTuning, windows: Tensor, micro: int) -> dict[str, float]:
+    """Means over ``windows``, by name; ``total``: their weighted sum."""
+    sums = {"total": 0.0}
+    for part in torch.split(windows, micro):
+        total = float(tuning.loss(part))
+        for name, value in {"total": total, **tuning.parts}.items():
+            sums[name] = sums.get(name, 0.0) + len(part) / len(windows) * value
+    return sums
 
 
 class _Run:
@@ -79,9 +96,10 @@ class _Run:
         loop: Loop,
         saves: Saves | None,
         progress: Progress,
+        before: dict[str, float] | None,
     ) -> None:
         self.tuning, self.windows, self.held_out, self.loop = tuning, windows, held_out, loop
-        self.saves, self.progress = saves, progress
+        self.saves, self.progress, self.before = saves, progress, before
         self.now = Outcome()
         self.best: dict[str, Tensor] = {}  # where there are no saves
 
@@ -90,13 +108,17 @@ class _Run:
         start = time.monotonic() - self.now.seconds
         while not self.now.ended:
             fraction = self._fraction()
-            self._step()
+            if not self._step():
+                self._give_up()
+                break
             self.now.seconds = time.monotonic() - start
             after, every = self._fraction(), self.loop.evaluations
             self._report()
             if after >= 1 or math.floor(after * every) > math.floor(fraction * every):
                 self._evaluate()
-                if after >= 1:
+                if not math.isfinite(self.now.held_out[-1][1]):
+                    self._give_up()
+                elif after >= 1:
                     self.now.ended = "tokens" if self._token_share() >= 1 else "minutes"
                 elif self.loop.patience is not None and self.now.stale() >= self.loop.patience:
                     self.now.ended = "patience"
@@ -116,22 +138,31 @@ class _Run:
         self._evaluate()
         self._save()
 
-    def _step(self) -> None:
+    def _give_up(self) -> None:
+        """Ends a run that went wrong at the best state, where one was better than the start."""
+        self.now.held_out = [(step, total) for step, total in self.now.held_out if math.isfinite(total)]
+        if not self.now.best_step:
+            raise CalibrationError(
+                f"the loss is not finite at step {self.now.step}: NaN in a model, or a rate too high"
+            )
+        self.now.ended = "a loss that is not finite"
+
+    def _step(self) -> bool:
+        """One step; False where a loss is not finite."""
         batch = self._batch()
         tokens, inside = batch.numel(), 0
         middle = self._fraction(tokens / 2)
         for part in torch.split(batch, self.loop.micro):
             value = self.tuning.loss(part)
             if not bool(value.isfinite()):
-                raise CalibrationError(
-                    f"the loss is not finite at step {self.now.step}: NaN in a model, or a rate too high"
-                )
+                return False
             (value * (len(part) / len(batch))).backward()  # type: ignore[no-untyped-call]
             inside += part.numel()
             self._report(inside)
         self.tuning.step(middle)
         self.now.step += 1
         self.now.tokens += tokens
+        return True
 
     def _batch(self) -> Tensor:
         """The next windows: every pass over them has an order of its own, drawn from the seed."""
@@ -141,7 +172,11 @@ class _Run:
         return self.windows[torch.tensor([orders[place // count][place % count] for place in places])]
 
     def _token_share(self, more: float = 0) -> float:
-        return 0.0 if self.loop.tokens is None else (self.now.tokens + more) / self.loop.tokens
+        """Of the budget in tokens, which whole steps spend."""
+        if self.loop.tokens is None:
+            return 0.0
+        a_step = self.loop.batch * self.windows.shape[1]
+        return (self.now.tokens + more) / (math.ceil(self.loop.tokens / a_step) * a_step)
 
     def _fraction(self, more: float = 0) -> float:
         """How much of the budget is spent, ``more`` tokens from now."""
@@ -153,22 +188,15 @@ class _Run:
         self.progress("tuning", min(int(self._fraction(inside) * total), total - 1), max(total, 1))
 
     def _evaluate(self) -> None:
-        tuning, sums = self.tuning, {"total": 0.0}
-        parts = torch.split(self.held_out, self.loop.micro)
-        with torch.no_grad():
-            for part in parts:
-                share = len(part) / len(self.held_out)
-                total = float(tuning.loss(part))
-                for name, value in {"total": total, **tuning.parts}.items():
-                    sums[name] = sums.get(name, 0.0) + share * value
+        sums = held_out_losses(self.tuning, self.held_out, self.loop.micro)
         if not self.now.held_out:
             if not math.isfinite(sums["total"]):
                 raise CalibrationError("the loss of the untuned model is not finite: NaN in a model")
-            self.now.before = sums
+            self.now.before = self.before or sums
         if not self.now.held_out or sums["total"] < self.now.after["total"]:  # and not where it is NaN
             self.now.after, self.now.best_step = sums, self.now.step
             if self.saves is None:
-                self.best = {name: tensor.clone() for name, tensor in tuning.values().items()}
+                self.best = {name: tensor.clone() for name, tensor in self.tuning.values().items()}
         self.now.held_out.append((self.now.step, sums["total"]))
 
     def _save(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices import Matrix
@@ -36,15 +38,16 @@ class SparseTuning:
             tuning.step(fraction)
         tuning.merge()
 
-    ``teacher``: a model of the same vocabulary, for losses that need one and methods that bring back dense
-    weights; ``losses``: weights by name, or losses with their weights; ``method`` with ``options``: which
-    weights move (`WEIGHTS`); ``values`` and ``group``: other ones than the model's; ``pruned``: layers whose
-    zeros are pruned weights, also where their layout, a dense one, does not say so; ``norms``: norms and
-    biases are tuned too. Embeddings and head stay. ``rate`` of AdamW, for scales times ``scale_rate``; None:
-    for each layer SHARE of the mean size of its weights, FLOAT_SHARE where they are no integers (of its
-    scales, and of 1 for norms: times ``scale_rate``), since a step of one size ruins some models and does not
-    move others. It rises over the share ``warmup`` of the run and falls to zero by a cosine; gradients are
-    clipped to the norm ``clip``.
+    ``teacher``: a model of the same vocabulary, for losses that need one; ``dense``: the model with the same
+    layers that methods which bring back pruned weights take them from (None: the teacher); ``losses``:
+    weights by name, or losses with their weights; ``method`` with ``options``: which weights move
+    (`WEIGHTS`); ``values`` and ``group``: other ones than the model's; ``pruned``: layers whose zeros are
+    pruned weights, also where their layout, a dense one, does not say so; ``norms``: norms and biases are
+    tuned too. Embeddings and head stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each
+    layer SHARE of the mean size of its weights, FLOAT_SHARE where they are no integers (of its scales, and of
+    1 for norms: times ``scale_rate``), since a step of one size ruins some models and does not move others.
+    It rises over the share ``warmup`` of the run and falls to zero by a cosine; gradients are clipped to the
+    norm ``clip``.
 
     The model is in evaluation mode throughout: no dropout. Raises ModelError or MethodError for what does not
     fit together.
@@ -69,6 +72,7 @@ class SparseTuning:
         weight_decay: float = 0.0,
         clip: float = 1.0,
         gradient_checkpointing: bool = False,
+        dense: PreTrainedModel | None = None,
     ) -> None:
         named = losses.items() if isinstance(losses, Mapping) else ()
         self.losses = (
@@ -93,13 +97,14 @@ class SparseTuning:
 
         self.weights = place_weights(model, make, masks)
         if kind.brings_back(chosen):
-            self._fill(method)
+            self._fill(method, dense or teacher)
         if not any(one.needs_teacher for one, _ in self.losses):
             self.teacher = self.teacher_head = None  # no longer held in memory
         self.norms = place_norms(model) if norms else {}
         self.warmup, self.clip = warmup, clip
         self.optimizer = self._optimizer(rate, scale_rate, weight_decay)
         self.parts: dict[str, float] = {}
+        self._forwards: list[tuple[nn.Module, dict[str, Any]]] = []  # what checkpointing took the place of
         if gradient_checkpointing:
             self._checkpoint_gradients()
 
@@ -122,6 +127,8 @@ class SparseTuning:
         labels = ids if labels is None else labels
         labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
         counts = labels[:, 1:] != IGNORED
+        if mask is not None:
+            counts &= mask[:, :-1] != 0  # behind padding a first token is predicted from nothing
         want_states = any(isinstance(one, StateLoss) for one, _ in self.losses)
         got = run(self.model, ids, mask, states=want_states)
         given = None
@@ -161,6 +168,12 @@ class SparseTuning:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.after_step(fraction)
+
+    def set_passes(self, count: int) -> None:
+        """How many backward passes a step has where they do not defer, each of a loss divided by that: what
+        a method adds to gradients counts once a step."""
+        for weight in self.weights.values():
+            weight.passes = count
 
     def before_step(self, fraction: float) -> None:
         """What the method does before gradients settle."""
@@ -223,6 +236,9 @@ class SparseTuning:
     def merge(self) -> dict[str, Matrix | Tensor]:
         """Puts finished weights back into the model, packed as they were, and returns them, and tuned norms,
         by the names of the parameters."""
+        for module, forward in self._forwards:
+            del module.forward
+            vars(module).update(forward)
         matrices = {name: self._formats[name].finish(weight) for name, weight in self.weights.items()}
         norms = remove_norms(self.model, self.norms)  # first: among them are biases of these layers
         remove_weights(self.model, matrices)
@@ -248,12 +264,18 @@ class SparseTuning:
                 f"the loss {states[0]} pairs blocks, but the model has {blocks[0]}, its teacher {blocks[1]}"
             )
 
-    def _fill(self, method: str) -> None:
-        """Shows a method that brings back pruned weights what the teacher's are. Raises MethodError where
-        they are not known."""
-        if self.teacher is None:
+    def _fill(self, method: str, model: PreTrainedModel | None) -> None:
+        """Shows a method that brings back pruned weights what they are in the dense ``model``. Raises
+        MethodError where they are not known."""
+        if model is None:
             raise MethodError(f"{method} brings back dense weights: give the dense model as the teacher")
-        layers = dict(self.teacher.named_modules())
+        ours, theirs = len(find_parts(self.model).blocks), len(find_parts(model).blocks)
+        if ours != theirs:
+            raise MethodError(
+                f"{method} brings back dense weights by the names of layers, but the model has {ours} "
+                f"blocks, its teacher {theirs}"
+            )
+        layers = dict(model.named_modules())
         for name, weight in self.weights.items():
             layer = layers.get(name)
             dense = None if layer is None else dense_weight(layer)
@@ -286,6 +308,9 @@ class SparseTuning:
         return named | {id(parameter): name for name, parameter in self.norms.items()}
 
     def _checkpoint_gradients(self) -> None:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers' own way asks for training mode, and with it for dropout
         for block in find_parts(self.model).blocks:
-            block.module.training = True  # of the block alone: what lies in it stays without dropout
+            module = block.module
+            own = {"forward": module.forward} if "forward" in vars(module) else {}
+            self._forwards.append((module, own))
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)

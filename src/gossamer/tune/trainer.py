@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class TuningModule(nn.Module):
                 optimizers=(tuning.optimizer, module.schedule(steps))).train()
         tuning.merge()
 
-    With ``max_grad_norm`` as ``clip`` and the same batches the weights are those of a loop of one's own.
+    With ``max_grad_norm`` as ``clip`` and the same batches the weights are those of a loop of one's own. What
+    the Trainer saves is what is tuned, without the model around it.
     """
 
     def __init__(self, tuning: SparseTuning) -> None:
@@ -34,6 +36,15 @@ class TuningModule(nn.Module):
         """The loss of a batch; see `SparseTuning.loss`."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return {"loss": self.tuning.loss(batch, defer=False)}
+
+    def state_dict(self, *args: Any, **rest: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """What is tuned alone: what a Trainer saves, though weights of the model be tied."""
+        return self.tuning.values()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **rest: Any) -> Any:
+        """Comes back to what `state_dict` gave."""
+        self.tuning.load_values(state_dict)
+        return super().load_state_dict({}, strict=False)._replace(missing_keys=[])
 
     def train(self, mode: bool = True) -> TuningModule:
         """Leaves the model in evaluation mode: no dropout."""
@@ -52,6 +63,9 @@ class TuningCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, tuning: SparseTuning) -> None:
         self.tuning = tuning
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.tuning.set_passes(args.gradient_accumulation_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.tuning.before_step((state.global_step + 0.5) / state.max_steps)

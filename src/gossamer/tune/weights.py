@@ -95,6 +95,7 @@ class TunedWeight(nn.Module):
             self.values, self.group = quantized.values, quantized.group
             self.scales = nn.Parameter(quantized.scales.float())
         self.defers = False
+        self.passes = 1  # backward passes of a step where they do not defer
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
         self._pending: Tensor | None = None
 
@@ -131,6 +132,8 @@ class TunedWeight(nn.Module):
         Where ``defers`` is set it is made once for all calls until `settle`, and backward passes leave its
         gradient here, which `settle` takes further: once a step, however many passes a step has.
         """
+        if not self.defers:
+            self._kept = None  # an optimizer that nobody tells of steps behind this pass
         source = self.leaf() if self.defers else self.dense()
         given: Tensor = _Finish.apply(source, self.scales, self, dtype)  # type: ignore[no-untyped-call]
         return given
@@ -187,6 +190,14 @@ class TunedWeight(nn.Module):
     def fill(self, dense: Tensor) -> None:
         """Tells a method that may bring back pruned weights what the dense ones are, ``(out, in)``."""
 
+    def final_mask(self) -> Tensor | None:
+        """The mask of the `finished` weight."""
+        return self.mask
+
+    def added(self, number: float) -> float:
+        """What `gradients` may add of a number that counts once a step."""
+        return number if self.defers else number / self.passes
+
     def before_step(self, fraction: float) -> None:
         """Tells a method, before gradients settle, that ``fraction`` of the whole budget is done."""
 
@@ -196,7 +207,7 @@ class TunedWeight(nn.Module):
     @torch.no_grad()
     def finished(self) -> tuple[Tensor, Quantized | None]:
         """The tuned weight, and its codes where values are integers."""
-        weight = self().detach().clone()
+        weight = self._finish(self.dense().detach(), torch.float32)
         if self.scales is None or self.values is None:
             return weight, None
         scales, kept = stored_scales(self.scales).half(), self.dense().detach()

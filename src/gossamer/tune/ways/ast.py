@@ -114,7 +114,7 @@ class AstWeight(TunedWeight):
         if self._frozen or self.mask is None:
             return kept, to_scales
         pruned = 1.0 - self.mask.float()
-        return kept.addcmul_(pruned, grad.float().add(latent, alpha=self._decay)), to_scales
+        return kept.addcmul_(pruned, grad.float().add(latent, alpha=self.added(self._decay))), to_scales
 
     @torch.no_grad()
     def after_step(self, fraction: float) -> None:

@@ -87,8 +87,7 @@ class JackpotWeight(MaskSearch):
         self.register_buffer("speed", torch.zeros(mask.shape))
         self.register_buffer("kept", mask.clone())
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        if int(self._wanted().sum()) != int(mask.sum()):
-            raise MethodError(f"the mask keeps {int(mask.sum()):,} weights, fewer than {self._pattern} does")
+        self._check_count(mask, int(self._wanted().sum()))
 
     def leaf(self) -> Tensor:
         return self.importance

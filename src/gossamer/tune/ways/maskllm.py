@@ -110,6 +110,8 @@ class MaskLlmWeight(MaskSearch):
         self._noise: tuple[int, Tensor] | None = None
         self._learns = False
 
+        self._check_count(mask, out * width // pattern.m * pattern.n)
+
     def size(self) -> float:
         return float(self.logits.detach().abs().mean())
 
@@ -134,7 +136,11 @@ class MaskLlmWeight(MaskSearch):
 
     def gradients(self, grad: Tensor, latent: Tensor) -> tuple[Tensor, Tensor | None]:
         to_dense, _ = super().gradients(grad, latent)
-        return to_dense.add_(latent, alpha=-2 * self.options.keep), None
+        return to_dense.add_(latent, alpha=-2 * self.added(self.options.keep)), None
+
+    def settle(self) -> None:
+        self._learns = True  # as in the passes whose gradients these are
+        super().settle()
 
     def after_step(self, fraction: float) -> None:
         self.steps += 1

@@ -49,7 +49,17 @@ class MaskSearch(TunedWeight):
         """The mask that is best as far as is known, bool ``(out, in)``."""
         raise NotImplementedError
 
+    def final_mask(self) -> Tensor:
+        return self.likeliest()
+
     @torch.no_grad()
     def finished(self) -> tuple[Tensor, Quantized | None]:
-        self.mask = self.likeliest()
-        return self.latent * self.mask, None
+        return self.latent * self.likeliest(), None
+
+    def _check_count(self, mask: Tensor, count: int) -> None:
+        """Raises MethodError where the mask to begin with keeps another number of weights: pruning would
+        be undone unasked."""
+        if int(mask.sum()) != count:
+            raise MethodError(
+                f"the mask keeps {int(mask.sum()):,} weights, and {self._pattern} keeps {count:,}"
+            )
