@@ -17,6 +17,7 @@ from gossamer.evaluate.layers import linear_layers
 from gossamer.matrices import Packed
 from gossamer.models.session import Session
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
+from gossamer.nn.experts import take_apart
 from tiny import tiny_model
 
 LINEAR = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
@@ -109,6 +110,16 @@ def test_a_run_generates_greedily_from_the_given_tokens(monkeypatch: pytest.Monk
     )
     assert fed[0] == tokens.tolist()
     assert [step[0] for step in fed[1:5]] == expected[0, 10:14].tolist()
+
+
+def test_decode_bytes_count_the_experts_of_a_token() -> None:
+    model = tiny_model("mixtral")
+    experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    every = tiny_model("mixtral", num_experts_per_tok=4)
+    assert decode_bytes(every) - decode_bytes(model) == experts // 2  # two of four
+    apart = tiny_model("mixtral")
+    take_apart(apart)
+    assert decode_bytes(apart) == decode_bytes(model)
 
 
 def test_decode_bytes_leave_out_embeddings_but_not_a_tied_head() -> None:

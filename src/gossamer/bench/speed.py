@@ -17,6 +17,7 @@ from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_thread
 from gossamer.errors import EvaluationError
 from gossamer.models.session import Session, SessionFactory, context_length
 from gossamer.nn import StructuredEmbedding
+from gossamer.nn.experts import count_experts
 from gossamer.progress import Progress, silent
 
 _WARM_STEPS = 8  # decode steps of a warm-up round
@@ -179,20 +180,23 @@ def compare_speed(
 
 def decode_bytes(model: nn.Module) -> int:
     """Bytes of weights that one decode step reads: all parameters and buffers but embeddings, of which it
-    looks up a row. A head tied to an embedding is read whole and counts; of a mixture of experts all count.
+    looks up a row. A head tied to an embedding is read whole and counts; of experts the share counts that a
+    token is sent to.
     """
-    seen: dict[tuple[int, int], int] = {}
+    seen: dict[tuple[int, int], float] = {}
 
-    def visit(module: nn.Module) -> None:
+    def visit(module: nn.Module, share: float) -> None:
         if isinstance(module, nn.Embedding | StructuredEmbedding):
             return
+        if count := count_experts(module):
+            share = getattr(getattr(model, "config", None), "num_experts_per_tok", count) / count
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            seen[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
+            seen[tensor.data_ptr(), tensor.nbytes] = share * tensor.nbytes
         for child in module.children():
-            visit(child)
+            visit(child, share)
 
-    visit(model)
-    return sum(seen.values())
+    visit(model, 1.0)
+    return round(sum(seen.values()))
 
 
 def _facts(count: int | None) -> Machine:

@@ -81,6 +81,14 @@ def experts_of(module: nn.Module, note: Note | None = None) -> Iterator[tuple[nn
         yield _linear(module, first, index, note), _linear(module, "down_proj", index, note)
 
 
+def count_experts(module: nn.Module) -> int:
+    """How many experts ``module`` holds, fused or apart; 0 where it holds none."""
+    if isinstance(module, Experts):
+        return len(module)
+    stacked: Any = module._parameters[_first(module)] if is_fused(module) else ()
+    return len(stacked)
+
+
 def _linear(fused: nn.Module, name: str, index: int, note: Note | None) -> nn.Linear:
     stack: Any = fused._parameters[name]
     bias = fused._parameters.get(f"{name}_bias")
