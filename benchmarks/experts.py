@@ -1,5 +1,5 @@
-"""A mixture of experts: dense in transformers and in the native decoder, beside its checkpoints, of which each
-expert is a pair of packed layers.
+"""A mixture of experts: dense in transformers and in the native decoder, beside its checkpoints, of which
+each expert is a pair of packed layers.
 
 Random weights of a small Qwen3-MoE (8 blocks of 32 experts of 512, 4 a token), compressed by magnitude:
 speeds and bytes, no quality.
