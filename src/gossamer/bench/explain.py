@@ -33,7 +33,7 @@ def _heading(plan: Plan) -> Iterator[str]:
     machine = plan.machine
     yield (
         f"For a prompt of {plan.prompt} tokens and {plan.decode} written after it, on {machine.cpu}, "
-        f"{machine.threads} threads, kernels {machine.isa}."
+        f"threads {machine.threads}, kernels {machine.isa}."
     )
     if plan.zeros is not None:
         yield f"{100 * plan.zeros:.3g} % of the activations are zero, at random."

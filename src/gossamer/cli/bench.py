@@ -168,7 +168,7 @@ def machine_notes(machine: Machine, other_work: float | None) -> list[str]:
     """What the figures were measured on, and what else ran meanwhile."""
     cache = "unknown" if machine.cache_bytes is None else show.size(machine.cache_bytes)
     notes = [
-        f"{machine.cpu}, {machine.threads} threads of {machine.cores} cores, kernels {machine.isa}, "
+        f"{machine.cpu}, cores {machine.cores}, threads {machine.threads}, kernels {machine.isa}, "
         f"last-level cache {cache}, torch {machine.torch}",
     ]
     if machine.read_gb_per_second is not None:
