@@ -33,7 +33,7 @@ def test_both_engines_run_gated_and_say_so(tmp_path: Path, method: str) -> None:
     tiny_folder(
         tmp_path / "tiny"
     )  # float32: no rounding of activations that could move them past a threshold
-    made = gs.gate(tmp_path / "tiny", tmp_path / "out", method_name=method, sparsity=0.6, **SMALL)
+    made = gs.gate(tmp_path / "tiny", tmp_path / "out", method=method, sparsity=0.6, **SMALL)
     native = gs.load(made.path, cache="float32")
     other = gs.load(made.path, engine="transformers")
     assert native.engine == f"the native decoder, gated by {method}"
@@ -53,7 +53,7 @@ def test_only_weights_that_drop_enough_lie_in_columns(source: Path, tmp_path: Pa
     many = gs.gate(source, tmp_path / "many", sparsity=0.6, **SMALL)
     assert (few.columns, len(many.columns), many.weights) == ((), 21, 21)
     bare = {"attention": ()}
-    mlp = gs.gate(source, tmp_path / "mlp", method_name="chess", sparsity=0.6, options=bare, **SMALL)
+    mlp = gs.gate(source, tmp_path / "mlp", method="chess", sparsity=0.6, options=bare, **SMALL)
     assert [name.split(".", 3)[3] for name in mlp.columns] == ["mlp.down_proj.weight"] * 3
 
 
@@ -69,7 +69,7 @@ def test_a_plain_model_is_packed_in_its_own_dtype(tmp_path: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        gs.gate(source, tmp_path / name, method_name="wina", **SMALL)
+        gs.gate(source, tmp_path / name, method="wina", **SMALL)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
@@ -77,7 +77,7 @@ def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"method_name": "nothing"}, GossamerError),
+        ({"method": "nothing"}, GossamerError),
         ({"sparsity": 1.0}, SparsityError),
         ({"allocation": "guess"}, MethodError),
         ({"options": {"depth": 3}}, MethodError),

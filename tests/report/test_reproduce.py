@@ -134,7 +134,7 @@ def test_contenders_of_every_kind_are_made_once(model: str, tmp_path: Path) -> N
         start="plain",
         compressed={"plain": {"method": "magnitude"}, "half": {"method": "random", "sparsity": 0.5}},
         shrunk={"shorter": {"method": "influence", "blocks": 1, "seqlen": 64, "windows": 1}},
-        gated={"gated": {"method_name": "teal", "sparsity": 0.9, "windows": 2, "seqlen": 64}},
+        gated={"gated": {"method": "teal", "sparsity": 0.9, "windows": 2, "seqlen": 64}},
         against=("half", "shorter", "plain"),
     )
     asked = Claim("it drops nothing that matters", experiment, "perplexity", "dense")
@@ -169,7 +169,7 @@ def test_every_claim_names_contenders_that_exist() -> None:
         for settings in tried.shrunk.values():
             ShrinkSettings(**settings).chosen()
         for settings in tried.gated.values():
-            gating(settings["method_name"])
+            gating(settings["method"])
         for contender, settings in tried.attending.items():
             assert settings.get("method", contender) in POLICIES
         for contender, settings in tried.caching.items():

@@ -51,7 +51,7 @@ def gate(
         made = run(
             model,
             out,
-            method_name=method,
+            method=method,
             sparsity=sparsity,
             allocation=allocation.value,
             text=text,

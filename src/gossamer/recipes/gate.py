@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from gossamer.dynamic.activations import Gates, calibrate, greedy, method, settle
+from gossamer.dynamic.activations import Gates, calibrate, greedy, settle
+from gossamer.dynamic.activations import method as activation_method
 from gossamer.dynamic.activations.gates import FILE
 from gossamer.errors import MethodError
 from gossamer.kernels.native import native, native_available
@@ -84,7 +85,7 @@ def gate(
     model: str | Path,
     out: str | Path,
     *,
-    method_name: str = "teal",
+    method: str = "teal",
     sparsity: float = 0.4,
     allocation: Allocation = "uniform",
     text: TextSource = None,
@@ -102,7 +103,7 @@ def gate(
     break-even of the layout ``columns`` are laid out so. ``text``: as for `compress`. Raises a GossamerError
     for whatever a person can mend; nothing of ``out`` exists then.
     """
-    chosen = method(method_name, **(options or {}))
+    chosen = activation_method(method, **(options or {}))
     check_sparsity(sparsity)
     if allocation not in get_args(Allocation):
         raise MethodError(f"unknown allocation {allocation!r}; there are: {', '.join(get_args(Allocation))}")

@@ -61,9 +61,9 @@ HALF = Experiment(
     sparsity=0.0,
     start="magnitude",
     gated={
-        "teal": {"method_name": "teal", "sparsity": 0.4, "allocation": "greedy"},
+        "teal": {"method": "teal", "sparsity": 0.4, "allocation": "greedy"},
         **{
-            label: {"method_name": name, "sparsity": 0.5}
+            label: {"method": name, "sparsity": 0.5}
             for label, name in (("half", "teal"), ("topk", "topk"), ("wina", "wina"), ("chess", "chess"))
         },
     },
