@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 
 from tiny import tiny_model, tiny_tokenizer
@@ -65,15 +64,26 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, arch: str) -> None:
     if arch == "starcoder2":
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_eps(config.norm_epsilon)
-        writer.add_rope_freq_base(10000.0)
+        _write_rotary(writer, config.rope_parameters)
         return
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(10000.0)
+    _write_rotary(writer, config.rope_parameters)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _write_rotary(writer: gguf.GGUFWriter, parameters: dict[str, Any]) -> None:
+    parameters = parameters.get("full_attention", parameters)
+    writer.add_rope_freq_base(parameters["rope_theta"])
+    if parameters["rope_type"] == "default":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(parameters["rope_type"]))
+    writer.add_rope_scaling_factor(parameters["factor"])
+    if "original_max_position_embeddings" in parameters:
+        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
@@ -93,19 +103,25 @@ def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def add_tensor(source: Path, target: Path, name: str, array: np.ndarray) -> None:
-    """Copies a GGUF file and adds one tensor to it."""
+def add_to(source: Path, target: Path, *, tensors: Any = None, rotation: Any = None) -> Path:
+    """Copies a GGUF file and adds to it ``tensors`` (arrays by name) and what is told under ``ARCH.rope``
+    (strings and floats by name); returns ``target``."""
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(target, arch)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
         kind = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=kind)
+    for name, value in (rotation or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{arch}.rope.{name}", value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.add_tensor(name, array)
+    for name, array in (tensors or {}).items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return target

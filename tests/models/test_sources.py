@@ -22,7 +22,7 @@ from gossamer.errors import ModelError
 from gossamer.models import cache as cache_module
 from gossamer.models import gguf, hub, load_model, resolve
 from tiny import tiny_folder, tiny_model, tiny_tokenizer, tiny_tokens
-from tiny_gguf import add_tensor, tiny_gguf
+from tiny_gguf import add_to, tiny_gguf
 
 # what transformers reads from GGUF metadata, and what it takes for granted instead
 GGUF_ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -69,6 +69,75 @@ def test_float_gguf_files_give_back_the_weights_they_were_written_from(arch: str
     assert files.keys() == written.keys()
     for name, weight in written.items():
         torch.testing.assert_close(files[name], weight, atol=1e-6, rtol=0)
+
+
+_YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 64}
+_LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+_THETA = {"rope_type": "default", "rope_theta": 5e5}
+# windows that GGUF files say nothing of
+ROTATED: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": False},
+    "gemma3": {"num_hidden_layers": 6, "sliding_window": 512, "layer_types": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "rope"),
+    [
+        *(("llama", rope) for rope in (_THETA, _LINEAR, _YARN)),
+        ("qwen2", _YARN),
+        ("starcoder2", _THETA),
+        ("gemma3", {"full_attention": _LINEAR, "sliding_attention": {"rope_type": "default"}}),
+    ],
+)
+def test_gguf_files_give_back_how_positions_are_rotated(
+    arch: str, rope: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = GGUF_ARCHITECTURES[arch] | ROTATED.get(arch, {})
+    model = tiny_gguf(tmp_path / "m.gguf", arch, **settings, rope_parameters=rope)
+    folder = resolve(tmp_path / "m.gguf", tmp_path / "cache").folder
+    ids = tiny_tokens(1, 200)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(folder)[0](ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({"scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"scaling.type": "none", "scaling.factor": 2.0}, {"rope_type": "default"}),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, {"rope_type": "default"}),
+        (
+            {"scaling.type": "yarn", "scaling.factor": 2.0, "scaling.yarn_beta_fast": 16.0},
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "beta_fast": 16.0},
+        ),
+    ],
+)
+def test_what_gguf_files_say_about_rotary_positions(
+    told: dict[str, Any], found: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_gguf(tmp_path / "m.gguf")
+    path = add_to(tmp_path / "m.gguf", tmp_path / "n.gguf", rotation=told)
+    config = json.loads((resolve(path, tmp_path / "cache").folder / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_theta": 10000.0, **found}
+
+
+@pytest.mark.parametrize(
+    ("arch", "told", "message"),
+    [
+        ("llama", {"scaling.type": "longrope", "scaling.factor": 2.0}, "'longrope', not linearly"),
+        ("llama", {"scaling.factor": 2.0, "scaling.attn_factor": 0.5}, r"sets rope\.scaling\.attn_factor"),
+        ("gpt2", {"scaling.factor": 2.0}, "gpt2 models have none"),
+    ],
+)
+def test_rotary_positions_that_transformers_lacks_are_refused(
+    arch: str, told: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny_gguf(tmp_path / "m.gguf", arch)
+    path = add_to(tmp_path / "m.gguf", tmp_path / "n.gguf", rotation=told)
+    with pytest.raises(ModelError, match=message):
+        resolve(path, tmp_path / "cache")
 
 
 def gguf_folder_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -169,7 +238,8 @@ def test_interrupted_conversions_leave_nothing_behind(
 def test_gguf_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
     """Rotary frequency factors would be left out silently, and the model would be another one."""
     tiny_gguf(tmp_path / "m.gguf")
-    add_tensor(tmp_path / "m.gguf", tmp_path / "n.gguf", "rope_freqs.weight", np.ones(8, dtype=np.float32))
+    factors = {"rope_freqs.weight": np.ones(8, dtype=np.float32)}
+    add_to(tmp_path / "m.gguf", tmp_path / "n.gguf", tensors=factors)
     with pytest.raises(ModelError, match=r"rope_freqs\.weight"):
         resolve(tmp_path / "n.gguf", tmp_path / "cache")
 

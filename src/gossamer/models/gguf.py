@@ -42,7 +42,8 @@ def convert(path: Path, folder: Path, progress: Progress = silent) -> None:
 
     The weights are what the file's blocks stand for, in float32; a head that is tied to the embedding is
     not stored twice. ``progress``: stage "convert", in tensors. Raises ModelError where the file is damaged,
-    its architecture is unknown to transformers, or it holds tensors that transformers would leave out.
+    its architecture is unknown to transformers, it holds tensors that transformers would leave out, or it
+    stretches rotary positions in a way that is neither ``linear`` nor ``yarn``.
     """
     with open(path, "rb") as file:
         if file.read(4) != _MAGIC:
@@ -67,6 +68,9 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
         if stale in config.__dict__:
             delattr(config, stale)
     config.dtype = torch.float32
+    reader = GGUFReader(path)
+    architecture = str(reader.fields["general.architecture"].contents())
+    _read_rotary(config, reader, architecture)
     config.save_pretrained(folder)
     model = empty_model(folder)
     model.config.architectures = [type(model).__name__]
@@ -74,8 +78,6 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
-    reader = GGUFReader(path)
-    architecture = str(reader.fields["general.architecture"].contents())
     if architecture in _FROM_GGUF:
         tensors: Mapping[str, Tensor | LazyTensor] = _lazy_tensors(model, reader, architecture, progress)
     else:
@@ -83,6 +85,42 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     write_tensors(folder / SINGLE_FILE, tensors, metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(path.parent, **place).save_pretrained(folder)
     _forget_how_loaded(folder / "tokenizer_config.json")
+
+
+def _read_rotary(config: Any, reader: Any, architecture: str) -> None:
+    """Puts into ``config`` the base of rotary frequencies and how they are stretched, of which transformers
+    leaves out some or all. Defaults are llama.cpp's."""
+    told = {
+        name.removeprefix(f"{architecture}.rope."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(f"{architecture}.rope.")
+    }
+    found = {"rope_theta": told["freq_base"]} if "freq_base" in told else {}
+    kind = told.get("scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"the GGUF file stretches rotary positions by {kind!r}, not linearly or by yarn")
+    factor = told.get("scaling.factor", told.get("scale_linear", 1.0))
+    known = {"type", "factor", "original_context_length", "finetuned"}
+    if kind == "yarn":
+        known |= {"yarn_beta_fast", "yarn_beta_slow"}
+    unknown = {name.removeprefix("scaling.") for name in told if name.startswith("scaling.")} - known
+    if unknown and kind != "none":
+        raise ModelError(f"the GGUF file sets rope.scaling.{min(unknown)}, which transformers does not know")
+    if kind != "none" and factor not in (0, 1):  # both leave positions as they are
+        found |= {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            original = told.get("scaling.original_context_length", config.max_position_embeddings)
+            found["original_max_position_embeddings"] = original
+            betas = {name: told.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+            found |= {name: value for name, value in betas.items() if value is not None}
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is not None:
+        # by kinds of layers: those of sliding windows have their own base, and are not stretched
+        parameters.get("full_attention", parameters).update(found)
+    elif "factor" in found:
+        raise ModelError(
+            f"the GGUF file stretches rotary positions, of which {architecture} models have none"
+        )
 
 
 def _forget_how_loaded(path: Path) -> None:
