@@ -57,6 +57,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {}),  # whose second layer does not rotate
     "mixtral": ("mixtral", {}),
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": False}),
+    "a window that no layer has": ("llama", {"sliding_window": 37, "layer_types": ["sliding_attention"] * 3}),
+    "a window that all layers have": (
+        "mistral",
+        {"sliding_window": 37, "layer_types": ["full_attention"] * 3},
+    ),
+    "qwen3_moe, windows": (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 37, "layer_types": ["full_attention"] * 3},
+    ),
+    "smollm3, windows": (
+        "smollm3",
+        {"sliding_window": 37, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "qwen3_moe, one layer dense": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
 }
 

@@ -23,6 +23,8 @@ from gossamer.nn.experts import experts_of
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
+_WINDOWED = ("mistral", "mixtral", "qwen3_moe")  # all layers have the window of the configuration
+_BY_LAYER = ("qwen2", "qwen3", "smollm3")  # those have it that `layer_types` says
 # a layer's weights, by the part of a token that multiplies them
 _LINEARS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_products")
 _LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
@@ -263,11 +265,12 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def _windows(config: Any) -> list[int]:
-    """Positions that each layer sees, its own among them; 0: all."""
-    count = config.num_hidden_layers
+    """Positions that each layer sees, its own among them; 0: all. What a family does not look at in its
+    configuration changes nothing."""
     window = int(getattr(config, "sliding_window", None) or 0)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
-    return [window if kind == "sliding_attention" else 0 for kind in kinds]
+    if config.model_type in _BY_LAYER:
+        return [window if kind == "sliding_attention" else 0 for kind in config.layer_types]
+    return [window if config.model_type in _WINDOWED else 0] * config.num_hidden_layers
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:
