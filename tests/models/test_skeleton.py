@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gossamer.errors import ModelError
+from gossamer.models.folders import wanted
 from gossamer.models.skeleton import (
+    SINGLE_FILE,
     WeightFiles,
     load_model,
     materialize,
@@ -124,6 +126,25 @@ def test_sharded_files_and_files_of_the_bare_body(tmp_path: Path) -> None:
         materialize(loaded, "", WeightFiles(folder))
         with torch.no_grad():
             assert torch.equal(loaded(tiny_tokens()).logits, model(tiny_tokens()).logits)
+
+
+def test_one_file_goes_before_shards_as_in_transformers(tmp_path: Path) -> None:
+    """A model that was saved anew into a folder that held it in shards."""
+    tiny_model("llama", 1).save_pretrained(tmp_path, max_shard_size="100KB")
+    again = tiny_model("llama", 2)
+    again.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / SINGLE_FILE).rename(tmp_path / SINGLE_FILE)
+    loaded = skeleton(tmp_path)
+    materialize(loaded, "", WeightFiles(tmp_path))
+    theirs = type(again).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(tiny_tokens()).logits, again(tiny_tokens()).logits)
+        assert torch.equal(theirs(tiny_tokens()).logits, again(tiny_tokens()).logits)
+    assert wanted(sorted(path.name for path in tmp_path.glob("*.*"))) == [
+        "config.json",
+        "generation_config.json",
+        SINGLE_FILE,
+    ]
 
 
 def test_conversion_to_another_dtype_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

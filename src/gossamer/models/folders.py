@@ -19,9 +19,17 @@ def is_model(names: Collection[str]) -> bool:
     return "config.json" in names and any(name in names for name in _WEIGHTS)
 
 
-def is_wanted(name: str) -> bool:
-    """Whether a file of such a folder is taken along: weights, config and tokenizer."""
-    return name.endswith(_WANTED) or (name.startswith("model") and name.endswith(".safetensors"))
+def wanted(names: Collection[str]) -> list[str]:
+    """Of such a folder's files, in their order, those that are taken along: weights, config and tokenizer.
+    One file of weights hides shards and their index."""
+    single, index = _WEIGHTS
+    if single in names:
+        return [name for name in names if name == single or (name.endswith(_WANTED) and name != index)]
+    return [
+        name
+        for name in names
+        if name.endswith(_WANTED) or (name.startswith("model") and name.endswith(".safetensors"))
+    ]
 
 
 def pickle_refusal(where: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.errors import ModelError
-from gossamer.models.folders import PICKLES, is_model, is_wanted, pickle_refusal
+from gossamer.models.folders import PICKLES, is_model, pickle_refusal, wanted
 from gossamer.progress import Progress
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,7 +67,7 @@ def _choose(name: str, files: list[str]) -> list[str]:
     """The files to download, of those at the top of a repository."""
     top = sorted(file for file in files if "/" not in file)
     if is_model(top):
-        return [file for file in top if is_wanted(file)]
+        return wanted(top)
     ggufs = [file for file in top if file.endswith(".gguf")]
     if len(ggufs) == 1:
         return ggufs

