@@ -119,7 +119,6 @@ def test_every_instruction_set_chooses_alike(isa: str, monkeypatch: pytest.Monke
 def test_windows_of_layers_and_policies_go_together(arch: str, name: str) -> None:
     changes = {} if arch == "qwen3" else {"sliding_window": 150}
     model, ids = made(arch, **changes), tiny_tokens(1, ROWS)[0]
-    # as a whole: transformers' caches of windows forget, and then count blocks from what is left
     with torch.no_grad(), attention(model, ALL[name]):
         want = model(ids[None], use_cache=False).logits[0]
     got = session_of(model, ALL[name]).logits(ids)
@@ -128,6 +127,31 @@ def test_windows_of_layers_and_policies_go_together(arch: str, name: str) -> Non
         session = session_of(model, ALL[name])
         session.prompt(ids[:-3])
         assert torch.equal(torch.stack([session.step(int(token)) for token in ids[-3:]]), got[-3:])
+
+
+@pytest.mark.parametrize("arch", ["mistral", "qwen2"])
+@pytest.mark.parametrize("window", [40, 150])
+@pytest.mark.parametrize("policy", [SinkWindow(4, 30), SinkWindow(64, 65), Strided(64, 3), Strided(8, 2, 1)])
+def test_caches_that_forget_leave_static_policies_as_they_are(arch: str, window: int, policy: Policy) -> None:
+    """Blocks are numbered from the text's first token, not from the first key that a cache still has."""
+    model, ids = made(arch, sliding_window=window), tiny_tokens(1, 500)[0]
+    session, cache = session_of(model, policy), DynamicCache(config=model.config)
+    with torch.no_grad(), attention(model, policy):
+        for part in ids.split([1, 99, 130, 1, 1, 64, 200, 1, 1, 1, 1]):
+            want = model(part[None], past_key_values=cache).logits[0]
+            got = session.logits(part)
+            assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("policy", [*ESTIMATING.values()])
+def test_what_was_forgotten_cannot_be_rated_and_the_window_is_dense(policy: Policy) -> None:
+    model, ids = made("mistral", sliding_window=60), tiny_tokens(1, 300)[0]
+    session, cache = session_of(model, None), DynamicCache(config=model.config)
+    with torch.no_grad(), attention(model, policy):
+        for part in ids.split([64, 1, 170, 1, 1, 63]):
+            want = model(part[None], past_key_values=cache).logits[0]
+            got = session.logits(part)
+            assert float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("cache", [*CACHES, "gear4"])

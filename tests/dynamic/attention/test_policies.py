@@ -199,6 +199,21 @@ def test_ragged_batches_give_what_each_text_gives_alone(side: str) -> None:
             )
 
 
+def test_ragged_batches_in_windows_give_what_each_text_gives_alone() -> None:
+    model, ids = tiny_model("mistral", sliding_window=100).eval(), tiny_tokens(3, 330)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((330, 255, 7)):
+        mask[row, : 330 - length] = 0
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "eos_token_id": []}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
+    with torch.no_grad(), attention(model, SinkWindow(4, 30)):
+        got = model.generate(ids, attention_mask=mask, **options)
+        for row in range(3):
+            alone = model.generate(ids[row, mask[row].bool()][None], **options)
+            for step, scores in enumerate(alone.scores):
+                torch.testing.assert_close(got.scores[step][row], scores[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", list(SMALL))
 def test_generation_goes_on_from_its_cache(name: str) -> None:
     model, ids = tiny_model("llama").eval(), tiny_tokens(1, 400)

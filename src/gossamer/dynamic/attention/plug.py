@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from gossamer.dynamic.attention.policy import POLICIES, Policy, causal
 from gossamer.errors import MethodError
-from gossamer.kernels import block_attention
+from gossamer.kernels import BLOCK, block_attention
 
 _numbers = count(1)
 
@@ -46,13 +46,13 @@ class Attend:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """``query (batch, heads, rows, dim)``, ``key`` and ``value (batch, kv_heads, positions, dim)``; gives
-        ``(batch, rows, heads, dim)``. ``attention_mask (batch, positions)``: 0 for padding at either end."""
+        ``(batch, rows, heads, dim)``. ``attention_mask``: `key_positions`, with padding at either end."""
         self.refuse(query, dropout, others)
         rows, positions = query.shape[2], key.shape[2]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         outputs = query.new_zeros((len(query), rows, query.shape[1], query.shape[3]))
         for i in range(len(query)):
-            begin, end = (0, positions) if attention_mask is None else _filled(attention_mask[i])
+            begin, end, start = (0, positions, 0) if attention_mask is None else _filled(attention_mask[i])
             first = max(0, begin - (positions - rows))  # rows before are padding
             last = rows - (positions - end)
             if first >= last:
@@ -60,7 +60,7 @@ class Attend:
             q, k, v = query[i, :, first:last], key[i, :, begin:end], value[i, :, begin:end]
             layer = int(getattr(module, "layer_idx", 0) or 0)
             outputs[i, first:last] = self.one(
-                q, k, v, scaling=scaling, window=sliding_window or 0, layer=layer
+                q, k, v, scaling=scaling, window=sliding_window or 0, layer=layer, start=start
             )
         return outputs, None
 
@@ -78,10 +78,29 @@ class Attend:
             raise MethodError("sparse attention has no gradient: run the model under torch.no_grad()")
 
     def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int,
+        layer: int,
+        start: int = 0,
     ) -> Tensor:
-        """One text without padding; shapes of `block_attention`."""
-        blocks = self._blocks(queries, keys, scaling, layer)
+        """One text without padding; shapes of `block_attention`. ``start``: the position of the first key,
+        where a cache has forgotten those before it, which lie outside the window of every query."""
+        blocks = None
+        if not start:
+            blocks = self._blocks(queries, keys, scaling, layer)
+        elif window and self.policy is not None and self.policy.static:
+            # it asks for the number of keys alone
+            every = keys[:, :1].expand(-1, start + keys.shape[1], -1)
+            blocks = self._blocks(queries, every, scaling, layer)
+        if start and blocks is not None:
+            # blocks begin at multiples of BLOCK positions; the keys put before are outside the window
+            blocks = blocks[:, :, start // BLOCK :]
+            keys, values = (torch.cat([x[:, :1].expand(-1, start % BLOCK, -1), x], 1) for x in (keys, values))
         return block_attention(queries, keys, values, scaling=scaling, blocks=blocks, window=window)
 
     def _blocks(self, queries: Tensor, keys: Tensor, scaling: float, layer: int) -> Tensor | None:
@@ -108,10 +127,10 @@ class Watch(Attend):
         raise NotImplementedError
 
     def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int, **others: Any
     ) -> Tensor:
         self.see(queries, keys, values, scaling=scaling, layer=layer)
-        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer)
+        return super().one(queries, keys, values, scaling=scaling, layer=layer, **others)
 
     def read(self, model: Any, windows: Tensor) -> None:
         """Runs the transformers ``model`` over ``windows``, int64 ``(windows, n)``."""
@@ -159,7 +178,7 @@ def _policy(policy: Policy | str | None) -> Policy | None:
 def register(name: str, attend: Attend) -> None:
     """Makes ``attend`` known to transformers as ``attn_implementation=name``."""
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, flash_attention_mask)
+    AttentionMaskInterface.register(name, key_positions)
 
 
 def register_all() -> None:
@@ -169,12 +188,38 @@ def register_all() -> None:
         register(f"gossamer:{name}", Attend(POLICIES[name]()))
 
 
-def _filled(mask: Tensor) -> tuple[int, int]:
-    """Where the tokens of a row that are no padding begin and end."""
-    places = mask.nonzero().flatten()
+def key_positions(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """What transformers hands to attention as its mask: the position in its text of every key, int64
+    ``(batch, positions)``, -1 for padding; None where they are 0, 1, ...
+
+    ``kv_offset``: keys that a cache has forgotten; ``attention_mask``: bool, of these and all others.
+    """
+    if attention_mask is None:
+        if not kv_offset:
+            return None
+        return torch.arange(kv_offset, kv_offset + kv_length).expand(batch_size, -1)
+    seen = attention_mask.bool()
+    positions = (seen.cumsum(1) - 1).masked_fill(~seen, -1)[:, -kv_length:]
+    if not kv_offset and positions.shape[1] == kv_length and bool(seen.all()):
+        return None
+    return positions
+
+
+def _filled(positions: Tensor) -> tuple[int, int, int]:
+    """Where the keys of a text that are no padding begin and end, and the position of the first."""
+    places = (positions >= 0).nonzero().flatten()
     if not len(places):
-        return 0, 0
+        return 0, 0, 0
     begin, end = int(places[0]), int(places[-1]) + 1
     if end - begin != len(places):
         raise MethodError("sparse attention takes padding before and behind a text, not within it")
-    return begin, end
+    return begin, end, int(positions[begin])

@@ -20,6 +20,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     claim: ClassVar[Claim | None] = None
+    static: ClassVar[bool] = False  # whether positions alone decide
 
     @classmethod
     def calibrated(cls, model: Any, windows: Tensor, **settings: Any) -> Policy:

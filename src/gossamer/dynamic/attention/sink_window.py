@@ -29,6 +29,7 @@ class SinkWindow(Policy):
         than="window",
         factor=0.5,
     )
+    static = True
 
     sink: int = 4
     window: int = 1024

@@ -29,6 +29,7 @@ class Strided(Policy):
         than="dense",
         factor=1.05,
     )
+    static = True
 
     window: int = 512
     stride: int = 8

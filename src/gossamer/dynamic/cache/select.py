@@ -78,7 +78,7 @@ class Choose(Attend):
     ) -> tuple[Tensor, None]:
         layer = self.cache.layers[int(getattr(module, "layer_idx", 0) or 0)]
         if isinstance(layer, SelectiveLayer):
-            if attention_mask is not None and not bool(attention_mask.all()):
+            if attention_mask is not None and bool((attention_mask < 0).any()):
                 raise MethodError("a cache that is read by choice knows no padding: give texts of one length")
             if query.shape[2] <= MOST_ROWS and layer.length > query.shape[2]:
                 self.refuse(query, dropout, others)
