@@ -343,6 +343,20 @@ def test_other_families_are_refused_with_a_reason(arch: str) -> None:
         Decoder(model)
 
 
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "self_attn.k_norm"])
+def test_norms_of_another_kind_are_refused_with_a_reason(name: str) -> None:
+    model = tiny_model("qwen3")
+    norm = model.model.layers[1].get_submodule(name)
+    norm.variance_epsilon = 0.5
+    assert f"{name.split('.')[-1]} of layer 1 adds 0.5 to a mean of squares" in str(why_not(model))
+    model.model.layers[1].set_submodule(name, nn.Sequential(norm))
+    assert "layer 1 is a Sequential, not a Qwen3RMSNorm" in str(why_not(model))
+    with pytest.raises(ModelError, match="is a Sequential"):
+        Decoder(model)
+    model.model.norm = nn.Identity()
+    assert why_not(model) == "its last norm is a Identity"
+
+
 def test_a_model_that_does_not_fit_its_configuration_is_refused() -> None:
     model = tiny_model("llama_untied")
     model.config.num_key_value_heads = 1

@@ -246,8 +246,16 @@ def why_not(model: nn.Module) -> str | None:
         return "it rotates a part of each head only"
     if not bool(body.rotary_emb.inv_freq.isfinite().all()):
         return "its rotary frequencies are not finite"
-    if not 0 <= body.norm.variance_epsilon < float("inf"):
-        return f"its norms would add {body.norm.variance_epsilon} to a mean of squares"
+    epsilon = getattr(body.norm, "variance_epsilon", None)
+    if epsilon is None or not isinstance(getattr(body.norm, "weight", None), Tensor):
+        return f"its last norm is a {type(body.norm).__name__}"
+    if not 0 <= epsilon < float("inf"):
+        return f"its norms would add {epsilon} to a mean of squares"
+    for name, norm in _norms(body.layers):
+        if type(norm) is not type(body.norm):
+            return f"{name} is a {type(norm).__name__}, not a {type(body.norm).__name__} as the last norm is"
+        if norm.variance_epsilon != epsilon:
+            return f"{name} adds {norm.variance_epsilon} to a mean of squares, not {epsilon} as the last norm"
     if min(_windows(config)) < 0:
         return f"its layers would see {min(_windows(config))} positions"
     for name, module in _weights(model):
@@ -271,6 +279,16 @@ def _windows(config: Any) -> list[int]:
     if config.model_type in _BY_LAYER:
         return [window if kind == "sliding_attention" else 0 for kind in config.layer_types]
     return [window if config.model_type in _WINDOWED else 0] * config.num_hidden_layers
+
+
+def _norms(layers: Any) -> list[tuple[str, Any]]:
+    names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    return [
+        (f"{name.rpartition('.')[2]} of layer {i}", norm)
+        for i, layer in enumerate(layers)
+        for name, norm in layer.named_modules()
+        if name in names
+    ]
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:
