@@ -117,6 +117,18 @@ def test_logits_are_those_of_transformers(case: str) -> None:
     assert session.length == 330
 
 
+@pytest.mark.parametrize("case", ["linear", "yarn"])
+def test_stretched_positions_reach_past_those_of_the_configuration(case: str) -> None:
+    arch, changes = CASES[case]
+    model, ids = tiny_model(arch, max_position_embeddings=128, **changes), tiny_tokens(1, 512)[0]
+    with torch.no_grad():
+        want = model(ids[None]).logits[0]
+    session = NativeSession(Decoder(model), torch.float32)
+    close(session.logits(ids), want)
+    with pytest.raises(ModelError, match="512 positions"):
+        session.step(3)
+
+
 @pytest.mark.parametrize("case", ["llama tied", "mistral", "qwen2", "qwen3", "smollm3", "mixtral"])
 def test_greedy_continuations_are_those_of_transformers(case: str) -> None:
     model, ids = made(case), tiny_tokens(1, 20)[0]

@@ -11,7 +11,7 @@ from gossamer.errors import ModelError, SamplingError, TextError
 from gossamer.models.attention import decode_attention, decoding
 from gossamer.models.generate import generate, stop_tokens
 from gossamer.models.sampling import Sampling
-from gossamer.models.session import PrefixSession, Session, all_logits
+from gossamer.models.session import PrefixSession, Session, all_logits, context_length
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer, tiny_tokens
 
 IDS = tiny_tokens(1, 12)[0]
@@ -96,6 +96,31 @@ def test_stops_before_an_end_token_and_at_the_end_of_the_context() -> None:
     assert new_ids(model, IDS.tolist(), 0) == []
     with pytest.raises(TextError, match=r"21 tokens.*20 positions"):
         generate(model, [3] * 21, 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rope", "known"),
+    [
+        ("llama", {"rope_type": "default"}, 20),
+        ("llama", {"rope_type": "linear", "factor": 2.5}, 50),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}, 20),
+        ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20}, 80),
+        ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        # stretched in max_position_embeddings already
+        ("llama", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10}, 20),
+        ("llama", {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 10}, 20),
+        ("gemma3", {"full_attention": {"rope_type": "linear", "factor": 8.0}}, 20),
+        ("gpt2", None, 20),
+    ],
+)
+def test_positions_that_are_stretched_reach_further(arch: str, rope: Any, known: int) -> None:
+    if rope and "rope_type" in rope:
+        rope = {"rope_theta": 10000.0, **rope}
+    model = tiny_model(arch, max_position_embeddings=20, **({"rope_parameters": rope} if rope else {}))
+    assert context_length(model.config) == known
+    assert len(new_ids(model, IDS.tolist(), 99)) == known - 12 + 1
+    with pytest.raises(TextError, match=f"knows only {known} positions"):
+        generate(model, [3] * (known + 1), 1)
 
 
 def test_stop_tokens_come_from_everywhere() -> None:

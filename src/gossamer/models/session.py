@@ -37,9 +37,17 @@ SessionFactory = Callable[[], DecodingSession]
 
 
 def context_length(config: Any) -> int | None:
-    """Positions that a model of this configuration knows; None where it does not say."""
+    """Positions that a model of this configuration knows; None where it does not say.
+
+    Rotary positions that are stretched (``linear``, ``yarn``) reach ``factor`` times as far as before:
+    before are ``original_max_position_embeddings``, or where that is not told the configuration's own.
+    """
     found: int | None = getattr(config, "max_position_embeddings", None)
-    return found
+    rope = getattr(config, "rope_parameters", None) or {}
+    if found is None or rope.get("rope_type") not in ("linear", "yarn"):
+        return found
+    before = rope.get("original_max_position_embeddings") or found
+    return max(found, int(before * (rope.get("factor") or 1)))
 
 
 class Session:
