@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -330,20 +332,24 @@ def test_memory_grows_by_chunks_of_the_cache_alone() -> None:
     assert session.nbytes == 2 * size
 
 
-def test_what_cannot_be_appended_changes_nothing() -> None:
-    model = tiny_model("llama")
-    session = NativeSession(Decoder(model))
-    session.prompt(tiny_tokens(1, 500)[0])
+@pytest.mark.parametrize("cache", [torch.bfloat16, "gear4"])
+def test_what_cannot_be_appended_changes_nothing(cache: CacheKind) -> None:
+    decoder = Decoder(tiny_model("llama", max_position_embeddings=2048))
+    session, other = NativeSession(decoder, cache), NativeSession(decoder, cache)
+    session.prompt(tiny_tokens(1, 700)[0])
+    other.prompt(tiny_tokens(1, 700)[0])
+    many = tiny_tokens(1, 1300)[0]
     for ids, said in (
         (torch.zeros(0, dtype=torch.int64), "at least one"),
         (torch.tensor([VOCABULARY]), f"0 to {VOCABULARY - 1}"),
         (torch.tensor([-1]), "0 to"),
-        (tiny_tokens(1, 13)[0], "512 positions"),
+        (torch.tensor([*many.tolist(), -1]), "0 to"),  # behind chunks that could be appended
+        (torch.cat([many, many])[:1349], "2048 positions"),
     ):
         with pytest.raises(ModelError, match=said):
             session.prompt(ids)
-        assert session.length == 500
-    session.prompt(tiny_tokens(1, 12)[0])
+        assert session.length == 700
+    assert torch.equal(session.logits(many), other.logits(many))
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma2", "phi"])
@@ -398,12 +404,23 @@ def test_threads_of_python_take_turns_and_decoders_live_side_by_side() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_decodes() -> None:
-    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 30)[0]
-    want = NativeSession(decoder).logits(ids)
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(NativeSession(decoder).logits(ids), want)
-        os._exit(0 if same else 1)
+    """More numbers than torch handles without its threads, which a child has not: 32,768."""
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 300)[0]
+    want = NativeSession(decoder).logits(ids).numpy()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.cat([torch.zeros(300, VOCABULARY)] * 2)  # the threads are there
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # rather than wait for ever
+            try:
+                os._exit(0 if np.array_equal(NativeSession(decoder).logits(ids).numpy(), want) else 1)
+            finally:
+                os._exit(2)
+    finally:
+        torch.set_num_threads(before)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -120,26 +120,39 @@ class Decoder:
             raise ModelError(f"the attention policy is wrong: heads have {self.head_dim} channels")
         return policy
 
+    def check(self, cache: Any, tokens: Tensor) -> None:
+        """Raises ModelError where ``tokens``, int64 ``(n,)``, cannot be appended to ``cache``: none, one that
+        the model does not have, or past its context."""
+        numbers = tokens.numpy()  # torch would start threads for many, which a forked child has not
+        if not len(numbers) or numbers.min() < 0 or numbers.max() >= self.vocabulary:
+            raise ModelError(f"tokens must be at least one, from 0 to {self.vocabulary - 1}")
+        if self.context is not None and cache.length + len(numbers) > self.context:
+            raise ModelError(
+                f"{cache.length + len(numbers)} tokens are more than the {self.context} positions that the "
+                "model knows"
+            )
+
     def append(
-        self, cache: Any, tokens: Tensor, *, every: bool = False, timed: bool = False, policy: Any = None
+        self,
+        cache: Any,
+        tokens: Tensor,
+        *,
+        every: bool = False,
+        timed: bool = False,
+        policy: Any = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Appends ``tokens``, int64 ``(n,)``, and gives float32 logits of the last one ``(vocab,)``, or with
         ``every`` of all ``(n, vocab)``; and seconds of the parts by name (zeros unless ``timed``):
         ``attention_products`` (q, k, v, o), ``attention``, ``mlp``, ``head``, ``rest``. ``policy``: what
-        attention looks at, the same one for all of a cache (None: everything).
+        attention looks at, the same one for all of a cache (None: everything). ``out``: where logits go,
+        contiguous.
 
-        Raises ModelError for tokens that the model does not have, and past its context.
+        Raises ModelError as `check`.
         """
         tokens = tokens.to(torch.int64).contiguous()
-        if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary:
-            raise ModelError(f"tokens must be at least one, from 0 to {self.vocabulary - 1}")
-        if self.context is not None and cache.length + tokens.numel() > self.context:
-            raise ModelError(
-                f"{cache.length + tokens.numel()} tokens are more than the {self.context} positions that the "
-                "model knows"
-            )
-        shape = (tokens.numel(), self.vocabulary) if every else (self.vocabulary,)
-        logits = torch.empty(shape)
+        self.check(cache, tokens)
+        logits = self.new_logits(tokens.numel(), every) if out is None else out
         seconds = self._native.decode(
             cache,
             kernels.native.tier(None),
@@ -153,6 +166,10 @@ class Decoder:
             policy,
         )
         return logits, seconds
+
+    def new_logits(self, count: int, every: bool) -> Tensor:
+        """Room for the logits of ``count`` tokens, see `append`."""
+        return torch.empty((count, self.vocabulary) if every else (self.vocabulary,))
 
     def _add(self, layer: Any, window: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp

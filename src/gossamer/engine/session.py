@@ -19,7 +19,9 @@ class NativeSession:
     """Tokens so far, and their keys and values in ``cache``: a dtype, a name, or a `PackedCache`.
 
     ``prompt`` appends many tokens and ``step`` one; both give the float32 logits ``(vocab,)`` of the token
-    that comes next. ``logits`` gives those of every position. Calls from several threads take turns.
+    that comes next. ``logits`` gives those of every position. Calls from several threads take turns. What
+    cannot be appended changes nothing. A call that is interrupted (Ctrl-C) leaves the tokens before it; a
+    packed cache goes on as `truncate` says, with what compression left of the last blocks.
 
     ``looks``: what attention looks at (None: everything). Where all heads are of the kinds ``all`` and
     ``static``, a token's logits have the same bits however the tokens were cut into calls. ``labels`` choose
@@ -58,15 +60,15 @@ class NativeSession:
 
     def prompt(self, ids: Tensor) -> Tensor:
         """Append the tokens ``ids``, int64 ``(n,)`` with n >= 1."""
-        return self._append(ids.reshape(-1), every=False)[-1]
+        return self._append(ids.reshape(-1), every=False)
 
     def step(self, token: int) -> Tensor:
         """Append one token."""
-        return self._append(torch.tensor([token]), every=False)[-1]
+        return self._append(torch.tensor([token]), every=False)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Append the tokens ``ids`` and give the logits after each, float32 ``(n, vocab)``."""
-        return torch.cat(self._append(ids.reshape(-1), every=True))
+        return self._append(ids.reshape(-1), every=True)
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` positions. A packed cache goes back up to 64 positions, and to
@@ -80,21 +82,19 @@ class NativeSession:
         other.decoder = decoder
         return other
 
-    def _append(self, ids: Tensor, every: bool) -> list[Tensor]:
+    def _append(self, ids: Tensor, every: bool) -> Tensor:
+        ids = ids.to(torch.int64)
         with self._turn:
-            before = self._cache.length
-            found = []
+            self.decoder.check(self._cache, ids)
+            logits = self.decoder.new_logits(len(ids), every)
+            before, done = self._cache.length, 0
             try:
-                if not len(ids):
-                    self._run(ids, every)  # says what is wrong
-                while len(ids):
-                    some = ROWS - self._cache.length % ROWS
-                    found.append(self._run(ids[:some], every))
-                    ids = ids[some:]
+                while done < len(ids):
+                    some = ids[done : done + ROWS - self._cache.length % ROWS]
+                    out = logits[done : done + len(some)] if every else logits
+                    self.decoder.append(self._cache, some, every=every, policy=self._policy, out=out)
+                    done += len(some)
             except BaseException:  # Ctrl-C too: as if nothing had been appended
                 self._cache.truncate(before)
                 raise
-            return found
-
-    def _run(self, ids: Tensor, every: bool) -> Tensor:
-        return self.decoder.append(self._cache, ids, every=every, policy=self._policy)[0]
+            return logits
