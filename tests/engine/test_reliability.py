@@ -401,3 +401,13 @@ def test_a_window_below_zero_is_refused() -> None:
     model = tiny_model("mistral")
     model.config.sliding_window = -4
     assert why_not(model) == "its layers would see -4 positions"
+
+
+@pytest.mark.parametrize("engine", ["auto", "transformers", "native"])
+def test_caches_are_looked_at_in_any_engine(engine: Any, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "tiny")
+    with pytest.raises(ModelError, match="unknown cache 'nonsense'"):
+        load(folder, engine=engine, cache="nonsense")
+    told = [load(folder, engine=engine, cache=cache).engine for cache in ("bfloat16", torch.bfloat16, "int8")]
+    assert told[0] == told[1]
+    assert told[2].endswith("not in int8") == (engine != "native")

@@ -196,6 +196,9 @@ def load(
     it runs gated, in either engine, and ``engine`` says so; also what of this has no effect in transformers.
     Raises ModelError, CheckpointError or MethodError.
     """
+    if engine not in get_args(Engine):
+        raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
+    cache_of(cache)  # says what is wrong with it, in any engine
     policy = None if attention is None else _policy(attention)
     looks = None if policy is None else policy.name
     path = Path(source).expanduser()
@@ -237,15 +240,14 @@ def _in_transformers(
         from gossamer.dynamic.attention import attach
 
         attach(loaded.model, policy)
-    kept = "" if cache == "bfloat16" else f"; keys and values as it keeps them, not in {cache}"
+    other = str(cache).removeprefix("torch.")
+    kept = "" if cache_of(cache) == torch.bfloat16 else f"; keys and values as it keeps them, not in {other}"
     return _says(loaded, f"transformers: {reason}{kept}")
 
 
 def _with_engine(
     loaded: LoadedModel, engine: Engine, cache: CacheKind | Path, policy: Policy | None
 ) -> LoadedModel:
-    if engine not in get_args(Engine):
-        raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
     kept = cache_of(cache)
     if engine == "transformers":
         return _in_transformers(loaded, "asked for", policy, cache)
