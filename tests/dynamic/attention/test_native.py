@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +289,27 @@ def test_damaged_files_and_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="unknown attention policy 'hop'; did you mean 'hip'"):
         policy_of("hop")
     file = tmp_path / "some.json"
-    for content in ("{", "{}", '{"policy": "nothing"}', '{"policy": "hip", "depth": 1}', "[1]"):
+    heads = {"policy": "minference", "other": {"policy": "hip"}, "patterns": [{"policy": "hip"}]}
+    wrong: list[dict[str, Any]] = [
+        {"policy": "hip", "count": 1.5},
+        {"policy": "hip", "count": True},
+        {"policy": "hip", "window": "64"},
+        {"policy": "block_topk", "count": 3.5},
+        {"policy": "sink_window", "sink": 4.5},
+        {"policy": "sink_window", "window": -1},
+        {"policy": "strided", "dense_layers": -1},
+        {"policy": "vertical_slash", "vertical": -1},
+        {"policy": "vertical_slash", "slash": None},
+        {"policy": "label_blocks", "labels": [[[1.5, 2]]]},
+        {"policy": "label_blocks", "labels": [[[1, 2]]], "count": -1},
+        {**heads, "heads": [[0, 0, 1]]},
+        {**heads, "heads": [[0, 0, -1]]},
+        {**heads, "heads": [[0, True, 0]]},
+        {**heads, "heads": [[0, 0]]},
+        {**heads, "patterns": [{"policy": "hip", "count": 0}], "heads": []},
+    ]
+    contents = ["{", "{}", '{"policy": "nothing"}', '{"policy": "hip", "depth": 1}', "[1]"]
+    for content in [*contents, *map(json.dumps, wrong)]:
         file.write_text(content)
         with pytest.raises(CheckpointError, match=r"some\.json is no attention policy"):
             load_policy(file)

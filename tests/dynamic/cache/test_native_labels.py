@@ -139,6 +139,9 @@ def test_what_does_not_fit_is_refused(model: Any) -> None:
     other = LabelBlocks([[[0, 1]]] * 3)
     with attention(model, other), pytest.raises(MethodError, match="another model"):
         model(IDS[None, :1])
+    wide = LabelBlocks([[[0, 16]] * model.config.num_key_value_heads] * 3)
+    with torch.no_grad(), attention(model, wide), pytest.raises(MethodError, match="16 channels"):
+        model(IDS[None, :1])
 
 
 def test_a_block_with_the_best_token_is_found() -> None:

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from gossamer.claim import Claim
-from gossamer.dynamic.attention.policy import LONG, POLICIES, Policy, block_means, for_heads, largest
+from gossamer.dynamic.attention.policy import (
+    LONG,
+    POLICIES,
+    Policy,
+    block_means,
+    check_counts,
+    for_heads,
+    largest,
+)
 from gossamer.engine import Look
-from gossamer.errors import MethodError
 
 
 @POLICIES.register("block_topk", cite="Jiang et al. 2024, MInference 1.0 (its block-sparse pattern)")
@@ -30,8 +37,7 @@ class BlockTopK(Policy):
     count: int = 16
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise MethodError(f"block_topk takes a count of at least 1, not {self.count}")
+        check_counts(self, count=1)
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
         rows, positions = queries.shape[1], keys.shape[1]

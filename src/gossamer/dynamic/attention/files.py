@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 
 from gossamer.dynamic.attention.label_blocks import LabelBlocks
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash
-from gossamer.dynamic.attention.policy import POLICIES, Policy
+from gossamer.dynamic.attention.policy import POLICIES, Policy, whole
 from gossamer.dynamic.attention.seer import Seer
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.matrices.atomic import atomic_file
@@ -85,5 +85,10 @@ def from_dict(content: dict[str, Any]) -> Policy:
     if name != "minference":
         return POLICIES[name](**settings)
     patterns = [from_dict(one) for one in settings["patterns"]]
-    heads = {(layer, head): patterns[number] for layer, head, number in settings["heads"]}
+    heads = {}
+    for place in settings["heads"]:
+        layer, head, number = place
+        if not all(map(whole, place)) or number >= len(patterns):
+            raise MethodError(f"minference takes [layer, head, one of {len(patterns)} patterns], not {place}")
+        heads[layer, head] = patterns[number]
     return MInference(heads, from_dict(settings["other"]))

@@ -14,12 +14,12 @@ from gossamer.dynamic.attention.policy import (
     Policy,
     block_means,
     blocks_back,
+    check_counts,
     for_heads,
     latest,
     numbers,
 )
 from gossamer.engine import Look
-from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
 
 
@@ -45,8 +45,7 @@ class HiP(Policy):
     window: int = 128
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.window < 1:
-            raise MethodError(f"hip takes count and window >= 1, not {self.count}, {self.window}")
+        check_counts(self, count=1, window=1)
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
         rows, positions = queries.shape[1], keys.shape[1]

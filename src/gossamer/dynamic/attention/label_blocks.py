@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.dynamic.attention.policy import Policy, numbers
+from gossamer.dynamic.attention.policy import Policy, check_counts, numbers, whole
 from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
@@ -32,10 +32,12 @@ class LabelBlocks(Policy):
     name = "label_blocks"
 
     def __post_init__(self) -> None:
-        labels = tuple(tuple(tuple(map(int, of_head)) for of_head in layer) for layer in self.labels)
+        labels = tuple(tuple(tuple(of_head) for of_head in layer) for layer in self.labels)
         object.__setattr__(self, "labels", labels)
-        if not labels or not all(labels) or min(self.count, self.window) < 0:
-            raise MethodError("label_blocks takes labels of each head of keys of each layer, and counts >= 0")
+        check_counts(self, count=0, window=0)
+        channels = (channel for layer in labels for of_head in layer for channel in of_head)
+        if not labels or not all(labels) or not all(whole(channel) for channel in channels):
+            raise MethodError("label_blocks takes labels of each head of keys of each layer, its channels")
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
         if queries.shape[1] > 1:
@@ -43,7 +45,10 @@ class LabelBlocks(Policy):
         row, column = numbers(1, keys.shape[1])
         chosen = (column >= row - self.window).repeat(len(queries), 1, 1)
         own, rated = int(row), max(0, int(row) - self.window)
-        index = torch.tensor(self._of(layer, len(keys)))[:, None]
+        labels = self._of(layer, len(keys))
+        if max(map(max, labels)) >= keys.shape[2]:
+            raise MethodError(f"the attention policy is wrong: heads have {keys.shape[2]} channels")
+        index = torch.tensor(labels)[:, None]
         groups = queries.reshape(len(keys), -1, queries.shape[2])
         q = groups.gather(2, index.expand(-1, groups.shape[1], -1)).bfloat16().float()
         k = keys[:, : own * BLOCK].gather(2, index.expand(-1, own * BLOCK, -1)).bfloat16().float()

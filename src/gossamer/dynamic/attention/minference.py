@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.claim import Claim
 from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.plug import Watch
-from gossamer.dynamic.attention.policy import LONG, POLICIES, Policy, causal, for_heads, numbers
+from gossamer.dynamic.attention.policy import LONG, POLICIES, Policy, causal, check_counts, for_heads, numbers
 from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.engine import Look
 from gossamer.errors import MethodError
@@ -35,6 +35,9 @@ class VerticalSlash(Policy):
     vertical: int = 8
     slash: int = 8
     name = "vertical_slash"
+
+    def __post_init__(self) -> None:
+        check_counts(self, vertical=0, slash=0)
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
         rows, positions = queries.shape[1], keys.shape[1]

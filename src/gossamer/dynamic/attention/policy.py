@@ -47,6 +47,19 @@ class Policy(ABC):
         return [[self.look(layer, head) for head in range(heads)] for layer in range(layers)]
 
 
+def whole(value: object, least: int = 0) -> bool:
+    """Whether ``value`` is a whole number of at least ``least`` (True and False are none)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_counts(policy: Policy, **least: int) -> None:
+    """Raises MethodError where a setting of ``policy`` is no whole number of at least ``least``."""
+    for name, low in least.items():
+        value = getattr(policy, name)
+        if not whole(value, low):
+            raise MethodError(f"{policy.name} takes a whole {name} of at least {low}, not {value!r}")
+
+
 LONG = Experiment(
     windows=1,
     seqlen=8064,

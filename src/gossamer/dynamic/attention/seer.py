@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.dynamic.attention.plug import Watch
-from gossamer.dynamic.attention.policy import Policy, block_means, for_heads, largest
+from gossamer.dynamic.attention.policy import Policy, block_means, check_counts, for_heads, largest
 from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
@@ -35,11 +35,9 @@ class Seer(Policy):
     name = "seer"
 
     def __post_init__(self) -> None:
-        if self.gates.ndim != 4 or self.gates.shape[2] != self.gates.shape[3] or self.count < 1:
-            raise MethodError(
-                f"seer takes gates (layers, heads, dim, dim) and a count of at least 1, not "
-                f"{tuple(self.gates.shape)} and {self.count}"
-            )
+        check_counts(self, count=1)
+        if self.gates.ndim != 4 or self.gates.shape[2] != self.gates.shape[3]:
+            raise MethodError(f"seer takes gates (layers, heads, dim, dim), not {tuple(self.gates.shape)}")
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
         rows, positions = queries.shape[1], keys.shape[1]

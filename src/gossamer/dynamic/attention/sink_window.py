@@ -7,9 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gossamer.claim import Claim
-from gossamer.dynamic.attention.policy import LONG, POLICIES, Policy, blocks_back, latest, numbers
+from gossamer.dynamic.attention.policy import (
+    LONG,
+    POLICIES,
+    Policy,
+    blocks_back,
+    check_counts,
+    latest,
+    numbers,
+)
 from gossamer.engine import Look
-from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
 
 
@@ -35,8 +42,7 @@ class SinkWindow(Policy):
     window: int = 1024
 
     def __post_init__(self) -> None:
-        if self.sink < 0 or self.window < 1:
-            raise MethodError(f"sink_window takes sink >= 0 and window >= 1, not {self.sink}, {self.window}")
+        check_counts(self, sink=0, window=1)
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
         row, column = numbers(queries.shape[1], keys.shape[1])

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from gossamer.claim import Claim
-from gossamer.dynamic.attention.policy import LONG, POLICIES, Policy, blocks_back, latest, numbers
+from gossamer.dynamic.attention.policy import (
+    LONG,
+    POLICIES,
+    Policy,
+    blocks_back,
+    check_counts,
+    latest,
+    numbers,
+)
 from gossamer.engine import Look
-from gossamer.errors import MethodError
 
 
 @POLICIES.register("strided", cite="Lin et al. 2024, S2-Attention: Hardware-Aware Context Sharding")
@@ -36,8 +43,7 @@ class Strided(Policy):
     dense_layers: int = 0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.stride < 1:
-            raise MethodError(f"strided takes window and stride >= 1, not {self.window}, {self.stride}")
+        check_counts(self, window=1, stride=1, dense_layers=0)
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
         if layer < self.dense_layers:
