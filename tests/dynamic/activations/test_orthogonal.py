@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from activation_probes import inputs_of, logits
@@ -13,9 +15,18 @@ from tiny import tiny_model, tiny_tokens
 KEY, GATE = "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.gate_proj"
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {"model_type": "gemma", "head_dim": 16},  # norms multiply by 1 + weight
+    "stablelm": {"model_type": "stablelm"},  # norms also add
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_prepared_model_computes_the_same(arch: str) -> None:
-    model, ids = tiny_model(arch), tiny_tokens()
+    model, ids = tiny_model("llama", **{"model_type": arch, **ARCHITECTURES[arch]}), tiny_tokens()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     assert torch.allclose(logits(orthogonal_columns(model), ids), logits(model, ids), atol=1e-4)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -29,6 +40,23 @@ def test_columns_are_orthogonal(name: str) -> None:
     plain = tiny_model().get_submodule(name).weight.detach().double()
     gram = plain.T @ plain
     assert (gram - gram.diag().diag()).abs().max() > 0.1 * gram.max()
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+def test_weights_of_norms_are_in_the_layers_that_are_rotated(arch: str) -> None:
+    """What is dropped are then directions of the normalised state, as in the authors' code."""
+    model = tiny_model("llama", model_type=arch, head_dim=16)
+    prepared = orthogonal_columns(model)
+    one = 0.0 if arch == "gemma" else 1.0
+    for name, norm_name in ((KEY, "input_layernorm"), (GATE, "post_attention_layernorm")):
+        norm = model.model.layers[1].get_submodule(norm_name)
+        folded = model.get_submodule(name).weight.detach() * (norm.weight.detach() + 1 - one)
+        columns = prepared.get_submodule(name).weight.detach().norm(dim=0)
+        values = torch.linalg.svdvals(folded)
+        assert torch.allclose(columns[: len(values)], values, atol=1e-4)
+        inner: Any = prepared.model.layers[1].get_submodule(norm_name)
+        assert type(inner.norm) is type(norm)
+        assert (inner.norm.weight == one).all()
 
 
 @pytest.mark.parametrize("name", [KEY, GATE])
@@ -62,3 +90,5 @@ def test_thresholds_of_zero_are_dense() -> None:
 def test_a_model_with_other_names_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot be made orthogonal"):
         orthogonal_columns(tiny_model("gpt2"))
+    with pytest.raises(ModelError, match="has post_feedforward_layernorm: columns"):
+        orthogonal_columns(tiny_model("gemma2"))

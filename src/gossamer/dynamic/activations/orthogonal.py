@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ READERS = {
     "post_attention_layernorm": (("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_proj"),
 }
 
+_PARTS = {"self_attn", "mlp", *READERS}  # a block that has more reads its norms elsewhere
+
 
 class RotatedNorm(nn.Module):
     """``norm(x) Q``: what the layers behind a norm read, in the coordinates in which they are gated."""
@@ -40,11 +43,13 @@ def orthogonal_columns(model: M) -> M:
     """A copy of ``model`` that computes the same, and in each of whose blocks the columns of the key and gate
     projections are orthogonal.
 
-    Chen et al. 2025, WINA, and its code: with ``W = U S Vᵀ`` (of the key, or gate, projection) all readers of
-    the same norm become ``W V`` and read ``Vᵀ x``; WINA's error then is the least that dropping so many
-    activations of that layer can give. The paper moves V into the weights before it and keeps a matrix on
-    each residual connection; here it stands behind the norm, which gives the same activations for as many
-    products: hidden_size² a norm, which no gate can skip. Raises ModelError for models without Llama's names.
+    Chen et al. 2025, WINA, and its code: a norm's weight g goes into its readers, ``W diag(g)``; with ``W
+    diag(g) = U S Vᵀ`` (of the key, or gate, projection) all of them become ``W diag(g) V`` and read ``Vᵀ x``,
+    x being what the norm gives without its weight; WINA's error then is the least that dropping so many
+    activations of that layer can give. The code moves V into the weights before it and keeps a matrix on each
+    residual connection, and takes the mean from the rows of the embedding, which changes the model; here V
+    stands behind the norm, which gives the same activations for as many products: hidden_size² a norm, which
+    no gate can skip. Raises ModelError for models without Llama's names, or with more norms than Llama.
     """
     prepared = copy.deepcopy(model)
     for block in find_parts(prepared).blocks:
@@ -57,6 +62,11 @@ def orthogonal_columns(model: M) -> M:
                     f"{type(model).__name__} has no {norm_name} that {' and '.join(readers)} read: columns "
                     "cannot be made orthogonal"
                 ) from None
+            if others := {name.partition(".")[0] for name, _ in block.module.named_parameters()} - _PARTS:
+                raise ModelError(
+                    f"{type(model).__name__} has {min(others)}: columns cannot be made orthogonal"
+                )
+            _fold(norm, layers.values())
             weight = layers[chosen].weight
             rotation = torch.linalg.svd(weight.detach().double(), full_matrices=True).Vh.T
             with torch.no_grad():
@@ -64,3 +74,29 @@ def orthogonal_columns(model: M) -> M:
                     layer.weight.copy_((layer.weight.double() @ rotation).to(layer.weight.dtype))
             setattr(block.module, norm_name, RotatedNorm(norm, rotation.to(weight.dtype)))
     return prepared
+
+
+@torch.no_grad()
+def _fold(norm: Any, readers: Iterable[Any]) -> None:
+    """Moves what ``norm`` multiplies by and adds into the linear layers that read it."""
+    plain = _plain_weight(norm)
+    scale = norm.weight.double() + (1 - plain)
+    shift = getattr(norm, "bias", None)
+    for layer in readers:
+        weight = layer.weight.double()
+        if shift is not None:
+            own = 0 if layer.bias is None else layer.bias.double()
+            layer.bias = nn.Parameter((own + weight @ shift.double()).to(layer.weight.dtype))
+        layer.weight.copy_((weight * scale).to(layer.weight.dtype))
+    norm.weight.fill_(plain)
+    if shift is not None:
+        shift.zero_()
+
+
+def _plain_weight(norm: Any) -> float:
+    """The weight with which ``norm`` multiplies by 1: it is 0 where one is added to it, as in Gemma."""
+    bare = copy.deepcopy(norm)
+    for parameter in bare.parameters():
+        parameter.zero_()
+    x = torch.arange(bare.weight.numel(), dtype=bare.weight.dtype, device=bare.weight.device)
+    return 0.0 if bool(bare(x[None]).any()) else 1.0
