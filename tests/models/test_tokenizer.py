@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -104,6 +106,46 @@ def test_long_words_of_byte_tokens_appear_letter_by_letter() -> None:
     decoder = StreamDecoder(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
     pieces = [decoder.push(byte + 1) for byte in "日本日本".encode()]
     assert pieces == ["", "", "日", "", "", "本"] * 2
+
+
+def byte_fallback_tokenizer() -> Any:
+    """As Llama 2 has it: words with a mark for their space, and bytes for what is in no word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁ehlo,é", "he", "lo", "▁he"]
+    merges = [("h", "e"), ("l", "o"), ("▁", "he")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.text(st.one_of(st.sampled_from("hello, é日😀"), st.characters(exclude_categories=["Cs"])), max_size=40)
+)
+def test_text_of_a_tokenizer_with_byte_fallback_is_the_text(text: str) -> None:
+    text = text.replace("▁", " ")
+    tokenizer = byte_fallback_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    decoder = StreamDecoder(tokenizer)
+    pieces = [*(decoder.push(token) for token in ids), decoder.finish()]
+    assert "".join(pieces) == text == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_broken_run_of_bytes_keeps_the_characters_that_were_whole() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["h", "<0xE6>", "<0x97>", "<0xA5>", "<0xE6>", "e"])
+    decoder = StreamDecoder(tokenizer)
+    streamed = "".join([*(decoder.push(token) for token in ids), decoder.finish()])
+    assert re.fullmatch("h日\ufffd{1,3}e", streamed)
+    assert tokenizer.decode(ids) == "h" + 4 * "\ufffd" + "e"
 
 
 def test_chat_form() -> None:

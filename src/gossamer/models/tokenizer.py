@@ -74,7 +74,9 @@ class StreamDecoder:
     """Turns tokens into text as they come, holding back a character until its last byte is there.
 
     ``push`` returns the new text (often ""), ``finish`` what is left; joined they are the decoded whole, in
-    which bytes that are no UTF-8 become U+FFFD. Special tokens are left out.
+    which bytes that are no UTF-8 become U+FFFD. Special tokens are left out. A tokenizer with byte fallback
+    makes a whole run of byte tokens U+FFFD where one of them is no UTF-8: what was given out of it before
+    stays, so that there are fewer of these than in the decoded whole.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
