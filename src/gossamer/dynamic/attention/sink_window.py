@@ -25,7 +25,10 @@ from gossamer.kernels import BLOCK
 class SinkWindow(Policy):
     """The first ``sink`` positions and the last ``window`` before each query, in whole blocks.
 
-    The paper keeps 4 sink tokens; a block is the least that is kept here.
+    The paper numbers positions within its cache, so that a text may be longer than the context that the model
+    was trained on, and forgets the keys between. Here keys keep their positions and stay in the cache, and
+    nothing goes past the context: it is attention that looks at less, not endless streaming. The paper keeps
+    4 sink tokens; a block is the least that is kept here.
     """
 
     claim = Claim(
