@@ -187,3 +187,5 @@ def test_what_a_session_cannot_take_is_refused(loaded: LoadedModel) -> None:
         face(ids, attention_mask=ids[:, 1:])
     with pytest.raises(ModelError, match="no token"):
         face(ids, attention_mask=torch.zeros_like(ids))
+    with pytest.raises(ModelError, match="take tokens back"):
+        face.generate(ids, max_new_tokens=5, prompt_lookup_num_tokens=3)

@@ -54,6 +54,13 @@ class SessionModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             "logits_to_keep": kwargs.get("logits_to_keep", 1),
         }
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate`` asks for where several tokens are guessed, and some then taken back."""
+        raise ModelError(
+            "a model that runs in sessions has no cache that could take tokens back: generate without an "
+            "assistant model and without prompt_lookup_num_tokens"
+        )
+
     @torch.no_grad()
     def forward(
         self,
