@@ -128,3 +128,16 @@ def test_what_cannot_be_exported(tmp_path, made):
     with pytest.raises(CheckpointError):
         export_dense(tmp_path, tmp_path / "dense")
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_weights_that_would_become_infinite_are_refused(tmp_path):
+    model = tiny_model(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = -70000.0
+    with pytest.raises(OutputError, match=r"mlp\.up_proj\.weight has numbers up to 70000, and float16 holds"):
+        export_dense(model, tmp_path / "half", "float16")
+    assert os.listdir(tmp_path) == []
+    export_dense(model, tmp_path / "dense", "bfloat16")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = -torch.inf  # which is what the model says
+    export_dense(model, tmp_path / "half", "float16")

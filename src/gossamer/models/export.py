@@ -49,9 +49,9 @@ def export_dense(
     (`models.bitmask`), "sparse-bitmask" or "sparse-24-bitmask", for versions 0.9 to 0.14 of that library:
     transformers beside a later one starts such layers with random weights. One matrix is unpacked at a time.
     Files past ``shard_bytes`` are split as transformers splits them. Nothing is left under ``out`` unless all
-    is there. Returns ``out``. Raises OutputError where ``out`` is taken or cannot be written, weights are not
-    2:4 that should be, or no linear layer has zeros that a sparse format is asked for, CheckpointError where
-    the checkpoint is damaged.
+    is there. Returns ``out``. Raises OutputError where ``out`` is taken or cannot be written, a weight is
+    past what ``dtype`` holds, weights are not 2:4 that should be, or no linear layer has zeros that a sparse
+    format is asked for, CheckpointError where the checkpoint is damaged.
     """
     out = Path(out)
     check_free(out)
@@ -92,7 +92,7 @@ def _dense_tensors(model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str
         turned = owner.is_transposed if is_fused(owner) else is_conv1d(owner)
         shape = tuple(tensor.shape)
         kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
-        tensors[name] = LazyTensor(kind, shape, partial(_load, held, turned, kind))
+        tensors[name] = LazyTensor(kind, shape, partial(_load, name, held, turned, kind))
     return tensors, tied
 
 
@@ -160,14 +160,25 @@ def _held(model: nn.Module, name: str) -> Any:
     return held
 
 
-def _load(held: Any, turned: bool, dtype: torch.dtype) -> Tensor:
+def _load(name: str, held: Any, turned: bool, dtype: torch.dtype) -> Tensor:
     if isinstance(held, list):
-        parts = [_load(one, False, dtype) for one in held]
+        parts = [_load(name, one, False, dtype) for one in held]
         return torch.stack([part.T if turned and part.dim() == 2 else part for part in parts])
     if isinstance(held, Tensor):
-        return held.detach().to(dtype)
+        return _rounded(name, held.detach(), dtype)
     dense: Tensor = held.to_dense().detach()
-    return (dense.T if turned else dense).to(dtype)
+    return _rounded(name, dense.T if turned else dense, dtype)
+
+
+def _rounded(name: str, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = dense.to(dtype)
+    if bool(rounded.isinf().any()) and bool((rounded.isinf() & dense.isfinite()).any()):
+        kind, most = str(dtype).removeprefix("torch."), float(dense[dense.isfinite()].abs().max())
+        raise OutputError(
+            f"{name} has numbers up to {most:g}, and {kind} holds none past {torch.finfo(dtype).max:g}: "
+            "export the model in another dtype"
+        )
+    return rounded
 
 
 def _write_config(
