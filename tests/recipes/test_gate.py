@@ -13,7 +13,7 @@ import gossamer as gs
 from gossamer import kernels
 from gossamer.errors import CheckpointError, GossamerError, MethodError, ModelError, SparsityError, TextError
 from gossamer.models import load_checkpoint
-from tiny import tiny_folder, tiny_tokens
+from tiny import tiny_folder, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
@@ -65,6 +65,18 @@ def test_a_plain_model_is_packed_in_its_own_dtype(tmp_path: Path) -> None:
     layer = load_checkpoint(made.path).model.layers[0].mlp.down_proj.matrix
     want = gs.load(tmp_path / "tiny").model.model.layers[0].mlp.down_proj.weight
     assert torch.equal(layer.to_dense(), want)
+
+
+def test_layers_of_gpt2_that_are_stored_transposed_are_packed_too(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "tiny", "gpt2")
+    model = tiny_model("gpt2")
+    made = gs.gate(tmp_path / "tiny", tmp_path / "out", sparsity=0.6, **SMALL)
+    assert (made.weights, len(made.columns)) == (12, 12)
+    ids = tiny_tokens(1, 40)
+    with torch.no_grad():
+        want = model(ids).logits
+        torch.testing.assert_close(load_checkpoint(made.path)(ids).logits, want, atol=1e-4, rtol=0)
+        assert float((gs.load(made.path).model(ids).logits - want).abs().max()) > 1e-2
 
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

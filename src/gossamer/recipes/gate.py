@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.dynamic.activations import Gates, calibrate, greedy, settle
 from gossamer.dynamic.activations import method as activation_method
@@ -23,11 +23,12 @@ from gossamer.matrices.geometry import holds, parse_layout
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.contents import open_checkpoint
+from gossamer.models.place import takes_matrix
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
-from gossamer.models.walk import find_parts, prunable
+from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.load import check_context
 from gossamer.sparse.masks import check_sparsity
@@ -154,9 +155,10 @@ def _open(model: str | Path, progress: Progress) -> _Source:
     packed: dict[str, Matrix] = {}
     for block in find_parts(loaded).blocks:
         for inner, module in prunable(block).items():
-            if isinstance(module, nn.Linear):
-                values = "bfloat16" if module.weight.dtype == torch.bfloat16 else "float32"
-                packed[f"{block.name}.{inner}.weight"] = Packed.pack(module.weight.detach(), values, "dense")
+            if takes_matrix(module):
+                weight = weight_of(module).detach()
+                values = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+                packed[f"{block.name}.{inner}.weight"] = Packed.pack(weight, values, "dense")
     plain = {name: t for name, t in loaded.state_dict(keep_vars=True).items() if name not in packed}
     made = {"job": "gate", "model": folder.label}
     return _Source(loaded, folder.folder, folder.label, packed, plain, {}, made)
