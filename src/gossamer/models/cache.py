@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gossamer.progress import Progress
 
-FORMAT = 1  # of the folders: another number makes them anew
+FORMAT = 2  # of the folders: another number makes them anew
 PIECE = 1 << 22  # bytes read at once
 _STALE_SECONDS = 24 * 3600
 
