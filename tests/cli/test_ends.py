@@ -143,3 +143,30 @@ sys.exit(end("methods"))
     _, told = process.communicate(timeout=WAIT)
     assert told == "so far\n"
     assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_the_output_is_told() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "isa"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=WAIT)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output: No space left on device\n"
+
+
+def test_streams_that_are_closed_disturb_nothing() -> None:
+    script = """
+import os, sys
+for number in (0, 1, 2):
+    os.close(number)
+sys.stdin = sys.stdout = sys.stderr = None  # as Python begins where they are closed
+sys.argv = ["gossamer", "isa"]
+from gossamer.cli.app import main
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=WAIT).returncode == 0
+
+
+def test_a_file_that_nobody_expected_to_fail_is_named() -> None:
+    with pytest.raises(typer.Exit) as end:
+        guarded(lambda: open("/dev/null/x").close())()
+    assert end.value.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,20 @@ def test_the_shared_protocol_has_its_tokens(smollm2: Path, shared_data: Path) ->
     windows = evaluation_windows(text, load_tokenizer(smollm2), 2048, limit=20)
     assert windows[:, 1:].numel() == 40_940
     assert "\r" not in text.joined
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.txt").write_text("a text")
+    scan = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(TextError, match="closed: Permission denied"):
+        read_text(tmp_path)

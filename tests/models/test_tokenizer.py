@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.errors import ModelError
+from gossamer.errors import ModelError, TextError
 from gossamer.models.tokenizer import StreamDecoder, encode_prompt, format_chat, load_tokenizer
 from tiny import tiny_folder, tiny_tokenizer
 
@@ -189,3 +189,11 @@ def test_smollm2_chats(smollm2: Path) -> None:
     ids = encode_prompt(tokenizer, "Hi")
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_what_is_no_utf8_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(TextError, match=r"character 4 is '\\udce9'"):
+        encode_prompt(tokenizer, "caf\udce9", chat=False)
+    with pytest.raises(TextError, match="no UTF-8"):
+        encode_prompt(tokenizer, "caf\udce9")

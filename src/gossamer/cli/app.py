@@ -73,6 +73,9 @@ def _options(
 
 def main() -> None:
     """The entry point; ends the process with the exit codes of `gossamer.cli.guard`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever called
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process)
     # warnings of libraries about themselves would drown what the user asked for
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -42,11 +42,20 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as error:
             raise interrupted(error, "nothing is left behind") from error
         except BrokenPipeError as error:
-            # whatever is still buffered would fail again when the interpreter ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise typer.Exit(CLOSED_PIPE) from error
+        except OSError as error:  # a file that nothing below has a sentence for, or a full disk behind stdout
+            if error.filename is None:
+                _drop_output()
+            what = "the output" if error.filename is None else error.filename
+            raise _exit(f"error: {what}: {error.strerror or error}", MISUSE) from error
 
     return run
+
+
+def _drop_output() -> None:
+    """What is still buffered would fail again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterator, Sequence
@@ -149,7 +150,16 @@ def _check_length(text: Text, tokens: int, needed: int) -> None:
 
 
 def _text_files(folder: Path) -> list[Path]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name.endswith(_TEXT_NAMES)]
+    def fail(error: OSError) -> None:
+        raise TextError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    files = []
+    for root, _, names in os.walk(folder, onerror=fail):
+        paths = [Path(root, name) for name in names if name.endswith(_TEXT_NAMES)]
+        try:
+            files += [path for path in paths if path.is_file()]
+        except OSError as error:
+            fail(error)
     if not files:
         raise TextError(f"the folder {folder.resolve().name} holds no text: no {', '.join(_TEXT_NAMES)} file")
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())

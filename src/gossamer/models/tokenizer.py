@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gossamer.errors import ModelError
+from gossamer.errors import ModelError, TextError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +43,10 @@ def format_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str 
 
 def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the model answers; each turn has a ``role`` ("system", "user",
-    "assistant") and its ``content``. Raises ModelError where the chat template refuses them."""
-    ids: list[int] = tokenizer(_format(tokenizer, turns), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    "assistant") and its ``content``. Raises ModelError where the chat template refuses them, and TextError
+    for what is no UTF-8."""
+    text = _checked(_format(tokenizer, turns))
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -66,8 +66,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     off or without a template as plain text, with the special tokens that the tokenizer puts first."""
     if chat and tokenizer.chat_template:
         return encode_turns(tokenizer, [{"role": "user", "content": prompt}])
-    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(_checked(prompt), verbose=False)["input_ids"]
     return ids
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that were no UTF-8, as Python holds them
+        raise TextError(
+            f"the text is no UTF-8: character {error.start + 1} is {text[error.start]!a}"
+        ) from error
+    return text
 
 
 class StreamDecoder:
