@@ -125,3 +125,11 @@ def test_bad_input() -> None:
         bootstrap_mean([1.0, 2.0], resamples=0)
     with pytest.raises(EvaluationError, match="same windows"):
         paired_difference([1.0, 2.0], [1.0])
+
+
+def test_what_a_statistic_cannot_be_is_left_out() -> None:
+    wide = bootstrap_mean([0.5, 1.0])
+    assert wide.low < 0 < 1 < wide.high
+    shares = wide.within(0, 1)
+    assert (shares.low, shares.high, shares.estimate) == (0, 1, 0.75)
+    assert wide.within(0).high == wide.high

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ class Interval:
         return Interval(
             fn(self.estimate), fn(self.low), fn(self.high), self.confidence, self.windows, self.resamples
         )
+
+    def within(self, least: float, most: float = math.inf) -> Interval:
+        """The interval without what the statistic cannot be."""
+        return replace(self, low=max(self.low, least), high=min(self.high, most))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

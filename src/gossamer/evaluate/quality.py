@@ -94,9 +94,9 @@ class Quality:
         if self.reference_nll is not None:
             found["perplexity_ratio"] = perplexity_ratio_interval(self.nll, self.reference_nll, **options)
         if self.kl is not None:
-            found["kl"] = bootstrap_mean(self.kl, **options)
+            found["kl"] = bootstrap_mean(self.kl, **options).within(0)
         if self.agreement is not None:
-            found["agreement"] = bootstrap_mean(self.agreement, **options)
+            found["agreement"] = bootstrap_mean(self.agreement, **options).within(0, 1)
         return found
 
     def to_dict(self) -> dict[str, Any]:
