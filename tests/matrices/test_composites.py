@@ -313,3 +313,16 @@ def test_parts_that_no_longer_fit_are_refused() -> None:
     tree.parts[1] = pack(random(70, 131), "int4")
     with pytest.raises(MatrixError, match="term 1 of stage 1 takes 1 x 131 inputs where there are 130"):
         tree(random(1, 130))
+
+
+def test_descriptions_of_too_few_or_too_deep_parts_are_refused() -> None:
+    leaf = Dense(torch.ones(2, 2))
+    description: dict[str, Any] = {"kind": "low_rank", "shape": [2, 2], "parts": [leaf.describe()]}
+    tensors = {f"0.{name}": tensor for name, tensor in leaf.tensors().items()}
+    with pytest.raises(MatrixError, match="not made of 1 parts"):
+        from_description(description, tensors)
+    deep, name = leaf.describe(), ""
+    for _ in range(3000):
+        deep, name = {"kind": "sum", "shape": [2, 2], "parts": [deep]}, f"0.{name}"
+    with pytest.raises(MatrixError, match="too deep"):
+        from_description(deep, {f"{name}{key}": tensor for key, tensor in leaf.tensors().items()})

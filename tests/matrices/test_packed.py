@@ -334,3 +334,21 @@ def test_whole_steps_are_counted_without_their_padding_and_repacked() -> None:
     assert torch.equal(bitmap.repack("16x4").values, packed.values)
     with pytest.raises(MatrixError, match="whole steps"):
         Packed.pack(random(27, 101, seed=0), "int4", "16x4", mask=~steps | (torch.arange(101) == 5))
+
+
+def test_lazily_negated_activations_are_negated() -> None:
+    packed = Packed.pack(random(32, 64), "float32")
+    x = random(2, 64, seed=1)
+    assert torch.equal(packed(torch._neg_view(x)), packed(-x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_activations_that_are_no_floats_are_refused(dtype: torch.dtype) -> None:
+    packed = Packed.pack(random(32, 64), "int8")
+    with pytest.raises(MatrixError, match="activations are floats"):
+        packed(torch.ones(2, 64, dtype=dtype))
+
+
+def test_finite_weights_do_not_become_infinite() -> None:
+    with pytest.raises(MatrixError, match="too large for bfloat16"):
+        Packed.pack(torch.full((4, 4), 3.4e38), "bfloat16")

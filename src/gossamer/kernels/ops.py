@@ -50,8 +50,8 @@ def _run(operand: Operand, x: Tensor, isa: str | None) -> Tensor:
         )
     if not x.is_cpu:
         raise KernelError(f"packed weights run on the CPU, the activations are on {x.device}")
-    if not x.is_contiguous():
-        x = x.contiguous()
+    if not x.is_contiguous() or x.is_neg():
+        x = x.resolve_neg().contiguous()
     y = x.new_empty((*shape[:-1], operand.out_features))
     native().matmul(
         operand.program,

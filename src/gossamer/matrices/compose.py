@@ -100,7 +100,10 @@ class Composite(Matrix):
     @classmethod
     def from_parts(cls, description: Description, parts: list[Matrix]) -> Composite:
         """The matrix from its parts and what else its description says."""
-        return cls(*parts)
+        try:
+            return cls(*parts)
+        except TypeError as error:
+            raise MatrixError(f"a {cls.kind} is not made of {len(parts)} parts") from error
 
 
 def _added(terms: Iterable[Tensor]) -> Tensor:

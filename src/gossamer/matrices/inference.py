@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer import kernels
+from gossamer.errors import MatrixError
 from gossamer.kernels import Handle, Operand, reference
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def product(compiled: Compiled, x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def _product(compiled: Compiled, x: Tensor, matrix: Matrix) -> Tensor:
+    if not x.is_floating_point():
+        raise MatrixError(f"activations are floats, got {x.dtype}")
     if isinstance(compiled, Operand):
         if x.dtype in (torch.float32, torch.bfloat16):
             return kernels.matmul(compiled, x)

@@ -239,7 +239,10 @@ def _to_stored(weight: Tensor, values: ValueType) -> Tensor:
         if not weight.is_floating_point():
             raise MatrixError(f"{values.name} values are packed from floats, got {weight.dtype}")
         patterns = torch.int32 if values.bits == 32 else torch.int16
-        return weight.to(values.dtype).contiguous().view(patterns)
+        rounded = weight.to(values.dtype)
+        if bool((rounded.isinf() & weight.isfinite()).any()):
+            raise MatrixError(f"finite weights are too large for {values.name}")
+        return rounded.contiguous().view(patterns)
     if weight.is_floating_point() or weight.dtype == torch.bool:
         raise MatrixError(f"{values.name} values are packed from integer codes, got {weight.dtype}")
     if bool((weight < values.qmin).any()) or bool((weight > values.qmax).any()):

@@ -124,7 +124,10 @@ def from_description(description: Description, tensors: dict[str, Tensor]) -> Ma
     if not isinstance(kind, str) or kind not in KINDS:
         raise MatrixError(f"unknown kind of matrix {kind!r} (there are: {', '.join(sorted(KINDS))})")
     shape = described_shape(description)
-    matrix = KINDS[kind].from_tensors(description, tensors)
+    try:
+        matrix = KINDS[kind].from_tensors(description, tensors)
+    except RecursionError:
+        raise MatrixError("the parts of a matrix lie too deep in each other") from None
     if matrix.shape != shape:
         raise MatrixError(f"the matrix is {matrix.shape}, but its description says {shape}")
     return matrix
