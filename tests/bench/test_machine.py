@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from gossamer import kernels
 from gossamer.bench import machine as machine_module
 from gossamer.bench import machine_facts, read_bandwidth
 from gossamer.bench.machine import cpu_name, last_level_cache, usable_cores, use_threads
-from gossamer.errors import EvaluationError
+from gossamer.errors import EvaluationError, KernelError
 
 
 def cache(root: Path, core: int, index: int, kind: str, level: int, size: str, shared: str) -> None:
@@ -112,3 +113,12 @@ def test_other_work_is_what_was_busy_without_our_own(monkeypatch: pytest.MonkeyP
     others = machine_module.OtherWork()
     # 12 user, 1 nice, 1 system, 1 stolen: 15 s busy, 12 of them ours, in 10 s
     assert others.cores() == pytest.approx(0.3)
+
+
+def test_an_instruction_set_that_there_is_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels.native_available():
+        pytest.skip("the native kernels are not built")
+    monkeypatch.setenv("GOSSAMER_ISA", "bogus")
+    kernels.isa.cache_clear()
+    with pytest.raises(KernelError, match="bogus"):
+        machine_facts(bandwidth=False)

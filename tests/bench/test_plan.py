@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ def test_columns_are_offered_where_zeros_are_expected(stopwatch: Stopwatch) -> N
     assert "70 % of the activations are zero" in told.explain()
     assert "x as fast as dense, in 2.00 of its bytes; its mask is forgotten" in told.explain()
     assert told.to_dict()["zeros"] == 0.7
+    assert "as if every token were sent to it" not in told.explain()
+    assert "as if every token were sent to it" in replace(told, mixture=True).explain()
     # times of other shares are not those of this one
     stopwatch.seconds["columns"] = (25.0, 500.0)
     assert by_label(plan(packed_model(), zeros=0.2))["down_proj"].chosen.form == "32:64"

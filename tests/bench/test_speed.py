@@ -158,3 +158,11 @@ def test_ratio_of_equal_models_is_finite() -> None:
     found = compare_speed({"one": model, "same": model}, prompt=4, decode=2, repeats=1, warmup=0)
     assert math.isfinite(found.ratio("same"))
     assert found.ratio("one") == 1.0
+
+
+def test_experts_are_a_working_set_though_a_token_reads_few() -> None:
+    found = measure_speed(tiny_model("mixtral"), prompt=2, decode=1, repeats=1, warmup=0)
+    assert found.resident_bytes is not None
+    assert found.resident_bytes > found.decode_bytes
+    compared = compare_speed({"mixture": tiny_model("mixtral")}, prompt=2, decode=1, repeats=1, warmup=0)
+    assert compared.working_set("mixture") == found.resident_bytes

@@ -242,3 +242,9 @@ def test_a_uniform_sparsity_is_found_to_search_around(tmp_path: Path) -> None:
     assert at == pytest.approx(1 - (80e3 * 8 / (4 * 256 * 256) - 1.25) / 4, abs=0.02)
     with pytest.raises(MethodError, match="asks for no pruning"):
         find_prices(parse_budget("1MB"), c, layers, {}, tmp_path, lambda *_: None)
+
+
+def test_a_token_pays_for_the_experts_that_it_is_sent_to(tmp_path: Path, stopwatch: Stopwatch) -> None:
+    source = tiny_folder(tmp_path / "tiny", "qwen3_moe", num_hidden_layers=1)  # two of four experts
+    with pytest.raises(MethodError, match=r"from .* us \(.*\) to 80 us \(all dense\)"):
+        compress(source, tmp_path / "out", budget="1us", **SMALL)  # four of attention, and half of eight

@@ -91,6 +91,8 @@ def _verdict(row: PlanRow, decode: int) -> str:
 
 def _totals(plan: Plan) -> Iterator[str]:
     totals = plan.totals()
+    if plan.mixture:
+        yield "Each expert counts as if every token were sent to it: look at the rows, not at these totals."
     for name, total in totals.items():
         whole = total.prompt_seconds + plan.decode * total.decode_seconds
         yield (

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from gossamer import kernels
-from gossamer.errors import EvaluationError, KernelError
+from gossamer.errors import EvaluationError
 from gossamer.kernels.native import native
 
 PAST_CACHE = 4.0  # a working set this many times the last-level cache is read from memory, not from the cache
@@ -60,10 +60,8 @@ class Machine:
 def machine_facts(*, bandwidth: bool = True) -> Machine:
     """Facts of this machine now. ``bandwidth``: measure memory too (under a second)."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    try:
-        isa = kernels.isa()
-    except KernelError:
-        isa = "none: the native kernels are not built"
+    built = kernels.native_available()
+    isa = kernels.isa() if built else "none: the native kernels are not built"
     return Machine(
         cpu=cpu_name(),
         cores=usable_cores(),

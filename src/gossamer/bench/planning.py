@@ -16,6 +16,7 @@ from gossamer.bench.speed import decode_bytes
 from gossamer.bench.timing import TORCH, Times, call_seconds, past_cache, time_forms
 from gossamer.errors import EvaluationError, ModelError
 from gossamer.matrices import Packed
+from gossamer.nn.experts import count_experts
 from gossamer.progress import Progress, silent
 
 PROMPT_ROWS = 512  # longer prompts are timed on so many rows; beyond, time grows with their number
@@ -78,7 +79,8 @@ class Plan:
     costs are weighed. ``working_set``: bytes of weights that the whole model reads for a token, as it is (of
     a plain model: the planned ones alone); ``read_gb_per_second``: the rate at which a plain sum reads so
     many; ``call_seconds``: of a product whose weight is next to nothing; ``zeros``: the share of activations
-    that are zero, None where nobody said."""
+    that are zero, None where nobody said; ``mixture``: it holds experts, each of which counts as if every
+    token were sent to it: its rows hold, its totals do not."""
 
     rows: tuple[PlanRow, ...]
     prompt: int
@@ -88,6 +90,7 @@ class Plan:
     call_seconds: float
     machine: Machine
     zeros: float | None = None
+    mixture: bool = False
 
     @property
     def other_work(self) -> float:
@@ -121,6 +124,7 @@ class Plan:
             "read_gb_per_second": self.read_gb_per_second,
             "call_seconds": self.call_seconds,
             "zeros": self.zeros,
+            "mixture": self.mixture,
             "rows": [row.to_dict() for row in self.rows],
             "totals": {name: asdict(total) for name, total in self.totals().items()},
         }
@@ -214,6 +218,7 @@ def plan(
         call_seconds=call,
         machine=machine,
         zeros=zeros,
+        mixture=any(count_experts(module) for module in model.modules()),
     )
 
 

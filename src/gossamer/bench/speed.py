@@ -17,7 +17,7 @@ from gossamer.bench.machine import Machine, OtherWork, machine_facts, use_thread
 from gossamer.errors import EvaluationError
 from gossamer.models.session import Session, SessionFactory, context_length
 from gossamer.nn import StructuredEmbedding
-from gossamer.nn.experts import count_experts
+from gossamer.nn.experts import share_of_tokens
 from gossamer.progress import Progress, silent
 
 _WARM_STEPS = 8  # decode steps of a warm-up round
@@ -28,7 +28,8 @@ class Speed:
     """Runs of one model: a prompt of ``prompt`` tokens, then ``decode`` greedy steps of one token each.
 
     ``prompt_seconds``: of each run, from the tokens to the first new one; ``decode_seconds``: of each run,
-    all steps together. ``decode_bytes``: bytes of weights that a step reads (`decode_bytes`).
+    all steps together. ``decode_bytes``: bytes of weights that a step reads (`decode_bytes`);
+    ``resident_bytes``: that all steps read between them, more where tokens go to different experts.
     """
 
     prompt: int
@@ -37,6 +38,7 @@ class Speed:
     prompt_seconds: tuple[float, ...]
     decode_seconds: tuple[float, ...]
     decode_bytes: int
+    resident_bytes: int | None = None
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -101,9 +103,14 @@ class SpeedComparison:
         return median(their / our for our, their in zip(ours, theirs, strict=True))
 
     def past_cache(self, name: str) -> bool | None:
-        """Whether the weights that ``name`` reads for a token are more than four times the last-level cache,
-        so that they come from memory each time; else its speed is that of a cache. None: unknown."""
-        return self.machine.past_cache(self.speeds[name].decode_bytes)
+        """Whether the weights that ``name`` reads are more than four times the last-level cache, so that they
+        come from memory each time; else its speed is that of a cache. None: unknown."""
+        return self.machine.past_cache(self.working_set(name))
+
+    def working_set(self, name: str) -> int:
+        """Bytes of weights that ``name`` reads over and over."""
+        speed = self.speeds[name]
+        return speed.resident_bytes or speed.decode_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -178,18 +185,18 @@ def compare_speed(
     return SpeedComparison(speeds, facts, others.cores())
 
 
-def decode_bytes(model: nn.Module) -> int:
+def decode_bytes(model: nn.Module, *, all_experts: bool = False) -> int:
     """Bytes of weights that one decode step reads: all parameters and buffers but embeddings, of which it
     looks up a row. A head tied to an embedding is read whole and counts; of experts the share counts that a
-    token is sent to.
+    token is sent to, or all of them.
     """
     seen: dict[tuple[int, int], float] = {}
 
     def visit(module: nn.Module, share: float) -> None:
         if isinstance(module, nn.Embedding | StructuredEmbedding):
             return
-        if count := count_experts(module):
-            share = getattr(getattr(model, "config", None), "num_experts_per_tok", count) / count
+        if not all_experts:
+            share *= share_of_tokens(module, getattr(model, "config", None))
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             seen[tensor.data_ptr(), tensor.nbytes] = share * tensor.nbytes
         for child in module.children():
@@ -247,6 +254,7 @@ def _measure(
             prompt_seconds=tuple(first for first, _ in runs[name]),
             decode_seconds=tuple(rest for _, rest in runs[name]),
             decode_bytes=decode_bytes(model),
+            resident_bytes=decode_bytes(model, all_experts=True),
         )
         for name, model in models.items()
     }

@@ -89,6 +89,19 @@ def count_experts(module: nn.Module) -> int:
     return len(stacked)
 
 
+def share_of_tokens(module: nn.Module, config: object) -> float:
+    """Of the tokens that come to ``module``, the share that each of its experts reads in a model of this
+    ``config``; 1 where it holds none."""
+    count = count_experts(module)
+    return getattr(config, "num_experts_per_tok", count) / count if count else 1.0
+
+
+def shares_of_tokens(model: nn.Module, config: object) -> dict[nn.Module, float]:
+    """`share_of_tokens` for the modules that lie in experts."""
+    holders = [module for module in model.modules() if count_experts(module)]
+    return {part: share_of_tokens(one, config) for one in holders for part in one.modules()}
+
+
 def _linear(fused: nn.Module, name: str, index: int, note: Note | None) -> nn.Linear:
     stack: Any = fused._parameters[name]
     bias = fused._parameters.get(f"{name}_bias")

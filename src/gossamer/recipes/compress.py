@@ -153,7 +153,8 @@ class _Job:
     def _run(self) -> Compressed:
         resumed = self.work.resumed
         self._gather()
-        self.shares = allocate(self.parts, self.combination, self.work, self._walk, self._layer, self.prices)
+        layers = list(layers_of(self.parts, self.model.config))
+        self.shares = allocate(layers, self.combination, self.work, self._walk, self._layer, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
         for visit in self._walk(self.work, stage, self.layer_needs, targets=self.tuner is not None):
             self._prune_block(visit)
@@ -196,7 +197,7 @@ class _Job:
         c, settings = self.combination, self.settings
         if c.budget is None:
             return None
-        layers = list(layers_of(self.parts))
+        layers = list(layers_of(self.parts, self.model.config))
         beside = stored_beside(
             self.model, self.files, self._edges(), layers, settings.head_values, settings.group
         )

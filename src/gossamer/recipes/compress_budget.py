@@ -61,11 +61,13 @@ class Prices:
         """What the linears may cost together."""
         return self.budget.amount - self.beside
 
+    def cost(self, layer: LayerInfo, sparsity: float) -> float:
+        """What ``layer`` costs: bytes, or seconds of a token, which goes to some of a mixture's experts."""
+        return self.costs[layer.shape](sparsity) * (1 if self.budget.measure == "bytes" else layer.reached)
+
     def total(self, shares: Mapping[str, float | None]) -> float:
         """What all costs with the linears at ``shares``."""
-        return self.beside + math.fsum(
-            self.costs[layer.shape](shares[layer.name] or 0.0) for layer in self.layers
-        )
+        return self.beside + math.fsum(self.cost(layer, shares[layer.name] or 0.0) for layer in self.layers)
 
     def uniform(self, sparsity: float) -> float:
         """What all costs with every linear at ``sparsity``."""

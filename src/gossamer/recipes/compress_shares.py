@@ -16,6 +16,7 @@ from gossamer.calibrate import WorkFolder
 from gossamer.calibrate.stream import Visit
 from gossamer.errors import OutputError
 from gossamer.models.walk import ModelParts, prunable, weight_of
+from gossamer.nn.experts import shares_of_tokens
 from gossamer.prune import Combination, Layer
 from gossamer.recipes.compress_budget import Prices
 from gossamer.recipes.layer_shares import (
@@ -38,19 +39,18 @@ class Walk(Protocol):
 
 
 def allocate(
-    parts: ModelParts,
+    layers: list[LayerInfo],
     combination: Combination,
     work: WorkFolder,
     walk: Walk,
     layer_of: LayerOf,
     prices: Prices | None = None,
 ) -> dict[str, float | None]:
-    """Each layer's sparsity; what the allocation needs to know is measured first and kept in ``work``.
-    ``prices``: what layers cost, where there is a budget."""
+    """The sparsity of each of ``layers``; what the allocation needs to know is measured first and kept in
+    ``work``. ``prices``: what layers cost, where there is a budget."""
     done = work.path / "allocation.json"
     if done.exists():
         return json.loads(done.read_text())  # type: ignore[no-any-return]
-    layers = list(layers_of(parts))
     if prices is not None:
         combination = replace(combination, sparsity=prices.sparsity())
     measure = _MEASURES.get(combination.allocation)
@@ -63,17 +63,21 @@ def allocate(
         if measure is None:
             return shares
     else:
-        priced = [replace(layer, costs=prices.costs[layer.shape]) for layer in layers]
+        priced = [replace(layer, costs=partial(prices.cost, layer)) for layer in layers]
         shares = least_error(priced, prices.left)
     work.write(done.name, json.dumps(shares).encode())
     return shares
 
 
-def layers_of(parts: ModelParts) -> Iterator[LayerInfo]:
-    """The prunable layers, by name, shape and block."""
+def layers_of(parts: ModelParts, config: object = None) -> Iterator[LayerInfo]:
+    """The prunable layers, by name, shape and block, and by the share of tokens that a model of this
+    ``config`` sends them."""
     for block in parts.blocks:
+        reached = shares_of_tokens(block.module, config)
         for inner, module in prunable(block).items():
-            yield LayerInfo(f"{block.name}.{inner}", tuple(weight_of(module).shape), block=block.name)
+            shape = tuple(weight_of(module).shape)
+            name = f"{block.name}.{inner}"
+            yield LayerInfo(name, shape, block=block.name, reached=reached.get(module, 1.0))
 
 
 def _scores(

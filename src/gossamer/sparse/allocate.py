@@ -30,7 +30,7 @@ class LayerInfo:
     tensor; it is called as often as needed, so that scores may lie on disk. ``outliers``: the share of
     outliers in the layer's ``block``. ``curve``: (sparsity, error) as measured, errors comparable between
     layers. ``costs``: what the layer costs at a sparsity, in whatever a budget is of; never rising, perhaps
-    falling in steps (None: the weights that it keeps).
+    falling in steps (None: the weights that it keeps). ``reached``: the share of tokens that it reads.
     """
 
     name: str
@@ -40,6 +40,7 @@ class LayerInfo:
     outliers: float | None = None
     curve: tuple[tuple[float, float], ...] = ()
     costs: Callable[[float], float] | None = None
+    reached: float = 1.0
 
     @property
     def size(self) -> int:
