@@ -8,6 +8,7 @@
 
 #include "ready.h"
 #include "selected.h"
+#include "threads.h"
 
 namespace gossamer {
 
@@ -71,14 +72,6 @@ inline int64_t scratch_bytes(const Linear& linear, int64_t padded, int64_t block
         if (padded > 4 || w.layout == kColumns)
             bytes = std::max(bytes, aligned(scratch_bytes(w, padded, block)));
     return bytes;
-}
-
-struct Share {
-    int64_t begin, end;
-};
-
-inline Share share_of(int64_t items, int worker, int workers) {
-    return {items * worker / workers, items * (worker + 1) / workers};
 }
 
 // Makes rows of `x`, float32, ready for each term, in memory of activation_bytes and room of room_bytes.

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "threads.h"
+
 namespace gossamer {
 namespace {
 
@@ -12,19 +14,11 @@ constexpr int64_t kParts = kLast / kWeighed;
 
 int64_t blocks_of(int64_t positions) { return (positions + kBlock - 1) / kBlock; }
 
-struct Some {
-    int64_t begin, end;
-};
-
 // Blocks [low, high), and how the key in their middle does.
 struct Range {
     int64_t low, high;
     float score;
 };
-
-Some share_of(int64_t items, int worker, int workers) {
-    return {items * worker / workers, items * (worker + 1) / workers};
-}
 
 }  // namespace
 
@@ -100,7 +94,7 @@ void Policy::begin(const Cache& cache, int64_t rows, int threads) {
 void Policy::prepare(const PolicyRows& r, int worker) {
     if (!means_[size_t(r.layer * r.cache.kv_heads())].empty()) {
         const int64_t dim = r.cache.head_dim(), fresh = (r.start + r.rows) / kBlock - known_;
-        const Some mine = share_of(fresh * r.cache.kv_heads(), worker, threads_);
+        const Share mine = share_of(fresh * r.cache.kv_heads(), worker, threads_);
         float key[kMostHead];
         for (int64_t i = mine.begin; i < mine.end; i++) {
             const int64_t head = i / fresh, block = known_ + i % fresh;
@@ -114,7 +108,7 @@ void Policy::prepare(const PolicyRows& r, int worker) {
         }
     }
     if (labels_act_) labels_.rate(r.cache, r.ops, r.layer, r.q, worker, threads_);
-    const Some mine = share_of(heads_ * kParts, worker, threads_);
+    const Share mine = share_of(heads_ * kParts, worker, threads_);
     for (int64_t i = mine.begin; i < mine.end; i++) {
         const HeadPolicy& p = of(r.layer, i / kParts);
         if (p.kind == kLookAcross && (p.steps || !step_))
@@ -150,7 +144,7 @@ void Policy::weigh(const PolicyRows& r, int64_t head, int64_t part, float* score
 // ---- lists
 
 void Policy::choose(const PolicyRows& r, int worker) {
-    const Some mine = share_of(heads_ * row_blocks_, worker, threads_);
+    const Share mine = share_of(heads_ * row_blocks_, worker, threads_);
     for (int64_t i = mine.begin; i < mine.end; i++) choose_some(r, i / row_blocks_, i % row_blocks_, worker);
 }
 

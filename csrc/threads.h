@@ -25,6 +25,15 @@ class Barrier {
     std::atomic<unsigned> round_{0};
 };
 
+// Items [begin, end) of a worker, of workers that each take about as many.
+struct Share {
+    int64_t begin, end;
+};
+
+inline Share share_of(int64_t items, int worker, int workers) {
+    return {items * worker / workers, items * (worker + 1) / workers};
+}
+
 // "openmp" or "pool": which of the two run_team uses now.
 const char* team_kind();
 
