@@ -23,7 +23,7 @@ from gossamer.models.walk import (
     run_block,
     set_weight,
 )
-from gossamer.nn.experts import layers_of_experts
+from gossamer.nn.experts import inside_experts
 from gossamer.nn.views import is_conv1d, linear_view
 from gossamer.progress import Progress, silent
 
@@ -202,7 +202,7 @@ def _collect(
     views = [linear_view(name, layer) for name, layer in visit.layers.items()]
 
     def walked(share: bool) -> dict[str, Statistics]:
-        sums = InputSums(views, needs, spare=layers_of_experts(visit.module), share=share)
+        sums = InputSums(views, needs, spare=inside_experts(visit.module), share=share)
         handles = [layer.register_forward_pre_hook(sums.see) for layer in visit.layers.values()]
         try:
             for _ in _run(visit.module, inputs, batch, kwargs):

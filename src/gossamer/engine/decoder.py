@@ -19,7 +19,7 @@ from gossamer.kernels.native import native
 from gossamer.matrices import Matrix, Packed, summands
 from gossamer.models.session import context_length
 from gossamer.nn import StructuredEmbedding, StructuredLinear
-from gossamer.nn.experts import experts_of
+from gossamer.nn.experts import Experts, experts_of, share_of_tokens
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
@@ -28,7 +28,6 @@ _BY_LAYER = ("qwen2", "qwen3", "smollm3")  # those have it that `layer_types` sa
 # a layer's weights, by the part of a token that multiplies them
 _LINEARS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention_products")
 _LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
-_OF_MIXTURE = tuple(name for name, part in _LINEARS.items() if part != "mlp")  # beside its experts
 
 
 class Decoder:
@@ -179,8 +178,7 @@ class Decoder:
             self._array(getattr(getattr(attention, "q_norm", None), "weight", None)),
             self._array(getattr(getattr(attention, "k_norm", None), "weight", None)),
         ]
-        names = _OF_MIXTURE if _is_mixture(mlp) else _LINEARS
-        linears = [self._linear(_LINEARS[name], _part(attention, mlp, name)) for name in names]
+        linears = [self._linear(_LINEARS[name], module) for name, module in _linears(layer).items()]
         self._native.add_layer(
             norms,
             [[handle.packed for handle in handles] for handles, _ in linears],
@@ -196,7 +194,7 @@ class Decoder:
         normalised = bool(getattr(mlp.gate, "norm_topk_prob", True))
         terms = [handle.packed for handle in self._weight("mlp", router)]
         mixture = native().Mixture(terms, 0, mlp.gate.top_k, normalised)
-        share = mlp.gate.top_k / len(mlp.gate.weight)
+        share = share_of_tokens(mlp.experts, self.model.config)
         for pair in experts_of(mlp.experts):
             linears = [self._linear("mlp", linear, share) for linear in pair]
             mixture.add(*(word for handles, bias in linears for word in ([h.packed for h in handles], bias)))
@@ -311,12 +309,20 @@ def _norms(layers: Any) -> list[tuple[str, Any]]:
 def _weights(model: Any) -> list[tuple[str, Any]]:
     found = [("the embedding", model.model.embed_tokens), ("the head", model.lm_head)]
     for i, layer in enumerate(model.model.layers):
-        mixture = _is_mixture(layer.mlp)
-        names = _OF_MIXTURE if mixture else _LINEARS
-        found += [(f"{name} of layer {i}", _part(layer.self_attn, layer.mlp, name)) for name in names]
-        for pair in experts_of(layer.mlp.experts) if mixture else ():
-            found += [(f"an expert of layer {i}", module) for module in pair]
+        found += [(f"{name} of layer {i}", module) for name, module in _linears(layer).items()]
+        experts = getattr(layer.mlp, "experts", None)
+        if isinstance(experts, Experts):  # fused ones are plain tensors
+            found += [(f"an expert of layer {i}", module) for pair in experts_of(experts) for module in pair]
     return found
+
+
+def _linears(layer: Any) -> dict[str, Any]:
+    """The linear layers that every token reads."""
+    return {
+        name: getattr(layer.self_attn if part != "mlp" else layer.mlp, name)
+        for name, part in _LINEARS.items()
+        if part != "mlp" or not _is_mixture(layer.mlp)
+    }
 
 
 def _is_mixture(mlp: Any) -> bool:
@@ -327,10 +333,6 @@ def _inner(layers: Any) -> int:
     """Numbers between the products of an MLP; 0 where all layers are mixtures."""
     dense = [layer.mlp.gate_proj.out_features for layer in layers if not _is_mixture(layer.mlp)]
     return dense[0] if dense else 0
-
-
-def _part(attention: Any, mlp: Any, name: str) -> Any:
-    return getattr(attention if hasattr(attention, name) else mlp, name)
 
 
 def _source(module: Any) -> Any:

@@ -96,12 +96,6 @@ def share_of_tokens(module: nn.Module, config: object) -> float:
     return getattr(config, "num_experts_per_tok", count) / count if count else 1.0
 
 
-def shares_of_tokens(model: nn.Module, config: object) -> dict[nn.Module, float]:
-    """`share_of_tokens` for the modules that lie in experts."""
-    holders = [module for module in model.modules() if count_experts(module)]
-    return {part: share_of_tokens(one, config) for one in holders for part in one.modules()}
-
-
 def _linear(fused: nn.Module, name: str, index: int, note: Note | None) -> nn.Linear:
     stack: Any = fused._parameters[name]
     bias = fused._parameters.get(f"{name}_bias")
@@ -147,6 +141,8 @@ def take_apart(model: nn.Module, keep: Collection[str] = (), note: Note | None =
             replace_module(model, name, Experts(module, note))
 
 
-def layers_of_experts(model: nn.Module) -> set[nn.Module]:
-    """The modules inside experts that were taken apart: a token reaches a few of them only."""
-    return {part for one in model.modules() if isinstance(one, Experts) for part in one.modules()}
+def inside_experts(model: nn.Module) -> dict[nn.Module, Experts]:
+    """The modules inside experts that were taken apart, of which a token reaches a few only, and what holds
+    them."""
+    holders = [module for module in model.modules() if isinstance(module, Experts)]
+    return {part: holder for holder in holders for part in holder.modules()}

@@ -128,6 +128,7 @@ class _Job:
         self.files = WeightFiles(source.folder)
         self.model = skeleton(source.folder)
         self.parts = find_parts(self.model)
+        self.layers = list(layers_of(self.parts, self.model.config))
         check_layers(self.parts)
         self.windows: Tensor | None = None
         self.gradients: WorkFolder | None = None
@@ -153,8 +154,7 @@ class _Job:
     def _run(self) -> Compressed:
         resumed = self.work.resumed
         self._gather()
-        layers = list(layers_of(self.parts, self.model.config))
-        self.shares = allocate(layers, self.combination, self.work, self._walk, self._layer, self.prices)
+        self.shares = allocate(self.layers, self.combination, self.work, self._walk, self._layer, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
         for visit in self._walk(self.work, stage, self.layer_needs, targets=self.tuner is not None):
             self._prune_block(visit)
@@ -197,11 +197,10 @@ class _Job:
         c, settings = self.combination, self.settings
         if c.budget is None:
             return None
-        layers = list(layers_of(self.parts, self.model.config))
         beside = stored_beside(
-            self.model, self.files, self._edges(), layers, settings.head_values, settings.group
+            self.model, self.files, self._edges(), self.layers, settings.head_values, settings.group
         )
-        return find_prices(c.budget, c, layers, beside, work, self.progress)
+        return find_prices(c.budget, c, self.layers, beside, work, self.progress)
 
     def _prune_block(self, visit: Visit) -> None:
         """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder."""

@@ -16,7 +16,7 @@ from gossamer.calibrate import WorkFolder
 from gossamer.calibrate.stream import Visit
 from gossamer.errors import OutputError
 from gossamer.models.walk import ModelParts, prunable, weight_of
-from gossamer.nn.experts import shares_of_tokens
+from gossamer.nn.experts import inside_experts, share_of_tokens
 from gossamer.prune import Combination, Layer
 from gossamer.recipes.compress_budget import Prices
 from gossamer.recipes.layer_shares import (
@@ -69,15 +69,15 @@ def allocate(
     return shares
 
 
-def layers_of(parts: ModelParts, config: object = None) -> Iterator[LayerInfo]:
+def layers_of(parts: ModelParts, config: object) -> Iterator[LayerInfo]:
     """The prunable layers, by name, shape and block, and by the share of tokens that a model of this
     ``config`` sends them."""
     for block in parts.blocks:
-        reached = shares_of_tokens(block.module, config)
+        holders = inside_experts(block.module)
         for inner, module in prunable(block).items():
+            reached = share_of_tokens(holders.get(module, module), config)
             shape = tuple(weight_of(module).shape)
-            name = f"{block.name}.{inner}"
-            yield LayerInfo(name, shape, block=block.name, reached=reached.get(module, 1.0))
+            yield LayerInfo(f"{block.name}.{inner}", shape, block=block.name, reached=reached)
 
 
 def _scores(

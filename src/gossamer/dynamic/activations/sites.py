@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from gossamer.errors import ModelError
 from gossamer.models.walk import find_parts, is_router, weight_of
 from gossamer.nn import StructuredLinear
-from gossamer.nn.experts import layers_of_experts
+from gossamer.nn.experts import inside_experts
 from gossamer.nn.views import is_conv1d
 
 
@@ -51,7 +51,7 @@ def linear_sites(model: nn.Module) -> dict[str, Site]:
     experts, which calibration may reach by few tokens or none."""
     found = {}
     for block in find_parts(model).blocks:
-        experts = layers_of_experts(block.module)
+        experts = inside_experts(block.module)
         for inner, module in block.module.named_modules():
             if is_linear(module) and module not in experts and not is_router(inner):
                 name = f"{block.name}.{inner}"
