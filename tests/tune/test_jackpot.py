@@ -142,7 +142,7 @@ def test_what_it_cannot_search_is_refused() -> None:
     torch.manual_seed(0)
     dense = torch.randn(8, 16)
     mask = mask_from_scores(dense.abs(), parse_pattern("1:4"))
-    with pytest.raises(MethodError, match="keeps 32 weights, and 2:4 keeps 64"):
+    with pytest.raises(MethodError, match="keeps 32 weights, but 2:4 keeps 64"):
         JackpotWeight(dense * mask, mask, None, JackpotOptions("2:4"))
     with pytest.raises(MethodError, match="has none"):
         JackpotWeight(dense, None)

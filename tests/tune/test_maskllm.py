@@ -196,7 +196,7 @@ def test_weights_that_do_not_suit_are_refused() -> None:
     with pytest.raises(MethodError, match="has none"):
         MaskLlmWeight(dense, None)
     few = mask_from_scores(dense.abs(), parse_pattern("1:4"))
-    with pytest.raises(MethodError, match="keeps 8 weights, and 2:4 keeps 16"):
+    with pytest.raises(MethodError, match="keeps 8 weights, but 2:4 keeps 16"):
         MaskLlmWeight(dense * few, few)
     with pytest.raises(MethodError, match="quantize what it gives"):
         MaskLlmWeight(dense, mask, quantize(dense * mask, integer_type(4), 32, mask))

@@ -121,7 +121,7 @@ class _Job:
             losses=s.chosen_losses(),
             method=s.method,
             options=self._options(),
-            pruned=self._pruned(),
+            pruned=[layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0],
             values=s.values,
             group=s.group,
             norms=s.norms,
@@ -151,9 +151,6 @@ class _Job:
         losses = held_out_losses(tuning, self.held_out, self.settings.micro)
         tuning.merge()
         return losses
-
-    def _pruned(self) -> list[str]:
-        return [layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0]
 
     def _options(self) -> dict[str, Any]:
         """The method's own, and the pattern of the checkpoint for one that moves masks within it."""

@@ -86,13 +86,6 @@ class Recipe(BaseModel):
                 f"the loss {states[0]} pairs the blocks of model and teacher, and shrink takes some away: "
                 "use losses of what comes out (kl, task)"
             )
-        kind = self.tune.weights()
-        options = kind.within(str(combination.pattern), self.tune.options)
-        if self.shrink is not None and kind.brings_back(kind.chosen(options)):
-            raise MethodError(
-                f"the method {self.tune.method} brings back dense weights by the names of layers, and shrink "
-                "takes some away: leave one of them out"
-            )
         if self.tune.values is not None and combination.values.is_integer:
             raise MethodError(
                 f"compress makes {self.compress.values}, which tune.values would round a second time: "
@@ -102,11 +95,16 @@ class Recipe(BaseModel):
     def _check_way(self, tune: FinetuneSettings, combination: Combination) -> None:
         """Whether the way to tune takes what compress makes."""
         kind, values = tune.weights(), tune.values or self.compress.values
-        kind.chosen(kind.within(str(combination.pattern), tune.options))
+        chosen = kind.chosen(kind.within(str(combination.pattern), tune.options))
         if kind.takes != "any" and value_type(values).is_integer != (kind.takes == "integers"):
             raise MethodError(f"the method {tune.method} tunes {kind.takes}, and compress makes {values}")
         if kind.needs_masks and not combination.prunes:
             raise MethodError(f"the method {tune.method} moves masks, and compress prunes nothing")
+        if self.shrink is not None and kind.brings_back(chosen):
+            raise MethodError(
+                f"the method {tune.method} brings back dense weights by the names of layers, and shrink "
+                "takes some away: leave one of them out"
+            )
 
     def _check_sample(self, sample: SampleSettings) -> None:
         sample.sampling()

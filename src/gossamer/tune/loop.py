@@ -18,11 +18,11 @@ from gossamer.tune.sparse import SparseTuning
 @dataclass(frozen=True)
 class Loop:
     """``tokens``, ``minutes``: the budget, of which one at least is given; the run ends with the first that
-    is spent. ``batch`` windows make a step, ``micro`` of them at once (squarehead is
-    a ratio: of each such part by itself, and its mean over them). ``evaluations``: how often, evenly
-    over the run, the held-out loss is measured and the state saved, and the best state is the result; after
-    ``patience`` of them without a better loss the run ends (None: never, since losses that rise while the
-    rate is high fall again with it). ``seed``: of the order of the windows."""
+    is spent. ``batch`` windows make a step, ``micro`` of them at once (squarehead, a ratio, is then the mean
+    over such parts). ``evaluations``: how often, evenly over the run, the held-out loss is measured and the
+    state saved, and the best state is the result; after ``patience`` of them without a better loss the run
+    ends (None: never, since losses that rise while the rate is high fall again with it). ``seed``: of the
+    order of the windows."""
 
     tokens: int | None = None
     minutes: float | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.claim import Claim, Experiment
+from gossamer.errors import MethodError
 from gossamer.matrices.values import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
@@ -310,6 +311,13 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def seed_of(weight: Tensor) -> int:
     """A seed drawn from ``weight`` itself, so that a layer's start depends on no other."""
     return zlib.crc32(weight.contiguous().numpy().data)
+
+
+def check_kept(mask: Tensor, count: int, pattern: object) -> None:
+    """Raises MethodError where a mask to begin with keeps another number of weights than the ``count`` of its
+    ``pattern``: pruning would be undone unasked."""
+    if int(mask.sum()) != count:
+        raise MethodError(f"the mask keeps {int(mask.sum()):,} weights, but {pattern} keeps {count:,}")
 
 
 def _chunks(weight: Tensor) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from gossamer.matrices.values import Quantized
 from gossamer.sparse import mask_from_scores, parse_pattern
 from gossamer.sparse.masks import check_mask
 from gossamer.sparse.patterns import NM
-from gossamer.tune.weights import WEIGHTS, TunedWeight
+from gossamer.tune.weights import WEIGHTS, TunedWeight, check_kept
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ class AstWeight(TunedWeight):
         self._pattern = parse_pattern(self.options.pattern)
         check_mask(mask, self._pattern)
         asked = mask_from_scores(self.latent.detach().abs(), self._pattern)
-        if int(asked.sum()) != int(mask.sum()):
-            raise MethodError(
-                f"the mask keeps {int(mask.sum()):,} weights, but {self._pattern} keeps {int(asked.sum()):,}"
-            )
+        check_kept(mask, int(asked.sum()), self._pattern)
         self.register_buffer("mask", mask.clone())  # in the state now, since it moves
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._decay, self._frozen = 0.0, False

@@ -16,7 +16,7 @@ from gossamer.sparse import mask_from_scores, parse_pattern
 from gossamer.sparse.masks import keep_highest
 from gossamer.sparse.patterns import NM, Unstructured
 from gossamer.tune.ways.search import MaskSearch
-from gossamer.tune.weights import WEIGHTS
+from gossamer.tune.weights import WEIGHTS, check_kept
 
 KEPT, PRUNED = 1.0, 0.99  # where scores start
 MOMENTUM = 0.9
@@ -87,7 +87,7 @@ class JackpotWeight(MaskSearch):
         self.register_buffer("speed", torch.zeros(mask.shape))
         self.register_buffer("kept", mask.clone())
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._check_count(mask, int(self._wanted().sum()))
+        check_kept(mask, int(self._wanted().sum()), self._pattern)
 
     def leaf(self) -> Tensor:
         return self.importance

@@ -16,7 +16,7 @@ from gossamer.matrices.values import Quantized
 from gossamer.sparse import parse_pattern
 from gossamer.sparse.patterns import NM
 from gossamer.tune.ways.search import MaskSearch
-from gossamer.tune.weights import WEIGHTS, seed_of
+from gossamer.tune.weights import WEIGHTS, check_kept, seed_of
 
 MOST_CANDIDATES = 70  # masks of a group: those of 4:8
 SPREAD = 0.01  # standard deviation of logits at the start
@@ -93,6 +93,7 @@ class MaskLlmWeight(MaskSearch):
         out, width = weight.shape
         if width % pattern.m:
             raise MethodError(f"{width} inputs are no whole groups of {pattern}")
+        check_kept(mask, out * width // pattern.m * pattern.n, pattern)
         self._seed = seed_of(self.latent)  # of the noise too
         kept = torch.tensor(list(combinations(range(pattern.m), pattern.n)))
         self.register_buffer(
@@ -109,8 +110,6 @@ class MaskLlmWeight(MaskSearch):
         self.register_buffer("done", torch.zeros((), dtype=torch.float64))
         self._noise: tuple[int, Tensor] | None = None
         self._learns = False
-
-        self._check_count(mask, out * width // pattern.m * pattern.n)
 
     def size(self) -> float:
         return float(self.logits.detach().abs().mean())

@@ -55,11 +55,3 @@ class MaskSearch(TunedWeight):
     @torch.no_grad()
     def finished(self) -> tuple[Tensor, Quantized | None]:
         return self.latent * self.likeliest(), None
-
-    def _check_count(self, mask: Tensor, count: int) -> None:
-        """Raises MethodError where the mask to begin with keeps another number of weights: pruning would
-        be undone unasked."""
-        if int(mask.sum()) != count:
-            raise MethodError(
-                f"the mask keeps {int(mask.sum()):,} weights, and {self._pattern} keeps {count:,}"
-            )
