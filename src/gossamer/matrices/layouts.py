@@ -33,7 +33,7 @@ from gossamer.matrices.geometry import (
     to_stream,
     value_bytes,
 )
-from gossamer.matrices.values import ValueType, check_group
+from gossamer.matrices.values import ValueType, check_group, overflows
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _to_stored(weight: Tensor, values: ValueType) -> Tensor:
             raise MatrixError(f"{values.name} values are packed from floats, got {weight.dtype}")
         patterns = torch.int32 if values.bits == 32 else torch.int16
         rounded = weight.to(values.dtype)
-        if bool((rounded.isinf() & weight.isfinite()).any()):
+        if overflows(weight, rounded):
             raise MatrixError(f"finite weights are too large for {values.name}")
         return rounded.contiguous().view(patterns)
     if weight.is_floating_point() or weight.dtype == torch.bool:

@@ -158,6 +158,11 @@ _SEARCHES = {
 }
 
 
+def overflows(x: Tensor, rounded: Tensor) -> bool:
+    """Whether a finite number of ``x`` became infinite in ``rounded``."""
+    return bool(rounded.isinf().any()) and bool((rounded.isinf() & x.isfinite()).any())
+
+
 def choose_scales(
     w: Tensor, values: ValueType, mask: Tensor | None = None, importance: Tensor | None = None
 ) -> tuple[Tensor, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gossamer.errors import ModelError, OutputError
 from gossamer.matrices.atomic import atomic_file, atomic_folder, check_free
 from gossamer.matrices.storage import LazyTensor, nbytes, write_tensors
+from gossamer.matrices.values import overflows
 from gossamer.models.bitmask import FORMATS, config_of, squeezed
 from gossamer.models.checkpoint import load_checkpoint
 from gossamer.models.checkpoint_writer import copy_companions
@@ -172,7 +173,7 @@ def _load(name: str, held: Any, turned: bool, dtype: torch.dtype) -> Tensor:
 
 def _rounded(name: str, dense: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = dense.to(dtype)
-    if bool(rounded.isinf().any()) and bool((rounded.isinf() & dense.isfinite()).any()):
+    if overflows(dense, rounded):
         kind, most = str(dtype).removeprefix("torch."), float(dense[dense.isfinite()].abs().max())
         raise OutputError(
             f"{name} has numbers up to {most:g}, and {kind} holds none past {torch.finfo(dtype).max:g}: "
