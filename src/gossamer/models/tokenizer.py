@@ -45,7 +45,9 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str
     """Token ids of a conversation up to where the model answers; each turn has a ``role`` ("system", "user",
     "assistant") and its ``content``. Raises ModelError where the chat template refuses them, and TextError
     for what is no UTF-8."""
-    text = _checked(_format(tokenizer, turns))
+    for turn in turns:
+        _checked(turn["content"])
+    text = _format(tokenizer, turns)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
