@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.errors import TextError
+from gossamer.errors import ModelError, TextError
 from gossamer.models.text import (
+    Exchange,
     Text,
     calibration_windows,
     default_text,
     evaluation_windows,
+    learned_tokens,
     read_text,
     tokenize,
+    tuning_windows,
 )
 from tiny import tiny_tokenizer
 
+PIECES = st.text("ab .,:\n?é文🎈", max_size=12)
 PROSE = "The quick brown fox — jumps over 12 dogs.\n\n = Title = \n" * 30
 
 
@@ -197,3 +202,83 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(TextError, match="closed: Permission denied"):
         read_text(tmp_path)
+
+
+def test_an_instruction_set_is_read_in_the_chat_form(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"prompt": "Hi", "response": "Ho", "own": True},
+        {"prompt": "x", "response": "y", "text": "text"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "alone"}]))
+    read = read_text(path)
+    assert read.documents == (Exchange("Hi", "Ho"), "text", "alone")
+    assert read.joined == "Hi\nHo\n\ntext\n\nalone"
+    tokenizer = deepcopy(tiny_tokenizer())
+    ids, learned = learned_tokens(read, tokenizer)
+    assert tokenizer.decode(ids) == "<s>user: Hi</s><s>assistant: Ho</s>\n\ntext\n\nalone"
+    assert torch.equal(ids, tokenize(read, tokenizer))
+    assert tokenizer.decode(ids[learned]) == "Ho</s>textalone"
+    tokenizer.chat_template = None
+    ids, learned = learned_tokens(read, tokenizer)
+    assert tokenizer.decode(ids) == read.joined
+    assert tokenizer.decode(ids[learned]) == "Hotextalone"
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.builds(Exchange, PIECES, PIECES) | PIECES, min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_what_is_learned_is_what_is_answered(documents: list[str | Exchange], chat: bool) -> None:
+    """Each token that holds a byte of an answer, or of a text beside answers, and no other."""
+    tokenizer = deepcopy(tiny_tokenizer())
+    before, between, after = ("<s>user: ", "</s><s>assistant: ", "</s>") if chat else ("", "\n", "")
+    if not chat:
+        tokenizer.chat_template = None
+    whole, wanted = b"", b""
+    for i, document in enumerate(documents):
+        asked, answered = "\n\n" if i else "", document
+        if isinstance(document, Exchange):
+            asked, answered = asked + before + document.prompt + between, document.response + after
+        whole += (asked + str(answered)).encode()
+        wanted += b" " * len(asked.encode()) + b"x" * len(str(answered).encode())
+    if not any(isinstance(document, Exchange) for document in documents):
+        wanted = b"x" * len(whole)
+    ids, learned = learned_tokens(Text(tuple(documents), "given"), tokenizer)
+    at = 0
+    for token, is_learned in zip(tokenizer.convert_ids_to_tokens(ids), learned.tolist(), strict=True):
+        assert is_learned == (b"x" in wanted[at : at + len(token)])  # of bytes a character each
+        at += len(token)
+    assert at == len(whole)
+
+
+def test_windows_without_an_answer_are_left_out() -> None:
+    tokenizer = tiny_tokenizer()
+    long = Exchange("many words " * 50, "few")
+    text = Text((long, Exchange("few", "many words " * 50), long), "given")
+    ids, learned = tuning_windows(text, tokenizer, 16)
+    every, all_of_it = evaluation_windows(text, tokenizer, 16), learned_tokens(text, tokenizer)[1]
+    flags = all_of_it[: every.numel()].view_as(every)
+    kept = flags[:, 1:].any(1)
+    assert 0 < kept.sum() < len(every)
+    assert torch.equal(ids, every[kept])
+    assert torch.equal(learned, flags[kept])
+    with pytest.raises(TextError, match="no answers to learn in its windows of 16 tokens"):
+        tuning_windows(Text((Exchange("many words " * 50, ""),), "given"), tokenizer, 16)
+    with pytest.raises(TextError, match="but one window needs 16"):
+        tuning_windows(Text(("few",), "given"), tokenizer, 16)
+    with pytest.raises(TextError, match="seqlen must be at least 1"):
+        tuning_windows(text, tokenizer, 0)
+
+
+def test_a_tokenizer_without_places_learns_no_answers() -> None:
+    class Slow:
+        is_fast, chat_template = False, None
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+    assert learned_tokens(Text(("abc",), "given"), Slow())[1].all()  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="Slow does not tell where its tokens stand"):
+        learned_tokens(Text((Exchange("a", "b"),), "given"), Slow())  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import ModelError, TextError
-from gossamer.models.tokenizer import StreamDecoder, encode_prompt, format_chat, load_tokenizer
+from gossamer.models.tokenizer import (
+    StreamDecoder,
+    encode_prompt,
+    format_chat,
+    format_exchange,
+    load_tokenizer,
+)
 from tiny import tiny_folder, tiny_tokenizer
 
 
@@ -157,6 +164,23 @@ def test_chat_form() -> None:
     assert ids.count(tokenizer.bos_token_id) == 2  # the template's own, and no third
     assert tokenizer.decode(ids) == "<s>user: Hi</s><s>assistant: "
     assert tokenizer.decode(encode_prompt(tokenizer, "Hi", chat=False)) == "Hi"
+
+
+def test_an_exchange_falls_apart_where_the_answer_begins() -> None:
+    tokenizer = deepcopy(tiny_tokenizer())
+    assert format_exchange(tokenizer, "Hi", "Ho") == ("<s>user: Hi</s><s>assistant: ", "Ho</s>")
+    assert format_exchange(tokenizer, "Hi", "") == ("<s>user: Hi</s><s>assistant: ", "</s>")
+    # forms that trim, and that write something before the last answer which no prompt ends with
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% if loop.last %}<think></think>{% endif %}"
+        "{{ m['content'] | trim }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert format_exchange(tokenizer, "Hi", " Ho ") == ("[user]Hi;[assistant]<think></think>", "Ho;")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ModelError, match="leaves the answer of a conversation out"):
+        format_exchange(tokenizer, "Hi", "Ho")
+    tokenizer.chat_template = None
+    assert format_exchange(tokenizer, "Hi", "Ho") == ("Hi\n", "Ho")
 
 
 def test_without_a_template_a_prompt_is_plain_text(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import gossamer as gs
 from gossamer.errors import GossamerError, OutputError, ResumeError, TextError
-from gossamer.models.text import read_text
+from gossamer.models.text import Exchange, read_text
 from gossamer.recipes import sample as module
 from gossamer.tune.self_data import Sampled
 from tiny import tiny_folder
@@ -77,8 +77,11 @@ def test_an_instruction_set_is_answered_anew(tmp_path: Path) -> None:
     )
     records = [json.loads(line) for line in done.path.read_text().splitlines()]
     assert done.own == sum(record["own"] for record in records) > 0
-    assert "user: Add 2 and 2." in records[0]["text"]
-    assert "user: Hi" in records[1]["text"]
+    assert [record["prompt"] for record in records[:3]] == ["Add 2 and 2.", "Hi", "Add 2 and 2."]
+    for i, record in enumerate(records):
+        assert record["own"] != (record["response"] == ("4", "Ho")[i % 2])
+    read = read_text(done.path).documents  # an instruction set again
+    assert read == tuple(Exchange(record["prompt"], record["response"]) for record in records)
     assert done.smoke_test is False
 
 

@@ -317,17 +317,15 @@ def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
     for name in ("rewrites", "given"):
         folder = next(path for path in tmp_path.glob(f"{name}-*") if path.is_dir())
         lines = (tmp_path / _tuned_on(folder)).read_text().splitlines()
-        texts[name] = [json.loads(line)["text"] for line in lines]
+        texts[name] = [json.loads(line) for line in lines]
     assert len(texts["given"]) == 4 <= len(texts["rewrites"])
     words = " ".join(PROSE[:20_000].split())
     pairs = [json.loads(line) for line in next(tmp_path.glob("*.pairs")).read_text().splitlines()]
     assert len(pairs) == 4
     for pair, own, given in zip(pairs, texts["rewrites"], texts["given"], strict=False):
-        assert pair["prompt"] in own
-        assert pair["prompt"] in given
+        assert pair["prompt"] == own["prompt"] == given["prompt"]
         assert f"{pair['prompt'].partition(':')[2].strip()} {pair['response']}" in words
-        assert pair["response"] in given
-        assert pair["response"] not in own
+        assert pair["response"] == given["response"] != own["response"]
 
 
 def _tuned_on(folder: Path) -> str:

@@ -25,13 +25,14 @@ from gossamer.errors import (
 from gossamer.matrices import Packed
 from gossamer.matrices.atomic import check_free
 from gossamer.models import load_checkpoint
+from gossamer.models.text import Exchange
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
 from gossamer.tune import Loop, SparseTuning, saves, train
 from gossamer.tune.losses import loss
 from gossamer.tune.place import dense_weight
 from gossamer.tune.weights import FLOAT_SHARE, SHARE
-from tiny import tiny_folder, tiny_model, tiny_tokens
+from tiny import tiny_folder, tiny_model, tiny_tokenizer, tiny_tokens
 
 TEXT = "".join(topics.values())[:30_000]
 SMALL: dict[str, Any] = {"text": [TEXT], "seqlen": 32, "batch": 4, "micro": 2, "held_out": 2, "rate": 1e-3}
@@ -399,8 +400,8 @@ def test_windows_are_all_seen_before_any_comes_again() -> None:
         def __init__(self) -> None:
             self.parts: dict[str, float] = {}
 
-        def loss(self, ids: torch.Tensor) -> torch.Tensor:
-            seen.extend(ids[:, 0].tolist() if torch.is_grad_enabled() else [])
+        def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            seen.extend(batch["input_ids"][:, 0].tolist() if torch.is_grad_enabled() else [])
             return torch.zeros((), requires_grad=True)
 
         def step(self, fraction: float) -> None: ...
@@ -414,6 +415,67 @@ def test_windows_are_all_seen_before_any_comes_again() -> None:
     train(Counts(), ids, ids[:1], Loop(tokens=14 * 4, batch=2, patience=99))  # type: ignore[arg-type]
     assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
     assert seen[:7] != seen[7:]
+
+
+PAIRS = [Exchange(f"What is {i} and {i}?", "Twice as much. " * (1 + i % 5)) for i in range(60)]
+CHAT = "<s>user: {}</s><s>assistant: {}</s>"  # the form of the tiny tokenizer
+
+
+def test_answers_alone_are_learned(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = {"values": "float32", "head_values": "float32"}
+    sparse = checkpoint(dense, tmp_path / "sparse", pattern="2:4", **exact)
+    budget = {**BUDGET, "tokens": 2 * 4 * 32, "bfloat16": False}
+    asked: dict[str, Any] = {**budget, "text": PAIRS, "losses": {"task": 1}}
+    texts = {**asked, "text": [CHAT.format(pair.prompt, pair.response) for pair in PAIRS]}  # the same tokens
+    want, share = answers_by_hand(sparse, seqlen=32, held_out=2)
+    for micro in (1, 2):  # each token as much as another, in whatever parts they come
+        done = gs.finetune(sparse, tmp_path / f"of {micro}", **{**asked, "micro": micro})
+        assert done.outcome.before["task"] == pytest.approx(want, rel=1e-5)
+        assert done.learned == pytest.approx(share)
+        assert done.made["tuned"][0]["text"]["learned"] == round(share, 4)
+        assert done.outcome.after["task"] < want
+    all_of_it = gs.finetune(sparse, tmp_path / "texts", **texts)
+    assert all_of_it.learned == 1
+    assert all_of_it.outcome.before["task"] != pytest.approx(want, rel=1e-3)
+
+    def dies(self: SparseTuning, fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SparseTuning, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        gs.finetune(sparse, tmp_path / "cut", **asked)
+    with pytest.raises(ResumeError, match="it differs in tokens"):
+        gs.finetune(sparse, tmp_path / "cut", **texts)
+
+
+def answers_by_hand(path: Path, seqlen: int, held_out: int) -> tuple[float, float]:
+    """The cross-entropy of answers in the held-out windows of PAIRS, and the share of tokens to tune on that
+    are answers: character by character, in plain PyTorch."""
+    tokenizer = tiny_tokenizer()
+    text, wanted = "", ""
+    for pair in PAIRS:
+        before, _, after = CHAT.partition("{}</s><s>assistant: {}")
+        asked = f"{before}{pair.prompt}</s><s>assistant: "
+        text += f"{asked}{pair.response}{after}\n\n"
+        wanted += " " * len(asked) + "x" * len(pair.response + after) + "  "
+    ids = tokenizer(text[:-2], add_special_tokens=False)["input_ids"]
+    counts, at = [], 0
+    for token in ids:
+        length = len(tokenizer.decode([token]))
+        counts.append("x" in wanted[at : at + length])
+        at += length
+    assert at == len(text) - 2
+    rows = [(ids[i : i + seqlen], counts[i : i + seqlen]) for i in range(0, len(ids) - seqlen + 1, seqlen)]
+    rows = [(window, flags) for window, flags in rows if any(flags[1:])]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    model, losses = load_checkpoint(path), []
+    for row in order[:held_out]:
+        window, flags = rows[row]
+        with torch.inference_mode():
+            log_p = model(torch.tensor([window])).logits[0].float().log_softmax(-1)
+        losses += [-float(log_p[i - 1, window[i]]) for i in range(1, seqlen) if flags[i]]
+    rest = [flag for row in order[held_out:] for flag in rows[row][1][1:]]
+    return sum(losses) / len(losses), sum(rest) / len(rest)
 
 
 def test_bf16_may_be_tuned_towards_int4(dense: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from gossamer.errors import TextError
 from gossamer.models.generate import generate
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import Session
+from gossamer.models.text import Exchange
 from gossamer.tune.self_data import Continuations, Rewrites, same_result, sample
 from tiny import tiny_model, tiny_tokenizer
 
@@ -66,13 +67,14 @@ def test_the_last_number_is_the_result(answer: str, response: str, same: bool) -
 
 
 def test_an_answer_is_taken_where_it_comes_to_the_same() -> None:
-    rewrites = Rewrites([("What is 2 + 2?", "It is 4."), ("Say hello.", "Hello!")], tiny_tokenizer())
+    pairs = [Exchange("What is 2 + 2?", "It is 4."), Exchange("Say hello.", "Hello!")]
+    rewrites = Rewrites(pairs, tiny_tokenizer())
     asked = tiny_tokenizer().decode(rewrites.prompt(0))
     assert "What is 2 + 2?" in asked
     assert "It is 4." in asked
     assert asked.endswith("assistant: ")
-    own = {"text": "<s>user: What is 2 + 2?</s><s>assistant: Four, 4</s>", "own": True}
-    theirs = {"text": "<s>user: What is 2 + 2?</s><s>assistant: It is 4.</s>", "own": False}
+    own = {"prompt": "What is 2 + 2?", "response": "Four, 4", "own": True}
+    theirs = {"prompt": "What is 2 + 2?", "response": "It is 4.", "own": False}
     assert rewrites.record(0, " Four, 4\n", True) == own
     assert rewrites.record(0, " Four, 4\n", False) == theirs  # cut off: who knows how it would have ended
     assert rewrites.record(0, "Perhaps 5?", True) == theirs

@@ -150,6 +150,7 @@ def tune(
                 "seconds": seconds,
                 "tuning_seconds": outcome.seconds,
                 "tokens": outcome.tokens,
+                "learned": done.learned,
                 "steps": outcome.step,
                 "best_step": outcome.best_step,
                 "ended": outcome.ended,
@@ -163,6 +164,7 @@ def tune(
             }
         )
         return
+    answers = f", of which losses count {done.learned:.0%}" if done.learned < 1 else ""
     rows = [
         *(
             (f"held-out {name}", f"{was:.4f} -> {outcome.after[name]:.4f}")
@@ -170,7 +172,8 @@ def tune(
         ),
         (
             "tokens seen",
-            f"{outcome.tokens:,} in {outcome.step} steps ({outcome.tokens / outcome.seconds:.0f} a second)",
+            f"{outcome.tokens:,} in {outcome.step} steps ({outcome.tokens / outcome.seconds:.0f} a second)"
+            + answers,
         ),
         ("best after", f"step {outcome.best_step}; ended by {outcome.ended}"),
         *checkpoint_rows(found),

@@ -26,6 +26,7 @@ from gossamer.models.skeleton import (
 )
 from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import (
+    Exchange,
     Text,
     TextSource,
     calibration_windows,
@@ -52,6 +53,7 @@ __all__ = [
     "BlockInputs",
     "CheckpointWriter",
     "DecodingSession",
+    "Exchange",
     "ModelFolder",
     "ModelParts",
     "PrefixSession",

@@ -15,12 +15,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer.errors import TextError
+from gossamer.errors import ModelError, TextError
+from gossamer.models.tokenizer import format_exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TextSource = str | Path | Sequence[str] | None
+
+@dataclass(frozen=True)
+class Exchange:
+    """A document that is an instruction and its answer, of which tuning learns the answer alone."""
+
+    prompt: str
+    response: str
+
+    def __str__(self) -> str:
+        return f"{self.prompt}\n{self.response}"
+
+
+Document = str | Exchange
+TextSource = str | Path | Sequence[Document] | None
 """What `read_text` takes: a file or folder, documents, or None for the built-in prose."""
 
 SEPARATOR = "\n\n"
@@ -34,24 +48,24 @@ class Text:
     """Documents, and how reports name them. ``smoke``: the prose built into Python, on which a figure is no
     measurement but a smoke test, and is labelled so."""
 
-    documents: tuple[str, ...]
+    documents: tuple[Document, ...]
     label: str
     smoke: bool = False
 
     @property
     def joined(self) -> str:
         """All documents as one string, with an empty line between them."""
-        return SEPARATOR.join(self.documents)
+        return SEPARATOR.join(map(str, self.documents))
 
 
 def read_text(source: TextSource, part: str = "calibrate") -> Text:
     """The text that ``source`` names.
 
     - a file: one document (UTF-8; ``.gz`` is unpacked; line ends become newlines);
-    - a ``.jsonl`` or ``.jsonl.gz`` file: one document a line: the string under ``text``, else ``query``,
-      else the line's first;
+    - a ``.jsonl`` or ``.jsonl.gz`` file: one document a line: the string under ``text``, else those under
+      ``prompt`` and ``response`` (an `Exchange`), else the string under ``query``, else the line's first;
     - a folder: its .txt, .md and .jsonl files (and .gz of them), also in folders below, sorted by path;
-    - a sequence of strings: those documents;
+    - a sequence of strings or exchanges: those documents;
     - None: `default_text` of ``part``.
 
     Empty documents are left out. Raises TextError: nothing there, not UTF-8, binary, no document.
@@ -61,7 +75,7 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
     if not isinstance(source, (str, Path)):
         documents, label = list(source), "given strings"
         for i, document in enumerate(documents):
-            if not isinstance(document, str):
+            if not isinstance(document, Document):
                 raise TextError(f"document {i} of the given text is {type(document).__name__}, not a string")
     else:
         path = Path(source).expanduser()
@@ -72,7 +86,7 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
             documents = list(_read_file(path))
         else:
             raise TextError(f"there is no text file or folder {str(source)!r}")
-    documents = [document for document in documents if document.strip()]
+    documents = [document for document in documents if str(document).strip()]
     if not documents:
         raise TextError(f"the text {label} is empty")
     return Text(tuple(documents), label)
@@ -97,11 +111,57 @@ def default_text(part: str = "calibrate") -> Text:
 
 
 def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The token ids (int64) of all documents as one string, without special tokens."""
-    ids = tokenizer(
-        text.joined, add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False
-    )["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    """The token ids (int64) of all documents as one string, without special tokens but those of the chat
+    form that exchanges are in."""
+    return _encode(_whole(text, tokenizer)[0], tokenizer)[0]
+
+
+def learned_tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """The ids of `tokenize`, and bool of the same shape: whether tuning learns the token, which it does of
+    texts all, and of exchanges the answer with the end that the chat form gives it. Raises ModelError where
+    the tokenizer does not tell the places of its tokens in a text that has exchanges."""
+    whole, learned = _whole(text, tokenizer)
+    if not any(isinstance(document, Exchange) for document in text.documents):
+        ids, _ = _encode(whole, tokenizer)
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{type(tokenizer).__name__} does not tell where its tokens stand in a text, so that answers "
+            "cannot be told from what is asked: a fast tokenizer does"
+        )
+    ids, places = _encode(whole, tokenizer, places=True)
+    begins, stops = torch.tensor(learned).T.contiguous()
+    starts, ends = places.T.contiguous()
+    document = (torch.searchsorted(begins, ends) - 1).clamp_min(0)  # the last that begins before the end
+    return ids, (ends > begins[document]) & (starts < stops[document])
+
+
+def _whole(text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """All documents as the model reads them, and from where to where each is learned."""
+    forms, learned, at = [], [], 0
+    for document in text.documents:
+        asked, answered = "", document
+        if isinstance(document, Exchange):
+            asked, answered = format_exchange(tokenizer, document.prompt, document.response)
+        assert isinstance(answered, str)
+        forms.append(asked + answered)
+        learned.append((at + len(asked), at + len(forms[-1])))
+        at += len(forms[-1]) + len(SEPARATOR)
+    return SEPARATOR.join(forms), learned
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, places: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, and with ``places`` the characters ``(tokens, 2)`` from which to which each one stands."""
+    found = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=places,
+        truncation=False,
+        verbose=False,
+    )
+    ids = torch.tensor(found["input_ids"], dtype=torch.int64)
+    return ids, torch.tensor(found["offset_mapping"] if places else [], dtype=torch.int64).reshape(-1, 2)
 
 
 def calibration_windows(
@@ -130,9 +190,27 @@ def evaluation_windows(
     _check_positive(seqlen=seqlen, limit=1 if limit is None else limit)
     ids = tokenize(text, tokenizer)
     _check_length(text, len(ids), seqlen)
-    count = len(ids) // seqlen
+    return _cut(ids, seqlen, limit)
+
+
+def tuning_windows(text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> tuple[Tensor, Tensor]:
+    """Token ids ``(n, seqlen)`` as of `evaluation_windows`, and bool of the same shape: which of them are
+    learned (see `learned_tokens`). Windows in which none is, but perhaps the first, are left out. Raises
+    TextError where no window is left."""
+    _check_positive(seqlen=seqlen)
+    ids, learned = learned_tokens(text, tokenizer)
+    _check_length(text, len(ids), seqlen)
+    ids, learned = _cut(ids, seqlen), _cut(learned, seqlen)
+    some = learned[:, 1:].any(1)
+    if not some.any():
+        raise TextError(f"the text {text.label} has no answers to learn in its windows of {seqlen} tokens")
+    return ids[some], learned[some]
+
+
+def _cut(tokens: Tensor, seqlen: int, limit: int | None = None) -> Tensor:
+    count = len(tokens) // seqlen
     count = count if limit is None else min(count, limit)
-    return ids[: count * seqlen].reshape(count, seqlen)
+    return tokens[: count * seqlen].reshape(count, seqlen)
 
 
 def _check_positive(**numbers: int) -> None:
@@ -165,7 +243,7 @@ def _text_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path) -> Iterator[Document]:
     try:
         data = path.read_bytes()
         if path.name.endswith(".gz"):
@@ -191,7 +269,7 @@ def _read_file(path: Path) -> Iterator[str]:
         yield whole
 
 
-def _document(line: str, where: str) -> str:
+def _document(line: str, where: str) -> Document:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -199,7 +277,10 @@ def _document(line: str, where: str) -> str:
     if isinstance(record, str):
         return record
     if isinstance(record, dict):
-        for value in (record.get("text"), record.get("query"), *record.values()):
+        text, prompt, response = (record.get(key) for key in ("text", "prompt", "response"))
+        if not isinstance(text, str) and isinstance(prompt, str) and isinstance(response, str):
+            return Exchange(prompt, response)
+        for value in (text, record.get("query"), *record.values()):
             if isinstance(value, str):
                 return value
     raise TextError(f"{where} holds no text: neither a string nor an object with one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,24 @@ def format_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str 
     return _format(tokenizer, turns)
 
 
+def format_exchange(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[str, str]:
+    """A user's turn and the model's answer in its own chat form: the text up to the answer, and the answer
+    with the end that the form gives it. Where the tokenizer has no chat template, the prompt as a line, and
+    the response. Raises ModelError where the template refuses them, or leaves the response out."""
+    if not tokenizer.chat_template:
+        return f"{prompt}\n", response
+
+    def whole(answer: str) -> str:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return _format(tokenizer, turns, answering=False)
+
+    text, other = whole(response), whole("\0")  # answers that share no character
+    asked = "".join(c for c, _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+    if response.strip() and asked == text:
+        raise ModelError("the model's chat template leaves the answer of a conversation out")
+    return asked, text[len(asked) :]
+
+
 def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the model answers; each turn has a ``role`` ("system", "user",
     "assistant") and its ``content``. Raises ModelError where the chat template refuses them, and TextError
@@ -52,10 +71,12 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str
     return ids
 
 
-def _format(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> str:
+def _format(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], *, answering: bool = True
+) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answering
         )
     except Exception as error:  # templates are programs and raise their own errors
         raise ModelError(f"the model's chat template fails: {error}") from error

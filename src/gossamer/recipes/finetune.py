@@ -24,7 +24,7 @@ from gossamer.models.contents import open_checkpoint
 from gossamer.models.manifest import WEIGHTS as WEIGHTS_FILE
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
-from gossamer.models.text import TextSource, evaluation_windows, read_text
+from gossamer.models.text import TextSource, read_text, tuning_windows
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
@@ -33,7 +33,7 @@ from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroun
 from gossamer.recipes.load import check_context
 from gossamer.recipes.prune_layer import mean_sparsity
 from gossamer.recipes.settings import checked
-from gossamer.tune import Outcome, Saves, SparseTuning, held_out_losses, train
+from gossamer.tune import Outcome, Saves, SparseTuning, Windows, held_out_losses, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,11 +41,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The finished checkpoint, how it was made (as in its gossamer.json), and how tuning went."""
+    """The finished checkpoint, how it was made (as in its gossamer.json), and how tuning went; ``learned``:
+    the share of the text's tokens that losses counted."""
 
     path: Path
     made: dict[str, Any]
     outcome: Outcome
+    learned: float
     resumed: bool
     smoke_test: bool
 
@@ -67,9 +69,10 @@ def finetune(
     """Tunes the weights that ``checkpoint`` keeps, masks and number formats exact at every step, and writes
     the best state as the new checkpoint ``out``.
 
-    ``text``: what is tuned on, as for `compress`; a few windows of it are held out. ``teacher``: the dense
-    model for losses that need one (None: the one that the checkpoint was made from, where it is named so that
-    it can be found). ``settings`` are those of :class:`FinetuneSettings`. Raises a GossamerError for whatever
+    ``text``: what is tuned on, as for `compress`; a few windows of it are held out. Of documents that are a
+    prompt and a response, losses count the response alone. ``teacher``: the dense model for losses that need
+    one (None: the one that the checkpoint was made from, where it is named so that it can be found).
+    ``settings`` are those of :class:`FinetuneSettings`. Raises a GossamerError for whatever
     a person can mend; an interrupted run leaves ``OUT.work``, and the same call resumes it.
     """
     chosen = checked(FinetuneSettings, settings)
@@ -140,7 +143,8 @@ class _Job:
         made = self._made(outcome, tuned)
         self._write(tuned, made)
         self.work.remove()
-        return Finetuned(self.out, made, outcome, self.work.resumed, self.text.smoke)
+        learned = self.windows.share
+        return Finetuned(self.out, made, outcome, learned, self.work.resumed, self.text.smoke)
 
     def _before(self) -> dict[str, float]:
         """Held-out losses of the checkpoint as it is, where what is tuned begins elsewhere: at dense
@@ -200,10 +204,10 @@ class _Job:
         self.teacher_files, self.teacher_label = files_of(folder), label
         return model.requires_grad_(False).eval()
 
-    def _windows(self, checkpoint: Path) -> tuple[Tensor, Tensor]:
+    def _windows(self, checkpoint: Path) -> tuple[Windows, Windows]:
         """The windows to tune on, and those held out, of which none is both."""
         s = self.settings
-        windows = evaluation_windows(self.text, load_tokenizer(checkpoint), s.seqlen)
+        windows = Windows.of(*tuning_windows(self.text, load_tokenizer(checkpoint), s.seqlen))
         if len(windows) < s.held_out + s.batch:
             raise TextError(
                 f"the text {self.text.label} gives {len(windows)} windows of {s.seqlen} tokens, but "
@@ -218,7 +222,7 @@ class _Job:
             "settings": self.settings.model_dump(),
             "checkpoint": self.contents.manifest.files[WEIGHTS_FILE].sha256,
             "teacher": [self.teacher_label, self.teacher_files],
-            "tokens": sha256_of(self.windows, self.held_out),
+            "tokens": sha256_of(*(t for w in (self.windows, self.held_out) for t in (w.ids, w.labels))),
             **surroundings(),
             "multiplied in": str(self.dtype),
         }
@@ -233,7 +237,12 @@ class _Job:
             "job": "finetune",
             "teacher": self.teacher_label,
             "settings": self.settings.model_dump(),
-            "text": {"text": self.text.label, "smoke_test": self.text.smoke, "windows": len(self.windows)},
+            "text": {
+                "text": self.text.label,
+                "smoke_test": self.text.smoke,
+                "windows": len(self.windows),
+                "learned": round(self.windows.share, 4),
+            },
             **told,
             "with": made_with(),
         }

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gossamer.matrices.atomic import atomic_file, check_free, output_error
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.sampling import Sampling
 from gossamer.models.sources import resolve
-from gossamer.models.text import TextSource, read_text, tokenize
+from gossamer.models.text import Exchange, TextSource, read_text, tokenize
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
@@ -107,7 +107,7 @@ def sample(
     prompts: Prompts
     if pairs is not None:
         prompts, label = Rewrites(pairs, loaded.tokenizer), Path(str(rewrite)).name
-        told = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        told = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
     else:
         assert source is not None
         ids, label = tokenize(source, loaded.tokenizer), source.label
@@ -159,7 +159,7 @@ def sample(
     )
 
 
-def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+def read_pairs(path: str | Path) -> list[Exchange]:
     """The pairs of ``prompt`` and ``response`` of a jsonl file; raises TextError naming the line."""
     path = Path(path).expanduser()
     try:
@@ -179,7 +179,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
             raise TextError(
                 f"line {number} of {path.name}: prompt and response are text, the prompt not empty"
             )
-        pairs.append((prompt, response))
+        pairs.append(Exchange(prompt, response))
     if not pairs:
         raise TextError(f"the instruction set {path.name} is empty")
     return pairs

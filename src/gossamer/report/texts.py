@@ -17,10 +17,8 @@ from gossamer.matrices.atomic import atomic_file
 from gossamer.matrices.checksums import checksums_of
 from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text
-from gossamer.models.tokenizer import load_tokenizer
 from gossamer.progress import Progress
 from gossamer.recipes.sample import sample
-from gossamer.tune.self_data import Rewrites
 from gossamer.version import VERSION
 
 ASKED, ANSWERED = 30, 60  # words of an instruction, and of what follows it in the text
@@ -56,7 +54,7 @@ _SOURCES = ("calibration", "measured")
 
 def digest(source: TextSource) -> str:
     """What tells a text from others."""
-    return hashlib.sha256("\0".join(read_text(source).documents).encode()).hexdigest()
+    return hashlib.sha256("\0".join(map(str, read_text(source).documents)).encode()).hexdigest()
 
 
 def subject(model: str) -> dict[str, Any]:
@@ -104,9 +102,7 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
             options = {"tokens": tokens, "max_new_tokens": ANSWER_TOKENS, **drawn}
             sample(experiment.model, out, rewrite=asking, progress=progress, **options)
         else:
-            given = [(pair["prompt"], pair["response"]) for pair in pairs]
-            told = Rewrites(given, load_tokenizer(resolve(experiment.model).folder))
-            _write(out, [{"text": told.document(*pair)} for pair in given])
+            _write(out, pairs)
     return out
 
 

@@ -6,6 +6,7 @@ from gossamer.tune.modules import ModuleTuning
 from gossamer.tune.saves import Saves
 from gossamer.tune.sparse import SparseTuning
 from gossamer.tune.weights import WEIGHTS, TunedWeight
+from gossamer.tune.windows import Windows
 
 __all__ = [
     "TUNERS",
@@ -17,6 +18,7 @@ __all__ = [
     "SparseTuning",
     "TunedWeight",
     "Tuner",
+    "Windows",
     "held_out_losses",
     "train",
     "tuner",

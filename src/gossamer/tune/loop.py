@@ -13,6 +13,7 @@ from gossamer.errors import CalibrationError, MethodError
 from gossamer.progress import Progress, silent
 from gossamer.tune.saves import Saves
 from gossamer.tune.sparse import SparseTuning
+from gossamer.tune.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,16 @@ class Outcome:
 
 def train(
     tuning: SparseTuning,
-    windows: Tensor,
-    held_out: Tensor,
+    windows: Tensor | Windows,
+    held_out: Tensor | Windows,
     loop: Loop,
     saves: Saves | None = None,
     progress: Progress = silent,
     before: dict[str, float] | None = None,
 ) -> Outcome:
     """Tunes on ``windows`` ``(n, seqlen)`` of token ids, each once in random order, then all again, until the
-    budget is spent; ends in the state of the least loss on ``held_out``, the start among them.
+    budget is spent (tokens that no loss counts are spent too); ends in the state of the least loss on
+    ``held_out``, the start among them.
 
     ``before``: held-out losses to tell as those before (None: of the state to begin with). With ``saves`` a
     run that was killed goes on at the last evaluation, to the same bits where the budget is in tokens. Raises
@@ -73,26 +75,30 @@ def train(
     """
     if loop.tokens is None and loop.minutes is None:
         raise MethodError("a run needs a budget: tokens, minutes or both")
-    return _Run(tuning, windows, held_out, loop, saves, progress, before).run()
+    return _Run(tuning, _windows(windows), _windows(held_out), loop, saves, progress, before).run()
 
 
 @torch.no_grad()
-def held_out_losses(tuning: SparseTuning, windows: Tensor, micro: int) -> dict[str, float]:
-    """Means over ``windows``, by name; ``total``: their weighted sum."""
+def held_out_losses(tuning: SparseTuning, windows: Tensor | Windows, micro: int) -> dict[str, float]:
+    """Means over the tokens of ``windows`` that count, by name; ``total``: their weighted sum."""
     sums = {"total": 0.0}
-    for part in torch.split(windows, micro):
-        total = float(tuning.loss(part))
+    for part, share in _windows(windows).parts(micro):
+        total = float(tuning.loss(part.batch))
         for name, value in {"total": total, **tuning.parts}.items():
-            sums[name] = sums.get(name, 0.0) + len(part) / len(windows) * value
+            sums[name] = sums.get(name, 0.0) + share * value
     return sums
+
+
+def _windows(given: Tensor | Windows) -> Windows:
+    return given if isinstance(given, Windows) else Windows.of(given)
 
 
 class _Run:
     def __init__(
         self,
         tuning: SparseTuning,
-        windows: Tensor,
-        held_out: Tensor,
+        windows: Windows,
+        held_out: Windows,
         loop: Loop,
         saves: Saves | None,
         progress: Progress,
@@ -150,21 +156,21 @@ class _Run:
     def _step(self) -> bool:
         """One step; False where a loss is not finite."""
         batch = self._batch()
-        tokens, inside = batch.numel(), 0
+        tokens, inside = batch.ids.numel(), 0
         middle = self._fraction(tokens / 2)
-        for part in torch.split(batch, self.loop.micro):
-            value = self.tuning.loss(part)
+        for part, share in batch.parts(self.loop.micro):
+            value = self.tuning.loss(part.batch)
             if not bool(value.isfinite()):
                 return False
-            (value * (len(part) / len(batch))).backward()  # type: ignore[no-untyped-call]
-            inside += part.numel()
+            (value * share).backward()  # type: ignore[no-untyped-call]
+            inside += part.ids.numel()
             self._report(inside)
         self.tuning.step(middle)
         self.now.step += 1
         self.now.tokens += tokens
         return True
 
-    def _batch(self) -> Tensor:
+    def _batch(self) -> Windows:
         """The next windows: every pass over them has an order of its own, drawn from the seed."""
         count, need = len(self.windows), self.loop.batch
         places = range(self.now.step * need, (self.now.step + 1) * need)
@@ -175,7 +181,7 @@ class _Run:
         """Of the budget in tokens, which whole steps spend."""
         if self.loop.tokens is None:
             return 0.0
-        a_step = self.loop.batch * self.windows.shape[1]
+        a_step = self.loop.batch * self.windows.ids.shape[1]
         return (self.now.tokens + more) / (math.ceil(self.loop.tokens / a_step) * a_step)
 
     def _fraction(self, more: float = 0) -> float:

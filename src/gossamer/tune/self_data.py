@@ -24,6 +24,7 @@ from gossamer.errors import TextError
 from gossamer.models.generate import generate, room, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import PrefixSession, SessionFactory
+from gossamer.models.text import Exchange
 from gossamer.models.tokenizer import StreamDecoder, encode_prompt
 from gossamer.registry import Registry
 
@@ -56,8 +57,8 @@ class Prompts(Protocol):
         """The token ids that the model reads for record ``index`` = 0, 1, .."""
 
     def record(self, index: int, answer: str, whole: bool) -> dict[str, Any]:
-        """What is kept of its ``answer``: ``text``, the document to tune on, and what is worth knowing.
-        ``whole``: the model ended it, and no limit of tokens did."""
+        """What is kept of its ``answer``: the document to tune on, as `read_text` reads it from a line of
+        jsonl, and what is worth knowing. ``whole``: the model ended it, and no limit of tokens did."""
 
 
 PROMPTS: Registry[Prompts] = Registry(
@@ -118,7 +119,7 @@ class Continuations:
 class Rewrites:
     """Answers of an instruction set, ``pairs`` of prompt and response, in the model's own words.
 
-    A document is the instruction and an answer, in the model's chat form where it has one. The model's answer
+    A document is the instruction and an answer, of which tuning learns the answer alone. The model's answer
     is taken where its last number is that of the response, and where the response has none (the papers'
     conditional selection); else, or where it says nothing or was cut off, the response stays. Records past
     the last pair begin anew with the first.
@@ -132,30 +133,21 @@ class Rewrites:
         than="given",
     )
 
-    pairs: Sequence[tuple[str, str]]
+    pairs: Sequence[Exchange]
     tokenizer: PreTrainedTokenizerBase
 
     def prompt(self, index: int) -> list[int]:
-        prompt, response = self._pair(index)
-        return encode_prompt(self.tokenizer, REWRITE.format(prompt=prompt, response=response))
+        pair = self._pair(index)
+        return encode_prompt(self.tokenizer, REWRITE.format(prompt=pair.prompt, response=pair.response))
 
     def record(self, index: int, answer: str, whole: bool) -> dict[str, Any]:
-        prompt, response = self._pair(index)
-        own = whole and bool(answer.strip()) and same_result(answer, response)
-        chosen = answer.strip() if own else response
-        return {"text": self.document(prompt, chosen), "own": own}
+        pair = self._pair(index)
+        own = whole and bool(answer.strip()) and same_result(answer, pair.response)
+        chosen = answer.strip() if own else pair.response
+        return {"prompt": pair.prompt, "response": chosen, "own": own}
 
-    def _pair(self, index: int) -> tuple[str, str]:
+    def _pair(self, index: int) -> Exchange:
         return self.pairs[index % len(self.pairs)]
-
-    def document(self, prompt: str, answer: str) -> str:
-        """An instruction and an answer as one text."""
-        if not self.tokenizer.chat_template:
-            return f"{prompt}\n{answer}"
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        assert isinstance(text, str)
-        return text
 
 
 def same_result(answer: str, response: str) -> bool:

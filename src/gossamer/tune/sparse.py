@@ -20,12 +20,12 @@ from gossamer.tune.logits import LogitHead, LogitLosses
 from gossamer.tune.losses import LogitLoss, Loss, StateLoss, loss
 from gossamer.tune.place import dense_weight, place_norms, place_weights, remove_norms, remove_weights
 from gossamer.tune.weights import WEIGHTS, TunedWeight, adamw, set_rates
+from gossamer.tune.windows import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Losses = Mapping[str, float] | Sequence[tuple[Loss, float]]
-IGNORED = -100  # transformers' label of a token that no loss counts
 
 
 class SparseTuning:
