@@ -126,13 +126,15 @@ std::string DecoderModel::check() const {
 
 // Numbers in memory that all threads see are [row][...]; rows are padded to whole blocks, whose last rows are
 // zeros. With one row each thread makes activations ready for itself, which is faster than to wait for
-// another.
+// another. Rows are positions of one cache, one behind the other; or `each` is the next one of its own cache.
 class DecoderRun {
   public:
-    DecoderRun(const DecoderModel& model, Cache& cache, const Tier& tier, int threads, const Gates* gates,
-               Policy* policy)
+    DecoderRun(const DecoderModel& model, Cache* const* caches, bool each, const Tier& tier, int threads,
+               const Gates* gates, Policy* policy)
         : m_(model),
-          cache_(cache),
+          caches_(caches),
+          cache_(*caches[0]),
+          each_(each),
           policy_(policy),
           tier_(tier),
           ops_(*tier.decoder),
@@ -150,10 +152,13 @@ class DecoderRun {
         logits_ = logits;
         times_ = times;
         start_ = cache_.length();
-        cache_.grow(start_ + count);
+        if (each_)
+            for (int64_t r = 0; r < count; r++) caches_[r]->grow(caches_[r]->length() + 1);
+        else
+            cache_.grow(start_ + count);
         if (policy_) policy_->begin(cache_, count, threads_);
         lay_out();
-        cache_.stage(rows_ > 1 ? reinterpret_cast<uint8_t*>(staged_) : nullptr);
+        cache_.stage(stages() ? reinterpret_cast<uint8_t*>(staged_) : nullptr);
         if (rows_ > 1) {
             tickets_ = std::make_unique<std::atomic<int64_t>[]>(m_.layers.size());
             for (size_t i = 0; i < m_.layers.size(); i++) tickets_[i] = 0;
@@ -164,7 +169,10 @@ class DecoderRun {
             run_together(
                 threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
         cache_.stage(nullptr);
-        cache_.fill(start_ + count);
+        if (each_)
+            for (int64_t r = 0; r < count; r++) caches_[r]->fill(caches_[r]->length() + 1);
+        else
+            cache_.fill(start_ + count);
         if (gates_) gates_->count_tokens(count);
         if (policy_) policy_->end(cache_);
     }
@@ -219,7 +227,7 @@ class DecoderRun {
                                    rows_ == 1 ? m_.heads * most_chunks * state : 0,
                                    gates_ && padded_ > 1 ? padded_ * widest : 0,
                                    padded_ > 1 ? room / 4 : 0,
-                                   rows_ > 1 ? cache_.stage_bytes() / 4 : 0,
+                                   stages() ? cache_.stage_bytes() / 4 : 0,
                                    routed / 4,
                                    opened_bytes <= kMostOpened ? opened_bytes / 4 : 0};
         float** places[] = {&x_,     &normed_, &q_,      &k_,      &v_,       &attended_,
@@ -380,12 +388,15 @@ class DecoderRun {
         }
     }
 
+    Cache& cache_of(int64_t row) const { return each_ ? *caches_[row] : cache_; }
+    int64_t position_of(int64_t row) const { return each_ ? caches_[row]->length() : start_ + row; }
+
     // cos and sin of every row's position: head_dim / 2 of each.
     void fill_angles(Share rows) {
         const int64_t half = m_.head_dim / 2;
         for (int64_t r = rows.begin; r < rows.end; r++)
             for (int64_t i = 0; i < half; i++) {
-                const float angle = float(start_ + r) * m_.frequencies[i];
+                const float angle = float(position_of(r)) * m_.frequencies[i];
                 angles_[r * m_.head_dim + i] = std::cos(angle) * m_.rotation_scale;
                 angles_[r * m_.head_dim + half + i] = std::sin(angle) * m_.rotation_scale;
             }
@@ -418,23 +429,24 @@ class DecoderRun {
     }
 
     void place_key(int64_t number, int64_t head, int64_t row, const float* key, const float* value) {
-        const int64_t position = start_ + row, chunk = position / kChunk, dim = m_.head_dim;
-        const bool final = row + 1 == rows_;
-        if (!cache_.packed())
-            return attention_.place_position(key, value, dim, cache_.type(), position % kChunk, final,
-                                             cache_.keys_of(number, head)[chunk],
-                                             cache_.values_of(number, head)[chunk]);
-        if (rows_ == 1)
-            for (int64_t block = cache_.due_from(); block < cache_.due(position + 1); block++)
-                for (bool keys : {true, false}) cache_.compress(number, head, keys, block);
-        const WholeBlocks whole = cache_.whole_of(number, head);
+        const int64_t position = position_of(row), chunk = position / kChunk, dim = m_.head_dim;
+        const bool final = each_ || row + 1 == rows_;
+        const Cache& cache = cache_of(row);
+        if (!cache.packed())
+            return attention_.place_position(key, value, dim, cache.type(), position % kChunk, final,
+                                             cache.keys_of(number, head)[chunk],
+                                             cache.values_of(number, head)[chunk]);
+        if (!stages())
+            for (int64_t block = cache.due_from(); block < cache.due(position + 1); block++)
+                for (bool keys : {true, false}) cache.compress(number, head, keys, block);
+        const WholeBlocks whole = cache.whole_of(number, head);
         const int64_t at = position / kBlock % whole.slots * whole_bytes(dim);
         attention_.place_position(key, value, dim, kCacheBF16, position % kBlock, final, whole.keys + at,
                                   whole.values + at);
     }
 
-    // A packed cache, where several rows come: their blocks lie aside while they look.
-    bool stages() const { return cache_.packed() && rows_ > 1; }
+    // A packed cache, where several rows of it come: their blocks lie aside while they look.
+    bool stages() const { return cache_.packed() && rows_ > 1 && !each_; }
 
     void take_in(const Worker& me, int64_t number) const {
         const Share mine = share_of(stages() ? m_.kv_heads : 0, me.id, threads_);
@@ -482,10 +494,10 @@ class DecoderRun {
         return {at, at + bytes, seen_compressed()};
     }
 
-    // Rows of a head lie side by side.
+    // What attends together lies side by side: rows of a head, or where each row has its own keys its heads.
     uint8_t* query_at(int64_t row, int64_t head) const {
-        return reinterpret_cast<uint8_t*>(queries_) +
-               (head * rows_ + row) * query_bytes(m_.head_dim, cache_.type());
+        const int64_t at = each_ ? row * m_.heads + head : head * rows_ + row;
+        return reinterpret_cast<uint8_t*>(queries_) + at * query_bytes(m_.head_dim, cache_.type());
     }
 
     // Finds the blocks that rows look at in a layer.
@@ -508,21 +520,22 @@ class DecoderRun {
     void attend(const Worker& me, int64_t number, int64_t row, int64_t head, int count, int64_t begin,
                 int64_t end, float* states, Policy::List list = {}) {
         const int64_t kv_head = head / (m_.heads / m_.kv_heads);
+        const Cache& cache = cache_of(row);
         Attention a{};
         a.count = count;
         a.dim = m_.head_dim;
-        a.type = cache_.type();
-        a.keys = cache_.keys_of(number, kv_head);
-        a.values = cache_.values_of(number, kv_head);
-        if (cache_.packed()) {
-            a.how = cache_.how(number, kv_head);
-            a.whole = cache_.whole_of(number, kv_head);
+        a.type = cache.type();
+        a.keys = cache.keys_of(number, kv_head);
+        a.values = cache.values_of(number, kv_head);
+        if (cache.packed()) {
+            a.how = cache.how(number, kv_head);
+            a.whole = cache.whole_of(number, kv_head);
             a.opened = opened_of(kv_head);
         }
         a.queries = query_at(row, head);
         a.many = rows_ > kFewRows;
         for (int i = 0; i < count; i++) {
-            a.last[i] = start_ + (rows_ == 1 ? 0 : row + i);
+            a.last[i] = each_ || rows_ == 1 ? position_of(row) : start_ + row + i;
             a.first[i] = first_seen(number, a.last[i]);
             open_state(states + i * state_size(m_.head_dim), m_.head_dim);
         }
@@ -654,6 +667,24 @@ class DecoderRun {
         }
     }
 
+    // Rows that each have their own keys: of each row the heads that share some.
+    void attend_by_rows(const Worker& me, int64_t number) {
+        const int64_t group = m_.heads / m_.kv_heads, size = state_size(m_.head_dim);
+        const int64_t most = std::min<int64_t>(kQueries, group), parts = (group + most - 1) / most;
+        std::atomic<int64_t>& next = tickets_[size_t(number)];
+        for (;;) {
+            const int64_t ticket = next.fetch_add(1, std::memory_order_relaxed);
+            if (ticket >= rows_ * m_.kv_heads * parts) return;
+            const int64_t row = ticket / (m_.kv_heads * parts), part = ticket % parts;
+            const int64_t head = ticket / parts % m_.kv_heads * group + part * most;
+            const int count = int(std::min(most, group - part * most));
+            attend(me, number, row, head, count, 0, position_of(row) + 1, me.states);
+            for (int i = 0; i < count; i++)
+                attention_.finish(me.states + i * size, m_.head_dim,
+                                  attended_ + (row * m_.heads + head + i) * m_.head_dim);
+        }
+    }
+
     // Seconds since the last call go to `part`.
     void spent(double DecoderTimes::* part) {
         if (!times_) return;
@@ -697,6 +728,8 @@ class DecoderRun {
         if (chooses(number)) choose(me, number);
         if (rows_ == 1)
             attend_by_chunks(me, number);
+        else if (each_)
+            attend_by_rows(me, number);
         else
             attend_by_tiles(me, number);
         barrier_.wait();
@@ -786,7 +819,9 @@ class DecoderRun {
     uint8_t* ready_of_head() const { return padded_ == 1 ? worker_of(0).ready : ready_; }
 
     const DecoderModel& m_;
-    Cache& cache_;
+    Cache* const* const caches_;
+    Cache& cache_;  // the first, or the only one
+    const bool each_;
     Policy* const policy_;
     const Tier& tier_;
     const DecoderOps& ops_;
@@ -813,7 +848,19 @@ void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int
     for (int64_t done = 0; done < count;) {
         const int64_t some = std::min(count - done, kMostRows - cache.length() % kMostRows);
         float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;
-        DecoderRun(model, cache, tier, threads, gates, policy).run(tokens + done, some, all, wanted, times);
+        Cache* caches[] = {&cache};
+        DecoderRun(model, caches, false, tier, threads, gates, policy)
+            .run(tokens + done, some, all, wanted, times);
+        done += some;
+    }
+}
+
+void decode_each(const DecoderModel& model, Cache* const* caches, const Tier& tier, const int64_t* tokens,
+                 int64_t count, float* logits, int threads, const Gates* gates) {
+    for (int64_t done = 0; done < count;) {
+        const int64_t some = std::min<int64_t>(count - done, kFewRows);
+        DecoderRun(model, caches + done, true, tier, threads, gates, nullptr)
+            .run(tokens + done, some, true, logits + done * model.vocabulary, nullptr);
         done += some;
     }
 }

@@ -67,4 +67,10 @@ void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int
             bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates = nullptr,
             Policy* policy = nullptr);
 
+// Appends one token to each of `count` caches of this model, all different and of one type. Logits, float32
+// (vocabulary) a row, have the bits of as many calls of `decode`: so many go through the layers together as
+// leave them. Throws std::bad_alloc; a cache is then as it was, or has its token.
+void decode_each(const DecoderModel& model, Cache* const* caches, const Tier& tier, const int64_t* tokens,
+                 int64_t count, float* logits, int threads, const Gates* gates = nullptr);
+
 }  // namespace gossamer

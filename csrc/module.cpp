@@ -38,6 +38,20 @@ int tier_index(const std::string& name) {
     return -1;
 }
 
+const gossamer::Tier& tier_of(int index) {
+    int count;
+    const gossamer::Tier* tiers = gossamer::tiers(&count);
+    if (index < 0 || index >= count || !tiers[index].runs_here()) throw nb::value_error("no such tier");
+    return tiers[index];
+}
+
+void check_fit(const gossamer::DecoderModel& model, const gossamer::Cache& cache,
+               const gossamer::Gates* gates) {
+    if (!model.owns(cache)) throw nb::value_error("a cache of another model");
+    if (gates && gates->layers() != int64_t(model.layers.size()))
+        throw nb::value_error("gates of another model");
+}
+
 gossamer::Linear linear_of(const std::vector<const Selected*>& terms, uintptr_t bias) {
     std::vector<Selected> copies;
     for (const Selected* term : terms) copies.push_back(*term);
@@ -225,15 +239,8 @@ NB_MODULE(_native, m) {
             [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
                int64_t count, bool all, uintptr_t logits, int threads, bool timed,
                const gossamer::Gates* gates, gossamer::Policy* policy) {
-                int tiers_count;
-                const gossamer::Tier* tiers = gossamer::tiers(&tiers_count);
-                if (tier < 0 || tier >= tiers_count || !tiers[tier].runs_here())
-                    throw nb::value_error("no such tier");
-                if (cache.layers() != int64_t(self.layers.size()) || cache.kv_heads() != self.kv_heads ||
-                    cache.head_dim() != self.head_dim)
-                    throw nb::value_error("a cache of another model");
-                if (gates && gates->layers() != int64_t(self.layers.size()))
-                    throw nb::value_error("gates of another model");
+                const gossamer::Tier& chosen = tier_of(tier);
+                check_fit(self, cache, gates);
                 if (policy &&
                     (policy->layers() != int64_t(self.layers.size()) || policy->heads() != self.heads ||
                      !policy->check().empty() || !policy->suits(cache)))
@@ -241,9 +248,9 @@ NB_MODULE(_native, m) {
                 gossamer::DecoderTimes times{};
                 {
                     nb::gil_scoped_release release;
-                    gossamer::decode(self, cache, tiers[tier], reinterpret_cast<const int64_t*>(tokens),
-                                     count, all, reinterpret_cast<float*>(logits), threads,
-                                     timed ? &times : nullptr, gates, policy);
+                    gossamer::decode(self, cache, chosen, reinterpret_cast<const int64_t*>(tokens), count,
+                                     all, reinterpret_cast<float*>(logits), threads, timed ? &times : nullptr,
+                                     gates, policy);
                 }
                 nb::dict parts;
                 parts["attention_products"] = times.attention_products;
@@ -257,7 +264,26 @@ NB_MODULE(_native, m) {
             nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("gates").none() = nb::none(),
             nb::arg("policy").none() = nb::none(),
             "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
-            "if not timed. policy: what is looked at, or None: all.");
+            "if not timed. policy: what is looked at, or None: all.")
+        .def(
+            "decode_each",
+            [](const gossamer::DecoderModel& self, const std::vector<gossamer::Cache*>& caches, int tier,
+               uintptr_t tokens, uintptr_t logits, int threads, const gossamer::Gates* gates) {
+                const gossamer::Tier& chosen = tier_of(tier);
+                for (size_t i = 0; i < caches.size(); i++) {
+                    check_fit(self, *caches[i], gates);
+                    if (caches[i]->type() != caches[0]->type())
+                        throw nb::value_error("caches of several types");
+                    for (size_t j = 0; j < i; j++)
+                        if (caches[i] == caches[j]) throw nb::value_error("one cache twice");
+                }
+                nb::gil_scoped_release release;
+                gossamer::decode_each(self, caches.data(), chosen, reinterpret_cast<const int64_t*>(tokens),
+                                      int64_t(caches.size()), reinterpret_cast<float*>(logits), threads,
+                                      gates);
+            },
+            nb::arg("caches"), nb::arg("tier"), nb::arg("tokens"), nb::arg("logits"), nb::arg("threads"),
+            nb::arg("gates").none() = nb::none(), "Appends one token to each cache; logits of all.");
     m.attr("most_active") = gossamer::kMostActive;  // the gate of the layout columns
     m.def("compiled", [] { return tier_names(true); }, "Instruction sets that kernels were compiled for.");
     m.def("available", [] { return tier_names(false); }, "Those of them that run here.");
@@ -293,11 +319,9 @@ NB_MODULE(_native, m) {
                                                      window,
                                                      reinterpret_cast<const int64_t*>(offsets),
                                                      reinterpret_cast<const int32_t*>(blocks)};
-            int count;
-            const gossamer::Tier* tiers = gossamer::tiers(&count);
-            if (tier < 0 || tier >= count || !tiers[tier].runs_here()) throw nb::value_error("no such tier");
+            const gossamer::Tier& chosen = tier_of(tier);
             nb::gil_scoped_release release;
-            gossamer::attend_blocks(attention, tiers[tier], threads);
+            gossamer::attend_blocks(attention, chosen, threads);
         },
         "sizes: heads, heads of keys, rows, positions, numbers of a head; arrays: queries, keys, values, "
         "outputs; offsets and blocks: lists of blocks, or 0.");
@@ -305,11 +329,9 @@ NB_MODULE(_native, m) {
     m.def(
         "matmul",
         [](const Program& program, int tier, uintptr_t x, int64_t rows, int dtype, uintptr_t y, int threads) {
-            int count;
-            const gossamer::Tier* tiers = gossamer::tiers(&count);
-            if (tier < 0 || tier >= count || !tiers[tier].runs_here()) throw nb::value_error("no such tier");
+            const gossamer::Tier& chosen = tier_of(tier);
             nb::gil_scoped_release release;
-            gossamer::matmul(program, tiers[tier], reinterpret_cast<const void*>(x), rows, dtype,
+            gossamer::matmul(program, chosen, reinterpret_cast<const void*>(x), rows, dtype,
                              reinterpret_cast<void*>(y), threads);
         },
         "y = x Wᵀ by a checked program; x and y are addresses of row-major arrays (dtype 0: float32, 1: "

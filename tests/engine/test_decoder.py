@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from gossamer import kernels
+from gossamer.dynamic.activations.gates import Gate
 from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.engine.caches import CACHES, CacheKind
+from gossamer.engine.policy import Look
 from gossamer.errors import ModelError
 from gossamer.matrices import Packed
 from gossamer.models.session import Session
@@ -242,6 +244,89 @@ def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(cache: Cach
         close(few[0], found[0], 2e-2)
     else:
         assert torch.equal(few[0], found[0])
+
+
+@pytest.mark.parametrize("cache", [*CACHES, "gear4"])
+@pytest.mark.parametrize("case", ["biases", "mistral", "smollm3", "qwen3_moe, one layer dense"])
+def test_sequences_that_step_together_have_the_bits_of_each_alone(case: str, cache: CacheKind) -> None:
+    decoder, ids = Decoder(packed(made(case), "int4", "32:64")), tiny_tokens(1, 150)[0]
+    lengths = [0, 1, 63, 64, 126, 127, *range(2, 15)]  # more than go through the layers together
+    alone, together = ([NativeSession(decoder, cache) for _ in lengths] for _ in range(2))
+    for one, other, length in zip(alone, together, lengths, strict=True):
+        for session in (one, other) if length else ():
+            session.prompt(ids[:length])
+    before = torch.get_num_threads()
+    try:
+        for step, threads in enumerate((1, 3, 2, 1)):
+            torch.set_num_threads(threads)
+            some = range(step % 2, len(lengths))  # another one is the first of a pass
+            tokens = [int(ids[together[i].length]) for i in some]
+            got = NativeSession.step_each([together[i] for i in some], tokens)
+            want = torch.stack([alone[i].step(token) for i, token in zip(some, tokens, strict=True)])
+            assert torch.equal(got, want)
+            assert [one.length for one in together] == [one.length for one in alone]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_sequences_of_all_kinds_step_together() -> None:
+    model, ids = tiny_model("llama"), tiny_tokens(1, 200)[0]
+    decoder, other = Decoder(model), Decoder(tiny_model("llama", seed=1))
+    gates = {"model.layers.0.mlp.down_proj": Gate(sparsity=0.5, features=model.config.intermediate_size)}
+    gated = decoder.gated(gates)
+    looks = [[Look("static", sink=1, window=1)] * decoder.heads] * len(decoder.windows)
+
+    def sessions() -> list[NativeSession]:
+        return [
+            NativeSession(decoder),
+            NativeSession(decoder, looks=looks),
+            NativeSession(gated),
+            NativeSession(decoder, torch.int8),
+            NativeSession(other),
+            NativeSession(decoder),
+            NativeSession(gated),
+        ]
+
+    alone, together = sessions(), sessions()
+    for session in (*alone, *together):
+        session.prompt(ids)
+    for token in (5, 6):
+        want = torch.stack([session.step(token) for session in alone])
+        assert torch.equal(NativeSession.step_each(together, [token] * len(together)), want)
+    assert together[1].looked == alone[1].looked < 1
+    assert NativeSession.step_each([], []).shape[0] == 0
+    for some, tokens, said in (
+        ([together[0], together[5], together[0]], [5, 5, 5], "one of them is named twice"),
+        ([together[0], together[0].beside(gated)], [5, 5], "one of them is named twice"),
+        ([together[0], together[5]], [5, VOCABULARY], f"0 to {VOCABULARY - 1}"),
+    ):
+        lengths = [session.length for session in some]
+        with pytest.raises(ModelError, match=said):
+            NativeSession.step_each(some, tokens)
+        assert [session.length for session in some] == lengths
+    with pytest.raises(ModelError, match="2 caches take as many tokens, not 1"):
+        decoder.append_each([together[0]._cache, together[5]._cache], torch.tensor([5]))
+
+
+def test_ctrl_c_between_sequences_leaves_all_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 30)[0]
+    sessions = [NativeSession(decoder) for _ in range(3)]
+    for session in sessions:
+        session.prompt(ids)
+    append = Decoder.append_each
+
+    def interrupted(self: Decoder, *given: Any) -> Any:
+        append(self, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "append_each", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        NativeSession.step_each(sessions, [5, 6, 7])
+    monkeypatch.undo()
+    assert [session.length for session in sessions] == [30, 30, 30]
+    fresh = NativeSession(decoder)
+    fresh.prompt(ids)
+    assert torch.equal(NativeSession.step_each(sessions, [5, 6, 7])[1], fresh.step(6))
 
 
 def test_chunks_of_a_prompt_give_the_bits_of_the_whole() -> None:

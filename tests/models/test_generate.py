@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from gossamer.engine import Decoder, NativeSession
 from gossamer.errors import ModelError, SamplingError, TextError
+from gossamer.kernels import native_available
 from gossamer.models.attention import decode_attention, decoding
-from gossamer.models.generate import generate, stop_tokens
+from gossamer.models.generate import AHEAD, Prompt, generate, generate_each, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import PrefixSession, Session, all_logits, context_length
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer, tiny_tokens
@@ -137,6 +140,73 @@ def test_same_seed_same_tokens() -> None:
     ]
     assert runs[0] == runs[1] != runs[2]
     assert all(0 <= token < VOCABULARY for token in runs[0])
+
+
+@pytest.mark.parametrize("engine", ["transformers", "native"])
+def test_several_prompts_have_the_tokens_of_each_alone(engine: str) -> None:
+    model = tiny_model("llama", max_position_embeddings=40)
+    start: Any = lambda: Session(model)  # noqa: E731
+    if engine == "native":
+        if not native_available():
+            pytest.skip("the native kernels are not built")
+        start = partial(NativeSession, Decoder(model))
+    prompts = [
+        Prompt(tiny_tokens(1, length, seed=length)[0].tolist(), Sampling(temperature=1.0, seed=length))
+        for length in (3, 38, 7, 40, 1, 12, 5)
+    ]
+    stop = frozenset(range(20, 60))
+    want = [
+        new_ids(model, one.ids, 25, sampling=one.sampling, stop=stop, session=PrefixSession(start))
+        for one in prompts
+    ]
+    assert len({len(tokens) for tokens in want}) > 3
+    running = 0
+
+    class Counted:
+        """Says how many are in progress."""
+
+        def __init__(self) -> None:
+            nonlocal running
+            running += 1
+            self.session = start()
+
+        def __del__(self) -> None:
+            nonlocal running
+            running -= 1
+
+        def prompt(self, ids: Any) -> Any:
+            assert running <= together
+            return self.session.prompt(ids)
+
+        def step(self, token: int) -> Any:
+            return self.session.step(token)
+
+    for together in (1, 2, 3, 8):
+        for begin in (start, Counted):
+            found = generate_each(model, iter(prompts), 25, stop=stop, start=begin, together=together)
+            assert list(found) == want
+    assert list(generate_each(model, prompts, 0, start=start)) == [[]] * len(prompts)
+    assert list(generate_each(model, [], 5)) == []
+
+
+def test_prompts_are_taken_as_places_fall_free() -> None:
+    model, taken = tiny_model("llama"), 0
+
+    def endless() -> Any:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield Prompt([3 + taken % 50])
+
+    answers = generate_each(model, endless(), 6, together=2)
+    for _ in range(10):
+        next(answers)
+    assert 10 <= taken <= 10 + 2 * AHEAD
+    bad = [Prompt([3]), Prompt([]), Prompt([4])]
+    with pytest.raises(TextError, match="the prompt is empty"):
+        list(generate_each(model, bad, 5))
+    with pytest.raises(SamplingError, match="at least one prompt is in progress at once, not 0"):
+        next(generate_each(model, bad, 5, together=0))
 
 
 def test_bad_input_is_refused_before_the_first_token() -> None:

@@ -253,6 +253,42 @@ void check_decoder(const DecoderModel& model, const std::vector<int64_t>& tokens
     check_going_on(other, tokens, want, alone, tiles, random);
 }
 
+// Sequences of many lengths that each get a token together, and those of as many calls; blocks of packed
+// caches fall due on the way.
+void check_each(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
+                CacheType type, int threads, const Gates* gates, Random& random) {
+    describe("%s, sequences together, cache type %d, %d threads", tier.name, int(type), threads);
+    std::vector<int64_t> lengths = {0, 1, 62, 127, 254};
+    while (int64_t(lengths.size()) < kFewRows + 2) lengths.push_back(random.below(20));
+    std::deque<Sequence> alone, together;
+    for (const int64_t length : lengths)
+        for (std::deque<Sequence>* some : {&alone, &together}) {
+            some->emplace_back(model, tier, type, threads, gates, random, type == kCachePacked);
+            if (length) some->back().append(tokens, length, false);
+        }
+    std::vector<Cache*> caches;
+    for (Sequence& sequence : together) caches.push_back(&sequence.cache);
+    for (int step = 0; step < 4; step++) {
+        // from the second step on those at the front have ended: what was a row of a later pass is now of the
+        // first
+        const size_t from = step ? 1 : 0;
+        std::vector<int64_t> next;
+        for (size_t i = from; i < caches.size(); i++) next.push_back(tokens[size_t(caches[i]->length())]);
+        const Buffer logits(int64_t(next.size()) * kVocabulary * 4, random);
+        memset(logits.data(), 0xff, size_t(logits.size()));
+        decode_each(model, caches.data() + from, tier, next.data(), int64_t(next.size()), logits.as<float>(),
+                    threads, gates);
+        const float* first = logits.as<float>();
+        const Rows got(first, first + logits.size() / 4);
+        for (size_t i = from; i < caches.size(); i++) {
+            const Rows want = alone[i].append(tokens, 1, false);
+            check_same(got, int64_t(i - from), want, 0, 1, kVocabulary, "a token with others, and alone");
+            CHECK(caches[i]->length() == alone[i].cache.length(), "there are %lld positions",
+                  (long long)caches[i]->length());
+        }
+    }
+}
+
 // Every kind of policy beside each other: the same bits on any threads, after what was forgotten too, and
 // those of dense attention where all is within the budget.
 void check_policies(const DecoderModel& model, const std::vector<int64_t>& tokens, const Tier& tier,
@@ -306,6 +342,9 @@ void test_decoder() {
     for (const Tier* tier : tiers_under_test())
         for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8, kCachePacked})
             check_decoder(decoder.model, tokens, *tier, type, type == kCacheF32 ? 2 : 3, nullptr, random);
+    for (const Tier* tier : tiers_under_test())
+        for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8, kCachePacked})
+            check_each(decoder.model, tokens, *tier, type, type == kCacheF32 ? 1 : 3, nullptr, random);
     // by threshold, by count, with importance and without; some sites of the second layer have none
     const std::vector<float> importance(kInner, 0.5f);
     Gates gates(kLayers);
@@ -315,6 +354,8 @@ void test_decoder() {
     }
     for (const Tier* tier : tiers_under_test())
         check_decoder(decoder.model, tokens, *tier, kCacheF32, 3, &gates, random);
+    for (const Tier* tier : tiers_under_test())
+        check_each(decoder.model, tokens, *tier, kCacheF32, 2, &gates, random);
     for (const Tier* tier : tiers_under_test())
         for (CacheType type : {kCacheF32, kCacheBF16, kCacheI8, kCachePacked})
             check_policies(decoder.model, tokens, *tier, type, type == kCacheF32 ? 3 : 2, random);

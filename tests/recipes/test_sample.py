@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gs.sample(model, tmp_path / "whole.jsonl", text=TEXT, **SMALL)
-    out, one = tmp_path / "cut.jsonl", module.sample_one
+    out, all_of_it = tmp_path / "cut.jsonl", module.samples
 
-    def dies(prompts: Any, index: int, *rest: Any) -> Any:
-        if index == 2:
-            raise KeyboardInterrupt
-        return one(prompts, index, *rest)
+    def dies(*given: Any) -> Any:
+        yield from islice(all_of_it(*given), 2)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "sample_one", dies)
+    monkeypatch.setattr(module, "samples", dies)
     with pytest.raises(KeyboardInterrupt):
         gs.sample(model, out, text=TEXT, **SMALL)
     monkeypatch.undo()
@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         file.write(b'{"text": "cut off in the mid')
     with pytest.raises(ResumeError, match="it differs in settings"):
         gs.sample(model, out, text=TEXT, **{**SMALL, "seed": 6})
-    again = gs.sample(model, out, text=TEXT, **SMALL)
+    again = gs.sample(model, out, text=TEXT, together=2, **SMALL)  # which changes nothing but the speed
     assert again.resumed
     assert out.read_bytes() == whole.path.read_bytes()
     assert again.tokens == whole.tokens
@@ -111,9 +111,9 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
 def test_a_model_that_says_nothing_is_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(prompts: Any, index: int, *rest: Any) -> Sampled:
-        return Sampled(prompts.record(index, "", True), 0)
+    def nothing(prompts: Any, first: int, *rest: Any) -> Any:
+        return (Sampled(prompts.record(index, "", True), 0) for index in count(first))
 
-    monkeypatch.setattr(module, "sample_one", nothing)
+    monkeypatch.setattr(module, "samples", nothing)
     with pytest.raises(TextError, match="ended 100 answers in a row"):
         gs.sample(model, tmp_path / "own.jsonl", text=TEXT, **SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from gossamer.models.generate import generate
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import Session
 from gossamer.models.text import Exchange
-from gossamer.tune.self_data import Continuations, Rewrites, same_result, sample
+from gossamer.tune.self_data import Continuations, Rewrites, same_result, samples
 from tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.tensor(
@@ -37,14 +39,18 @@ def test_a_record_is_what_the_model_says_and_depends_on_its_number_alone() -> No
     model, tokenizer = tiny_model(), tiny_tokenizer()
     prompts = Continuations(IDS, tokenizer, 6)
 
-    def made(index: int, temperature: float = 1.0) -> tuple[str, int]:
-        how = Sampling(temperature=temperature, seed=1)
-        done = sample(prompts, index, model, lambda: Session(model), tokenizer, how, 8)
-        return done.record["text"], done.tokens
+    def made(first: int, temperature: float = 1.0, together: int = 1) -> tuple[str, int]:
+        return several(first, 1, temperature, together)[0]
 
-    later = made(2)
-    assert [made(i) for i in range(3)][2] == later
-    assert made(0) != made(1)
+    def several(first: int, number: int, temperature: float, together: int) -> list[tuple[str, int]]:
+        how = Sampling(temperature=temperature, seed=1)
+        found = samples(prompts, first, model, lambda: Session(model), tokenizer, how, 8, together)
+        return [(done.record["text"], done.tokens) for done in islice(found, number)]
+
+    alone = [made(i) for i in range(5)]
+    assert several(0, 5, 1.0, 3) == alone
+    assert several(2, 3, 1.0, 8) == alone[2:]
+    assert alone[0] != alone[1]
     greedy = [token.id for token in generate(model, prompts.prompt(0), 8)]
     assert made(0, 0.0) == (
         prompts.record(0, tokenizer.decode(greedy, skip_special_tokens=True), False)["text"],

@@ -36,6 +36,9 @@ def sample(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw in all.")] = 100_000,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt cut from TEXT.")] = 32,
     max_new_tokens: options.MaxNewTokens = 224,
+    together: Annotated[
+        int, typer.Option(min=1, help="Documents that are written side by side: the same ones, faster.")
+    ] = 8,
     temperature: options.Temperature = 1.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -64,6 +67,7 @@ def sample(
             tokens=tokens,
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
+            together=together,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

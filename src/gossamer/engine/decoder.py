@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -165,6 +165,28 @@ class Decoder:
             policy,
         )
         return logits, seconds
+
+    def append_each(self, caches: Sequence[Any], tokens: Tensor) -> Tensor:
+        """Appends one token to each of ``caches``, all different and of one kind; float32 logits
+        ``(n, vocab)`` with the bits of as many calls of `append`: weights are read once for up to 16 of them.
+
+        Raises ModelError as `check`, before anything is appended.
+        """
+        tokens = tokens.to(torch.int64).contiguous()
+        if len(tokens) != len(caches):
+            raise ModelError(f"{len(caches)} caches take as many tokens, not {len(tokens)}")
+        for i, cache in enumerate(caches):
+            self.check(cache, tokens[i : i + 1])
+        logits = self.new_logits(len(tokens), every=True)
+        self._native.decode_each(
+            list(caches),
+            kernels.native.tier(None),
+            tokens.data_ptr(),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+            None if self._gates is None else self._gates.handle,
+        )
+        return logits
 
     def new_logits(self, count: int, every: bool) -> Tensor:
         """Room for the logits of ``count`` tokens, see `append`."""

@@ -1,21 +1,31 @@
-"""Tokens from a language model, one at a time."""
+"""Tokens from a language model, one at a time, of one text or of several side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gossamer.errors import SamplingError, TextError
 from gossamer.models.sampling import Floats, Sampler, Sampling, finite_logits, log_probabilities
-from gossamer.models.session import PrefixSession, Session, context_length
+from gossamer.models.session import (
+    DecodingSession,
+    PrefixSession,
+    Session,
+    SessionFactory,
+    context_length,
+    step_each,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+AHEAD = 4  # prompts, times those in progress, that may be begun before the first of them has ended
 _GREEDY = Sampling()
 
 
@@ -69,6 +79,98 @@ def room(model: nn.Module, ids: Sequence[int], max_new_tokens: int) -> int:
     return min(max_new_tokens, int(limit) - len(ids) + 1)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to go on from, and how: see `generate`."""
+
+    ids: Sequence[int]
+    sampling: Sampling = _GREEDY
+
+
+def generate_each(
+    model: nn.Module,
+    prompts: Iterable[Prompt],
+    max_new_tokens: int,
+    *,
+    stop: frozenset[int] = frozenset(),
+    start: SessionFactory | None = None,
+    together: int = 8,
+) -> Iterator[list[int]]:
+    """The new tokens after each of ``prompts``, in their order: those that `generate` gives for it alone.
+
+    ``start``: of sessions that run the tokens (None: of ``model``, as a transformers decoder); so many as
+    ``together`` are in progress at once, and where they can step side by side (the native decoder's) weights
+    are read once for all. Prompts are taken as places fall free, which may be up to ``AHEAD * together``
+    prompts before what has been given out. Raises as `generate`.
+    """
+    if together < 1:
+        raise SamplingError(f"at least one prompt is in progress at once, not {together}")
+    source, lines = iter(prompts), deque[_Line]()
+    start = start or (lambda: Session(model))
+    while True:
+        running = [line for line in lines if line.session is not None]
+        while len(running) < together and len(lines) < AHEAD * together:
+            prompt = next(source, None)
+            if prompt is None:
+                break
+            count = room(model, prompt.ids, max_new_tokens)
+            lines.append(_Line(_Choice(prompt.ids, count, prompt.sampling, stop)))
+            if count > 0:
+                lines[-1].begin(start(), prompt.ids)
+            if lines[-1].session is not None:
+                running.append(lines[-1])
+        while lines and lines[0].session is None:
+            yield lines.popleft().tokens
+        if running:
+            _step(running)
+        elif not lines:
+            return
+
+
+def _step(running: Sequence[_Line]) -> None:
+    sessions = [line.session for line in running if line.session is not None]
+    logits = step_each(sessions, [line.tokens[-1] for line in running])
+    for line, row in zip(running, logits, strict=True):
+        line.take(row)
+
+
+class _Line:
+    """A prompt in progress: ``session`` is None where its tokens are all there."""
+
+    def __init__(self, choice: _Choice) -> None:
+        self.choice = choice
+        self.session: DecodingSession | None = None
+        self.tokens: list[int] = []
+
+    def begin(self, session: DecodingSession, ids: Sequence[int]) -> None:
+        self.session = session
+        self.take(session.prompt(torch.tensor(ids, dtype=torch.int64)))
+
+    def take(self, logits: Tensor) -> None:
+        token = self.choice.take(finite_logits(logits))
+        if token is not None:
+            self.tokens.append(token)
+        if token is None or not self.choice.left:
+            self.session = None
+
+
+class _Choice:
+    """Chooses at most ``left`` tokens more of a sequence that begins with ``ids``."""
+
+    def __init__(self, ids: Sequence[int], left: int, sampling: Sampling, stop: frozenset[int]) -> None:
+        self.left = left
+        self._sampler = Sampler(sampling, ids)
+        self._stop = stop
+
+    def take(self, logits: Floats) -> int | None:
+        """The next token; None where it ends the sequence."""
+        token = self._sampler.choose(logits)
+        if token in self._stop:
+            return None
+        self.left -= 1
+        return token
+
+
 def _tokens(
     session: PrefixSession,
     ids: Sequence[int],
@@ -79,15 +181,13 @@ def _tokens(
 ) -> Iterator[Token]:
     if count < 1:
         return
-    sampler = Sampler(sampling, ids)
+    choice = _Choice(ids, count, sampling, stop)
     logits = finite_logits(session.read(ids))
-    for left in range(count - 1, -1, -1):
-        token = sampler.choose(logits)
-        if token in stop:
-            return
+    while (token := choice.take(logits)) is not None:
         yield Token(token) if logprobs is None else _with_logprobs(token, logits, logprobs)
-        if left:
-            logits = finite_logits(session.step(token))
+        if not choice.left:
+            return
+        logits = finite_logits(session.step(token))
 
 
 def _with_logprobs(token: int, logits: Floats, count: int) -> Token:

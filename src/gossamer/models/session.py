@@ -107,6 +107,18 @@ def all_logits(session: DecodingSession, ids: Tensor) -> Tensor:
     return torch.stack([session.prompt(token).clone() for token in ids[:, None]])
 
 
+def step_each(sessions: Sequence[DecodingSession], tokens: Sequence[int]) -> Tensor:
+    """Append one token to each of ``sessions``; the float32 logits after them, ``(n, vocab)``: together where
+    they are all of a class that has a ``step_each`` (the native decoder's), else one after the other."""
+    kind = type(sessions[0])
+    together = getattr(kind, "step_each", None)
+    if together is not None and all(type(session) is kind for session in sessions):
+        found: Tensor = together(sessions, tokens)
+        return found
+    # cloned: a session may hand out the same memory again
+    return torch.stack([one.step(token).clone() for one, token in zip(sessions, tokens, strict=True)])
+
+
 class PrefixSession:
     """A session that is told whole sequences, and runs only what is new where one extends the other.
 

@@ -31,8 +31,7 @@ from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.settings import checked
-from gossamer.tune.self_data import Continuations, Prompts, Rewrites
-from gossamer.tune.self_data import sample as sample_one
+from gossamer.tune.self_data import Continuations, Prompts, Rewrites, samples
 
 MOST_SILENT = 100  # answers in a row without a token, after which sampling gives up
 _LOG = "samples.jsonl"
@@ -40,14 +39,15 @@ _LOG = "samples.jsonl"
 
 class SampleSettings(BaseModel):
     """How much is sampled, and how: until ``tokens`` are drawn in all, at most ``max_new_tokens`` for each
-    prompt of ``prompt_tokens`` (cut from a text); the rest is `Sampling`. The default draws from the model's
-    own distribution, nothing left out."""
+    prompt of ``prompt_tokens`` (cut from a text), ``together`` of them at once; the rest is `Sampling`. The
+    default draws from the model's own distribution, nothing left out."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int = Field(default=100_000, ge=1)
     prompt_tokens: int = Field(default=32, ge=1)
     max_new_tokens: int = Field(default=224, ge=1)
+    together: int = Field(default=8, ge=1)
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -118,19 +118,23 @@ def sample(
     total, number, own = chosen.tokens, len(log.records), isinstance(prompts, Rewrites)
     silent_ones = 0
     with work:
+        progress("sampling", log.tokens, total)
+        answers = samples(
+            prompts,
+            number,
+            loaded.model,
+            loaded.session,
+            loaded.tokenizer,
+            sampling,
+            chosen.max_new_tokens,
+            chosen.together,
+        )
+        start = time.perf_counter()
         while log.tokens < total:
-            progress("sampling", log.tokens, total)
-            start = time.perf_counter()
-            done = sample_one(
-                prompts,
-                number,
-                loaded.model,
-                loaded.session,
-                loaded.tokenizer,
-                sampling,
-                chosen.max_new_tokens,
-            )
-            log.append({**done.record, "tokens": done.tokens, "seconds": time.perf_counter() - start})
+            done = next(answers)
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            log.append({**done.record, "tokens": done.tokens, "seconds": seconds})
+            progress("sampling", min(log.tokens, total), total)
             number += 1
             silent_ones = 0 if done.tokens else silent_ones + 1
             if silent_ones == MOST_SILENT:
@@ -242,7 +246,7 @@ def _fingerprint(
     path = Path(model).expanduser()
     files = files_of(path if is_checkpoint(path) else resolve(str(model)).folder)
     return {
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump(exclude={"together"}),  # which changes nothing but the speed
         "model": [loaded.label, files],
         "prompts": prompts,
         "engine": loaded.engine,

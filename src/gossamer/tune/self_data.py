@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from gossamer.claim import Claim, Experiment
 from gossamer.errors import TextError
-from gossamer.models.generate import generate, room, stop_tokens
+from gossamer.models.generate import Prompt, generate_each, room, stop_tokens
 from gossamer.models.sampling import Sampling
-from gossamer.models.session import PrefixSession, SessionFactory
+from gossamer.models.session import SessionFactory
 from gossamer.models.text import Exchange
 from gossamer.models.tokenizer import StreamDecoder, encode_prompt
 from gossamer.registry import Registry
@@ -169,33 +170,33 @@ class Sampled:
     tokens: int
 
 
-def sample(
+def samples(
     prompts: Prompts,
-    index: int,
+    first: int,
     model: nn.Module,
     start: SessionFactory,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     max_new_tokens: int,
-) -> Sampled:
-    """Record ``index``: its prompt answered by ``model`` in a new session, up to a token that ends the answer
-    or ``max_new_tokens``. The same arguments give the same record, whatever was sampled before. Raises
-    TextError for a prompt that is longer than the model's context, ModelError for damaged weights."""
-    decoder, pieces, count = StreamDecoder(tokenizer), [], 0
-    own, ids = replace(sampling, seed=_seed(sampling.seed, index)), prompts.prompt(index)
-    for token in generate(
-        model,
-        ids,
-        max_new_tokens,
-        sampling=own,
-        stop=stop_tokens(model, tokenizer),
-        session=PrefixSession(start),
-    ):
-        pieces.append(decoder.push(token.id))
-        count += 1
-    pieces.append(decoder.finish())
-    whole = count < room(model, ids, max_new_tokens)
-    return Sampled(prompts.record(index, "".join(pieces), whole), count)
+    together: int = 8,
+) -> Iterator[Sampled]:
+    """Records ``first``, ``first + 1``, .. without an end: each prompt answered by ``model`` in a new
+    session, up to a token that ends the answer or ``max_new_tokens``, ``together`` of them at once. A record
+    depends on its number, and not on others. Raises TextError for a prompt that is longer than the model's
+    context, ModelError for damaged weights."""
+
+    def asked(index: int) -> Prompt:
+        return Prompt(prompts.prompt(index), replace(sampling, seed=_seed(sampling.seed, index)))
+
+    stop = stop_tokens(model, tokenizer)
+    answers = generate_each(
+        model, map(asked, count(first)), max_new_tokens, stop=stop, start=start, together=together
+    )
+    for index, tokens in zip(count(first), answers, strict=False):
+        decoder = StreamDecoder(tokenizer)
+        text = "".join(map(decoder.push, tokens)) + decoder.finish()
+        whole = len(tokens) < room(model, prompts.prompt(index), max_new_tokens)
+        yield Sampled(prompts.record(index, text, whole), len(tokens))
 
 
 def _seed(seed: int, index: int) -> int:

@@ -1,0 +1,111 @@
+"""Text drawn from a model for self-data distillation: one document at a time and several side by side, by
+transformers' `generate` and by the native decoder.
+
+Every contender draws as many tokens after the same prompts, which are equally long so that transformers needs
+no padding; no token ends a document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import protocol
+from gossamer.bench.machine import OtherWork
+from gossamer.engine import Decoder, NativeSession
+from gossamer.models.generate import Prompt, generate_each
+from gossamer.models.sampling import Sampling
+from gossamer.recipes.load import load
+
+Draw = Callable[[], int]  # draws all documents, and says how many tokens these are
+
+
+def parse() -> argparse.Namespace:
+    parser = protocol.parser("sample", __doc__)
+    protocol.add_model_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a Gossamer checkpoint beside it")
+    parser.add_argument("--documents", type=int, default=16)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens (default 32)")
+    parser.add_argument("--decode", type=int, default=64, help="tokens (default 64)")
+    parser.add_argument("--together", default="1,4,8,16", metavar="A,B")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=protocol.RESULTS / "sample.json")
+    return parser.parse_args()
+
+
+def in_transformers(model: Any, prompts: list[list[int]], count: int, together: int) -> int:
+    drawn = 0
+    for start in range(0, len(prompts), together):
+        ids = torch.tensor(prompts[start : start + together])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+        )
+        drawn += out.numel() - ids.numel()
+    return drawn
+
+
+def natively(decoder: Decoder, prompts: list[list[int]], count: int, together: int) -> int:
+    asked = [Prompt(ids, Sampling(temperature=1.0, seed=i)) for i, ids in enumerate(prompts)]
+    start = partial(NativeSession, decoder)
+    answers = generate_each(decoder.model, asked, count, start=start, together=together)
+    return sum(map(len, answers))
+
+
+def main() -> None:
+    args = parse()
+    model, widths = str(protocol.model_folder(args.model)), list(map(int, args.together.split(",")))
+    data = str(protocol.data_folder(args.data))
+    ids = protocol.measured_windows(protocol.load_tokenizer(model), data, 1).flatten()
+    length = args.prompt
+    prompts = [ids[i * length : (i + 1) * length].tolist() for i in range(args.documents)]
+    protocol.set_threads(args.threads)
+    # transformers in the dtype that is faster here; the decoder multiplies what the files hold
+    dense = load(model, dtype="fast", engine="transformers").model
+    decoders = {"dense bf16": Decoder(load(model).model)}
+    if args.checkpoint:
+        decoders[args.checkpoint.name] = Decoder(load(args.checkpoint, engine="native").model)
+    contenders: dict[str, Draw] = {}
+    for width in widths:
+        contenders[f"transformers, {width}"] = partial(in_transformers, dense, prompts, args.decode, width)
+    for name, decoder in decoders.items():
+        for width in widths:
+            contenders[f"{name}, {width}"] = partial(natively, decoder, prompts, args.decode, width)
+    others, seconds = OtherWork(), {name: list[float]() for name in contenders}
+    for _ in range(args.repeats):
+        for name, draw in contenders.items():
+            start = time.perf_counter()
+            drawn = draw()
+            seconds[name].append(time.perf_counter() - start)
+            assert drawn == args.documents * args.decode, (name, drawn)
+    speeds = {name: args.documents * args.decode / statistics.median(s) for name, s in seconds.items()}
+    first = next(iter(speeds.values()))
+    content = {
+        "tokens_per_second": {name: round(speed, 2) for name, speed in speeds.items()},
+        "documents": args.documents,
+        "prompt": args.prompt,
+        "decode": args.decode,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "other_work": round(others.cores(), 3),
+        "machine": protocol.machine(),
+    }
+    protocol.update_json(args.out, content)
+    rows = [[name, f"{speed:,.1f}", f"{speed / first:.2f}x"] for name, speed in speeds.items()]
+    protocol.print_table(["contender, side by side", "tokens/s", "ratio"], rows)
+
+
+if __name__ == "__main__":
+    main()
