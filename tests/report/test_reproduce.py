@@ -328,6 +328,16 @@ def test_contenders_may_be_tuned_on_answers_in_the_dense_models_words(
         assert pair["response"] == given["response"] != own["response"]
 
 
+def test_responses_of_instructions_hold_no_digits_where_they_can() -> None:
+    words = [*map(str, range(100)), *("a", "few", "words") * 40, *map(str, range(100))]
+    pairs = texts.instructions([" ".join(words)], 8, seed=0)
+    assert len({pair["prompt"] for pair in pairs}) > 1
+    assert not any(map(str.isdigit, "".join(pair["response"] for pair in pairs)))
+    assert pairs == texts.instructions([" ".join(words)], 8, seed=0)
+    (numbers,) = texts.instructions([" ".join(words[:100])], 1, seed=0)
+    assert len(numbers["response"].split()) == 60
+
+
 def _tuned_on(folder: Path) -> str:
     return str(json.loads((folder / "gossamer.json").read_text())["made"]["tuned"][0]["text"]["text"])
 

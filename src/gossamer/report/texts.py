@@ -22,7 +22,8 @@ from gossamer.recipes.sample import sample
 from gossamer.version import VERSION
 
 ASKED, ANSWERED = 30, 60  # words of an instruction, and of what follows it in the text
-ANSWER_TOKENS = 96  # of an answer in own words, at most
+ANSWER_TOKENS = 192  # of an answer in own words, at most: half of them end before
+PLACES = 100  # that are tried for a response
 INSTRUCTION = "Go on with this text, in its manner:\n\n"
 
 
@@ -107,14 +108,20 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
 
 
 def instructions(source: TextSource, count: int, seed: int) -> list[dict[str, str]]:
-    """Pairs of ``prompt`` and ``response`` from random places of a text: go on with some of its words."""
+    """Pairs of ``prompt`` and ``response`` from random places of a text: go on with some of its words.
+
+    Responses hold no digits, where the text has such places: of `Rewrites` an answer in other words must come
+    to the same number, which is the result of a calculation, but of prose no more than its last date."""
     words = read_text(source).joined.split()
     draw, length = random.Random(seed), ASKED + ANSWERED
     pairs = []
     for _ in range(count):
-        begin = draw.randint(0, max(0, len(words) - length))
-        piece = words[begin : begin + length]
-        asked, answer = " ".join(piece[:ASKED]), " ".join(piece[ASKED:])
+        for _ in range(PLACES):
+            begin = draw.randint(0, max(0, len(words) - length))
+            piece = words[begin : begin + length]
+            asked, answer = " ".join(piece[:ASKED]), " ".join(piece[ASKED:])
+            if not any(map(str.isdigit, answer)):
+                break
         pairs.append({"prompt": INSTRUCTION + asked, "response": answer})
     return pairs
 
