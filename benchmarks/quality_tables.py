@@ -62,10 +62,9 @@ def speeds_of(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return max(runs.items(), key=lambda run: (len(run[1]), run[0]), default=("", {}))[1]
 
 
-def rows_of(model: dict[str, Any]) -> list[Row]:
-    """All contenders that were judged, by bytes."""
+def rows_of(model: dict[str, Any], speeds: dict[str, dict[str, Any]]) -> list[Row]:
+    """All contenders that were judged, by bytes; ``speeds`` by cell."""
     dense = {text: statistics.mean(found["loss"]) for text, found in model[DENSE]["judged"].items()}
-    speeds = speeds_of(model)
     rows = []
     for name, found in model.items():
         if name == DENSE or "judged" not in found:
@@ -220,10 +219,15 @@ def recovery(rows: list[Row]) -> list[list[str]]:
     return table
 
 
-def made_by(model: dict[str, Any]) -> str:
-    """The command behind one of ours, and how speed was timed."""
+def made_by(model: dict[str, Any], elsewhere: bool) -> str:
+    """The command behind one of ours, and how speed was timed, or that it was ``elsewhere``."""
     words = next(one["made"]["command"] for one in model.values() if "made" in one).split()
     command = " ".join([*words[:2], "MODEL", *words[3:]])
+    if elsewhere:
+        return (
+            f"Ours were made as by `{command}`. Tokens a second are those of the same formats above: they do "
+            "not hang on what the numbers are."
+        )
     timed = next(iter(speeds_of(model).values()), None)
     cpu = (timed or {}).get("cpu")
     if timed is None:
@@ -263,8 +267,13 @@ def write(results: Path, page: Path) -> None:
     """The page, all models of the results one after the other."""
     found = protocol.read_json(results)
     parts = [HEAD]
-    for name, model in found.get("models", {}).items():
-        rows = rows_of(model)
+    models = found.get("models", {})
+    for name, model in models.items():
+        speeds = speeds_of(model)
+        elsewhere = not speeds and "tuned_first" in model[DENSE]
+        if elsewhere:
+            speeds = speeds_of(models[name.rpartition(", ")[0]])
+        rows = rows_of(model, speeds)
         text = model[DENSE]["judged"]["wikitext"]["loss"]
         perplexity = math.exp(statistics.mean(text))
         parts.append(
@@ -273,7 +282,7 @@ def write(results: Path, page: Path) -> None:
         tuned = recovery(rows)
         parts += [
             *(line + "\n" for line in of_model(model[DENSE])),
-            made_by(model) + "\n",
+            made_by(model, elsewhere) + "\n",
             markdown(equal_bytes(rows)) + "\n",
             plainly(rows) + "\n",
             "### At equal quality\n",
