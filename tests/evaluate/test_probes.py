@@ -61,12 +61,14 @@ class Unsure(Copier):
 def subject(
     session: Callable[[], Any] = Unsure, says: Callable[[str], str] = str, positions: int | None = None
 ) -> Any:
-    def generate(prompt: str, max_new_tokens: int, *, stop: str, chat: bool) -> str:
+    def generate_each(prompts: Any, max_new_tokens: int, *, stop: str, chat: bool) -> Any:
         assert (stop, chat) == ("\n", False)
-        return says(prompt)
+        return map(says, prompts)
 
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
-    return SimpleNamespace(model=model, tokenizer=tiny_tokenizer(), session=session, generate=generate)
+    return SimpleNamespace(
+        model=model, tokenizer=tiny_tokenizer(), session=session, generate_each=generate_each
+    )
 
 
 def test_an_item_of_retrieval_holds_its_answer_once_and_at_its_depth() -> None:

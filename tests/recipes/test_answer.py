@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
-from gossamer.errors import ModelError, SamplingError
+from gossamer.engine import Decoder, NativeSession
+from gossamer.errors import ModelError, SamplingError, TextError
+from gossamer.kernels import native_available
 from gossamer.models.generate import generate, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import Session
-from gossamer.recipes.answer import Answer
+from gossamer.recipes.answer import Answer, Timing
 from gossamer.recipes.load import LoadedModel
 from tiny import tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -103,6 +109,31 @@ def test_stop_strings_end_an_answer_across_the_borders_of_tokens(loaded: LoadedM
             before = [token.id for token in stream.tokens[:-1]]
             assert stop not in loaded.tokenizer.decode(before)  # no token is made once it is there
     assert loaded.generate("hello", 60, chat=False, stop="\0never", **DRAWN) == whole
+
+
+@pytest.mark.parametrize("engine", ["transformers", "native"])
+def test_several_prompts_have_the_answers_of_each_alone(loaded: LoadedModel, engine: str) -> None:
+    if engine == "native":
+        if not native_available():
+            pytest.skip("the native kernels are not built")
+        loaded = replace(loaded, new_session=partial(NativeSession, Decoder(loaded.model)))
+    prompts = ["hello", "what is new", "a", "b", "where is it to be found"]
+    whole = loaded.generate("hello", 40, chat=False, **DRAWN)
+    for options in ({}, {"stop": whole[9:11]}, {"stop": ["\0never", whole[20:21]]}, {"chat": True}):
+        asked: dict[str, Any] = {"max_new_tokens": 40, "chat": False, **DRAWN, **options}
+        want = [loaded.generate(prompt, **asked) for prompt in prompts]
+        for together in (1, 3):
+            got = list(loaded.generate_each(iter(prompts), together=together, **asked))
+            assert got == want
+            assert [one.tokens for one in got] == [one.tokens for one in want]
+            assert [one.finish for one in got] == [one.finish for one in want]
+            assert got[1].timing == Timing(prompt_tokens=want[1].timing.prompt_tokens)
+    assert list(loaded.generate_each([])) == []
+    for wrong in ({"top_k": -1}, {"stop": [""]}):
+        with pytest.raises(SamplingError):
+            loaded.generate_each(prompts, **wrong)  # before anything is asked of it
+    with pytest.raises(TextError, match="no UTF-8"):
+        list(loaded.generate_each(["good", "\udcff"]))
 
 
 def test_settings_are_refused_before_the_first_piece(loaded: LoadedModel) -> None:

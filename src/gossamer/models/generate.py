@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +81,12 @@ def room(model: nn.Module, ids: Sequence[int], max_new_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to go on from, and how: see `generate`."""
+    """Token ids to go on from, and how: see `generate`. ``ends``: asked behind each new token whether no
+    more are wanted."""
 
     ids: Sequence[int]
     sampling: Sampling = _GREEDY
+    ends: Callable[[int], bool] | None = None
 
 
 def generate_each(
@@ -96,7 +98,8 @@ def generate_each(
     start: SessionFactory | None = None,
     together: int = 8,
 ) -> Iterator[list[int]]:
-    """The new tokens after each of ``prompts``, in their order: those that `generate` gives for it alone.
+    """The new tokens after each of ``prompts``, in their order: those that `generate` gives for it alone, up
+    to the one at which it ``ends``.
 
     ``start``: of sessions that run the tokens (None: of ``model``, as a transformers decoder); so many as
     ``together`` are in progress at once, and where they can step side by side (the native decoder's) weights
@@ -114,7 +117,7 @@ def generate_each(
             if prompt is None:
                 break
             count = room(model, prompt.ids, max_new_tokens)
-            lines.append(_Line(_Choice(prompt.ids, count, prompt.sampling, stop)))
+            lines.append(_Line(_Choice(prompt.ids, count, prompt.sampling, stop), prompt.ends))
             if count > 0:
                 lines[-1].begin(start(), prompt.ids)
             if lines[-1].session is not None:
@@ -137,8 +140,8 @@ def _step(running: Sequence[_Line]) -> None:
 class _Line:
     """A prompt in progress: ``session`` is None where its tokens are all there."""
 
-    def __init__(self, choice: _Choice) -> None:
-        self.choice = choice
+    def __init__(self, choice: _Choice, ends: Callable[[int], bool] | None) -> None:
+        self.choice, self.ends = choice, ends
         self.session: DecodingSession | None = None
         self.tokens: list[int] = []
 
@@ -150,7 +153,7 @@ class _Line:
         token = self.choice.take(finite_logits(logits))
         if token is not None:
             self.tokens.append(token)
-        if token is None or not self.choice.left:
+        if token is None or not self.choice.left or (self.ends is not None and self.ends(token)):
             self.session = None
 
 

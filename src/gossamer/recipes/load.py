@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,13 @@ from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.engine.caches import CacheKind, cache_of
 from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
-from gossamer.models.generate import generate, room, stop_tokens
+from gossamer.models.generate import Prompt, Token, generate, generate_each, room, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import DecodingSession, PrefixSession, Session, SessionFactory, context_length
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
 from gossamer.models.stops import StopStrings
-from gossamer.models.tokenizer import encode_prompt, load_tokenizer
+from gossamer.models.tokenizer import StreamDecoder, encode_prompt, load_tokenizer
 from gossamer.progress import Progress, silent
 from gossamer.recipes.answer import Answer, AnswerStream, Timing
 
@@ -167,6 +168,79 @@ class LoadedModel:
             chat=chat,
         )
         return Answer.of(stream)
+
+    def generate_each(
+        self,
+        prompts: Iterable[str],
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        chat: bool = True,
+        together: int = 8,
+    ) -> Iterator[Answer]:
+        """The answers to ``prompts``, in their order: what `generate` says to each, with the same ``seed``.
+
+        As many as ``together`` are written side by side, for which the native decoder reads weights once:
+        many are answered in a fraction of the time, though none of them sooner (``timing`` has no seconds).
+        Raises as `stream`, for a prompt when it comes up.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        StopStrings(stop)  # says what is wrong with it before anything runs
+        return self._answers(prompts, max_new_tokens, sampling, stop, chat, together)
+
+    def _answers(
+        self,
+        prompts: Iterable[str],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+        chat: bool,
+        together: int,
+    ) -> Iterator[Answer]:
+        read: deque[list[int]] = deque()
+
+        def asked() -> Iterator[Prompt]:
+            for prompt in prompts:
+                read.append(encode_prompt(self.tokenizer, prompt, chat=chat))
+                yield Prompt(read[-1], sampling, _ender(self.tokenizer, stop))
+
+        written = generate_each(
+            self.model,
+            asked(),
+            max_new_tokens,
+            stop=stop_tokens(self.model, self.tokenizer),
+            start=self.session,
+            together=together,
+        )
+        for tokens in written:
+            ids = read.popleft()
+            stream = AnswerStream(
+                map(Token, tokens),
+                self.tokenizer,
+                limit=room(self.model, ids, max_new_tokens),
+                stops=StopStrings(stop),
+                timing=Timing(),
+            )
+            answer = Answer.of(stream)
+            answer.timing = Timing(prompt_tokens=len(ids))  # not the time to read a list
+            yield answer
+
+
+def _ender(tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str]) -> Callable[[int], bool]:
+    """Whether a stop string is there, asked token by token."""
+    decoder, stops = StreamDecoder(tokenizer), StopStrings(stop)
+
+    def ends(token: int) -> bool:
+        stops.push(decoder.push(token))
+        return stops.found
+
+    return ends
 
 
 def load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -26,7 +26,9 @@ class Subject(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
     def session(self) -> DecodingSession: ...
-    def generate(self, prompt: str, max_new_tokens: int, *, stop: str, chat: bool) -> str: ...
+    def generate_each(
+        self, prompts: Iterable[str], max_new_tokens: int, *, stop: str, chat: bool
+    ) -> Iterator[str]: ...
 
 
 class Probe(Protocol):

@@ -35,13 +35,14 @@ class Structured:
     def ask(self, subject: Subject, items: int | None, progress: Progress) -> ProbeScore:
         read, count = TextReader(subject), items or ITEMS
         found: dict[str, list[bool]] = {"valid JSON": [], "keys and types": [], "values": []}
-        answers, labels = [], []
-        for number in range(count):
-            progress("probe json", number, count)
-            prompt, expected, label = self.item(number)
-            if not read.fits(f"{prompt} {json.dumps(expected)}"):
-                continue
-            written = subject.generate(prompt, TOKENS, stop="\n", chat=False)
+        every = [self.item(number) for number in range(count)]
+        asked = [item for item in every if read.fits(f"{item[0]} {json.dumps(item[1])}")]
+        prompts = [prompt for prompt, _, _ in asked]
+        said = subject.generate_each(prompts, TOKENS, stop="\n", chat=False)
+        answers: list[str] = []
+        labels: list[str] = []
+        for (_, expected, label), written in zip(asked, said, strict=True):
+            progress("probe json", len(answers), count)
             record = parsed(written)
             found["valid JSON"].append(record is not None)
             alike = shape(record) == shape(expected)
