@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,17 @@ class Sampling:
         ):
             if not fits:
                 raise SamplingError(f"{name} must be {range_}, got {getattr(self, name)}")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """`Sampling` as options of a function that has others besides."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
 
 
 class Sampler:

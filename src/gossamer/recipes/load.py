@@ -17,7 +17,7 @@ from gossamer.engine.caches import CacheKind, cache_of
 from gossamer.errors import ModelError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.generate import Prompt, Token, generate, generate_each, room, stop_tokens
-from gossamer.models.sampling import Sampling
+from gossamer.models.sampling import Sampling, SamplingOptions
 from gossamer.models.session import DecodingSession, PrefixSession, Session, SessionFactory, context_length
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
@@ -28,6 +28,7 @@ from gossamer.recipes.answer import Answer, AnswerStream, Timing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
     from gossamer.dynamic.activations import Gates
     from gossamer.dynamic.attention import Policy
@@ -85,30 +86,27 @@ class LoadedModel:
         prompt: str,
         max_new_tokens: int = 256,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         chat: bool = True,
         timing: Timing | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """The answer to ``prompt`` piece by piece, as soon as each piece's characters are whole.
 
-        ``temperature`` to ``seed``: see `gossamer.models.sampling.Sampling`; temperature 0 takes the
-        likeliest token each time. ``stop``: strings that end the answer and are not part of it; ``logprobs``:
-        the result's ``tokens`` hold their log-probabilities and those of so many likeliest tokens; ``chat``:
-        in the model's chat form where it has one, else the plain text is continued; ``timing`` is filled in
-        on the way. Raises SamplingError or TextError for settings out of range, an empty prompt, or one
-        longer than the model's context, and ModelError where the model's weights are damaged.
+        ``stop``: strings that end the answer and are not part of it; ``logprobs``: the result's ``tokens``
+        hold their log-probabilities and those of so many likeliest tokens; ``chat``: in the model's chat form
+        where it has one, else the plain text is continued; ``timing`` is filled in on the way; ``sampling``:
+        ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty`` and ``seed``, see
+        `gossamer.models.sampling.Sampling` (without them the likeliest token is taken each time).
+
+        Raises SamplingError or TextError for settings out of range, an empty prompt, or one longer than the
+        model's context, and ModelError where the model's weights are damaged.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        how = Sampling(**sampling)
         ids = encode_prompt(self.tokenizer, prompt, chat=chat)
         return self.stream_tokens(
-            ids, max_new_tokens, sampling=sampling, stop=stop, logprobs=logprobs, timing=timing
+            ids, max_new_tokens, sampling=how, stop=stop, logprobs=logprobs, timing=timing
         )
 
     def stream_tokens(
@@ -142,31 +140,14 @@ class LoadedModel:
         prompt: str,
         max_new_tokens: int = 256,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         chat: bool = True,
+        **sampling: Unpack[SamplingOptions],
     ) -> Answer:
         """The whole answer to ``prompt``, a str that also has ``tokens``, ``timing`` and ``finish``; see
         :meth:`stream`."""
-        stream = self.stream(
-            prompt,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-            chat=chat,
-        )
+        stream = self.stream(prompt, max_new_tokens, stop=stop, logprobs=logprobs, chat=chat, **sampling)
         return Answer.of(stream)
 
     def generate_each(
@@ -174,15 +155,10 @@ class LoadedModel:
         prompts: Iterable[str],
         max_new_tokens: int = 256,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
         stop: str | Sequence[str] = (),
         chat: bool = True,
         together: int = 8,
+        **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Answer]:
         """The answers to ``prompts``, in their order: what `generate` says to each, with the same ``seed``.
 
@@ -190,9 +166,8 @@ class LoadedModel:
         many are answered in a fraction of the time, though none of them sooner (``timing`` has no seconds).
         Raises as `stream`, for a prompt when it comes up.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         StopStrings(stop)  # says what is wrong with it before anything runs
-        return self._answers(prompts, max_new_tokens, sampling, stop, chat, together)
+        return self._answers(prompts, max_new_tokens, Sampling(**sampling), stop, chat, together)
 
     def _answers(
         self,
