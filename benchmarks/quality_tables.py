@@ -219,14 +219,14 @@ def recovery(rows: list[Row]) -> list[list[str]]:
     return table
 
 
-def made_by(model: dict[str, Any], elsewhere: bool) -> str:
-    """The command behind one of ours, and how speed was timed, or that it was ``elsewhere``."""
+def made_by(model: dict[str, Any], elsewhere: str) -> str:
+    """The command behind one of ours, and how speed was timed, or of which other model it was."""
     words = next(one["made"]["command"] for one in model.values() if "made" in one).split()
     command = " ".join([*words[:2], "MODEL", *words[3:]])
     if elsewhere:
         return (
-            f"Ours were made as by `{command}`. Tokens a second are those of the same formats above: they do "
-            "not hang on what the numbers are."
+            f"Ours were made as by `{command}`. Tokens a second are those of the same formats of "
+            f"{elsewhere}: they do not hang on what the numbers are."
         )
     timed = next(iter(speeds_of(model).values()), None)
     cpu = (timed or {}).get("cpu")
@@ -270,9 +270,11 @@ def write(results: Path, page: Path) -> None:
     models = found.get("models", {})
     for name, model in models.items():
         speeds = speeds_of(model)
-        elsewhere = not speeds and "tuned_first" in model[DENSE]
-        if elsewhere:
-            speeds = speeds_of(models[name.rpartition(", ")[0]])
+        elsewhere = ""
+        if not speeds and "tuned_first" in model[DENSE]:
+            base = name.rpartition(", ")[0]
+            speeds = speeds_of(models.get(base, {}))
+            elsewhere = base if speeds else ""
         rows = rows_of(model, speeds)
         text = model[DENSE]["judged"]["wikitext"]["loss"]
         perplexity = math.exp(statistics.mean(text))

@@ -19,10 +19,9 @@ import torch
 
 from benchmarks import protocol
 from gossamer.bench.machine import OtherWork
-from gossamer.engine import Decoder, NativeSession
 from gossamer.models.generate import Prompt, generate_each
 from gossamer.models.sampling import Sampling
-from gossamer.recipes.load import load
+from gossamer.recipes.load import LoadedModel, load
 
 Draw = Callable[[], int]  # draws all documents, and says how many tokens these are
 
@@ -57,10 +56,9 @@ def in_transformers(model: Any, prompts: list[list[int]], count: int, together: 
     return drawn
 
 
-def natively(decoder: Decoder, prompts: list[list[int]], count: int, together: int) -> int:
+def natively(loaded: LoadedModel, prompts: list[list[int]], count: int, together: int) -> int:
     asked = [Prompt(ids, Sampling(temperature=1.0, seed=i)) for i, ids in enumerate(prompts)]
-    start = partial(NativeSession, decoder)
-    answers = generate_each(decoder.model, asked, count, start=start, together=together)
+    answers = generate_each(loaded.model, asked, count, start=loaded.session, together=together)
     return sum(map(len, answers))
 
 
@@ -68,21 +66,23 @@ def main() -> None:
     args = parse()
     model, widths = str(protocol.model_folder(args.model)), list(map(int, args.together.split(",")))
     data = str(protocol.data_folder(args.data))
-    ids = protocol.measured_windows(protocol.load_tokenizer(model), data, 1).flatten()
-    length = args.prompt
-    prompts = [ids[i * length : (i + 1) * length].tolist() for i in range(args.documents)]
+    ids = protocol.measured_windows(protocol.load_tokenizer(model), data, protocol.EVAL_WINDOWS).flatten()
+    starts = range(0, len(ids), args.prompt)
+    prompts = [ids[i : i + args.prompt].tolist() for i in starts][: args.documents]
+    if len(prompts) < args.documents or len(prompts[-1]) < args.prompt:
+        raise SystemExit(f"the text has {len(ids)} tokens: too few for so many prompts of {args.prompt}")
     protocol.set_threads(args.threads)
     # transformers in the dtype that is faster here; the decoder multiplies what the files hold
     dense = load(model, dtype="fast", engine="transformers").model
-    decoders = {"dense bf16": Decoder(load(model).model)}
+    loaded = {"dense bf16": load(model, engine="native")}
     if args.checkpoint:
-        decoders[args.checkpoint.name] = Decoder(load(args.checkpoint, engine="native").model)
+        loaded[args.checkpoint.name] = load(args.checkpoint, engine="native")
     contenders: dict[str, Draw] = {}
     for width in widths:
         contenders[f"transformers, {width}"] = partial(in_transformers, dense, prompts, args.decode, width)
-    for name, decoder in decoders.items():
+    for name, one in loaded.items():
         for width in widths:
-            contenders[f"{name}, {width}"] = partial(natively, decoder, prompts, args.decode, width)
+            contenders[f"{name}, {width}"] = partial(natively, one, prompts, args.decode, width)
     others, seconds = OtherWork(), {name: list[float]() for name in contenders}
     for _ in range(args.repeats):
         for name, draw in contenders.items():

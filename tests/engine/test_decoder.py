@@ -272,6 +272,7 @@ def test_sequences_that_step_together_have_the_bits_of_each_alone(case: str, cac
 def test_sequences_of_all_kinds_step_together() -> None:
     model, ids = tiny_model("llama"), tiny_tokens(1, 200)[0]
     decoder, other = Decoder(model), Decoder(tiny_model("llama", seed=1))
+    large = Decoder(tiny_model("llama", vocab_size=2 * VOCABULARY))
     gates = {"model.layers.0.mlp.down_proj": Gate(sparsity=0.5, features=model.config.intermediate_size)}
     gated = decoder.gated(gates)
     looks = [[Look("static", sink=1, window=1)] * decoder.heads] * len(decoder.windows)
@@ -299,6 +300,8 @@ def test_sequences_of_all_kinds_step_together() -> None:
         ([together[0], together[5], together[0]], [5, 5, 5], "one of them is named twice"),
         ([together[0], together[0].beside(gated)], [5, 5], "one of them is named twice"),
         ([together[0], together[5]], [5, VOCABULARY], f"0 to {VOCABULARY - 1}"),
+        ([together[0], together[5]], [5], "2 sequences take as many tokens, not 1"),
+        ([together[0], NativeSession(large)], [5, 5], "several vocabularies"),
     ):
         lengths = [session.length for session in some]
         with pytest.raises(ModelError, match=said):
@@ -315,15 +318,21 @@ def test_ctrl_c_between_sequences_leaves_all_as_they_were(monkeypatch: pytest.Mo
         session.prompt(ids)
     append = Decoder.append_each
 
+    other, calls = NativeSession(Decoder(tiny_model("llama", seed=1))), 0
+    other.prompt(ids)
+
     def interrupted(self: Decoder, *given: Any) -> Any:
-        append(self, *given)
-        raise KeyboardInterrupt
+        nonlocal calls
+        found, calls = append(self, *given), calls + 1
+        if calls == 2:  # where the other decoder's turn has come
+            raise KeyboardInterrupt
+        return found
 
     monkeypatch.setattr(Decoder, "append_each", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        NativeSession.step_each(sessions, [5, 6, 7])
+        NativeSession.step_each([*sessions, other], [5, 6, 7, 8])
     monkeypatch.undo()
-    assert [session.length for session in sessions] == [30, 30, 30]
+    assert [session.length for session in (*sessions, other)] == [30, 30, 30, 30]
     fresh = NativeSession(decoder)
     fresh.prompt(ids)
     assert torch.equal(NativeSession.step_each(sessions, [5, 6, 7])[1], fresh.step(6))
@@ -487,11 +496,41 @@ def test_threads_of_python_take_turns_and_decoders_live_side_by_side() -> None:
     assert not wrong
 
 
+def test_views_of_sequences_that_step_together_take_turns() -> None:
+    decoder = Decoder(tiny_model("llama"))
+    sessions = [NativeSession(decoder) for _ in range(3)]
+    views = [session.beside(decoder.gated(None)) for session in sessions]
+    start = threading.Barrier(4)
+
+    def work(some: list[NativeSession]) -> None:
+        start.wait()
+        for _ in range(30):
+            NativeSession.step_each(some, [5] * len(some))
+
+    orders = [sessions, sessions[::-1], views, views[::-1]]
+    threads = [threading.Thread(target=work, args=(some,), daemon=True) for some in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert [session.length for session in sessions] == [120] * 3
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_decodes() -> None:
     """More numbers than torch handles without its threads, which a child has not: 32,768."""
     decoder, ids = Decoder(tiny_model("llama")), tiny_tokens(1, 300)[0]
-    want = NativeSession(decoder).logits(ids).numpy()
+    wide = Decoder(tiny_model("llama", vocab_size=10_000))
+    sessions = [NativeSession(wide) for _ in range(8)]
+
+    def logits() -> list[Any]:
+        together = NativeSession.step_each(sessions, list(range(8)))
+        for session in sessions:
+            session.truncate(0)
+        return [NativeSession(decoder).logits(ids).numpy(), together.numpy()]
+
+    want = logits()
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -501,7 +540,7 @@ def test_a_forked_child_decodes() -> None:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(60)  # rather than wait for ever
             try:
-                os._exit(0 if np.array_equal(NativeSession(decoder).logits(ids).numpy(), want) else 1)
+                os._exit(0 if all(map(np.array_equal, logits(), want)) else 1)
             finally:
                 os._exit(2)
     finally:

@@ -202,11 +202,40 @@ def test_prompts_are_taken_as_places_fall_free() -> None:
     for _ in range(10):
         next(answers)
     assert 10 <= taken <= 10 + 2 * AHEAD
-    bad = [Prompt([3]), Prompt([]), Prompt([4])]
-    with pytest.raises(TextError, match="the prompt is empty"):
-        list(generate_each(model, bad, 5))
     with pytest.raises(SamplingError, match="at least one prompt is in progress at once, not 0"):
-        next(generate_each(model, bad, 5, together=0))
+        generate_each(model, endless(), 5, together=0)
+
+
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_prompts_that_end_at_once_do_not_end_the_others(together: int) -> None:
+    model, many = tiny_model("llama"), [Prompt([3 + i % 50]) for i in range(50)]
+    every = frozenset(range(VOCABULARY))
+    ends = [Prompt(prompt.ids, ends=lambda token: True) for prompt in many]
+    assert list(generate_each(model, many, 3, stop=every, together=together)) == [[]] * 50
+    assert list(generate_each(model, many, 0, together=together)) == [[]] * 50
+    assert [len(tokens) for tokens in generate_each(model, ends, 3, together=together)] == [1] * 50
+
+
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_what_is_refused_comes_in_its_turn(together: int) -> None:
+    model, answers = tiny_model("llama", max_position_embeddings=20), []
+    prompts = [Prompt([3]), Prompt([4]), Prompt([3] * 21), Prompt([5])]
+
+    def collect(prompts: Any) -> None:
+        answers.clear()
+        answers.extend(generate_each(model, prompts, 5, together=together))
+
+    with pytest.raises(TextError, match="the prompt has 21 tokens"):
+        collect(prompts)
+    assert answers == [new_ids(model, [token], 5) for token in (3, 4)]
+
+    def breaks() -> Any:
+        yield Prompt([3])
+        raise TextError("no more")
+
+    with pytest.raises(TextError, match="no more"):
+        collect(breaks())
+    assert answers == [new_ids(model, [3], 5)]
 
 
 def test_bad_input_is_refused_before_the_first_token() -> None:

@@ -216,7 +216,7 @@ def test_an_instruction_set_is_read_in_the_chat_form(tmp_path: Path) -> None:
     assert read.joined == "Hi\nHo\n\ntext\n\nalone"
     tokenizer = deepcopy(tiny_tokenizer())
     ids, learned = learned_tokens(read, tokenizer)
-    assert tokenizer.decode(ids) == "<s>user: Hi</s><s>assistant: Ho</s>\n\ntext\n\nalone"
+    assert tokenizer.decode(ids) == "<s>user: Hi</s><s>assistant: Ho</s>text\n\nalone"
     assert torch.equal(ids, tokenize(read, tokenizer))
     assert tokenizer.decode(ids[learned]) == "Ho</s>textalone"
     tokenizer.chat_template = None
@@ -231,18 +231,23 @@ def test_an_instruction_set_is_read_in_the_chat_form(tmp_path: Path) -> None:
     st.booleans(),
 )
 def test_what_is_learned_is_what_is_answered(documents: list[str | Exchange], chat: bool) -> None:
-    """Each token that holds a byte of an answer, or of a text beside answers, and no other."""
+    """Each token that holds a byte of an answer, but for white space at its end, or of a text beside answers,
+    and no other."""
     tokenizer = deepcopy(tiny_tokenizer())
     before, between, after = ("<s>user: ", "</s><s>assistant: ", "</s>") if chat else ("", "\n", "")
     if not chat:
         tokenizer.chat_template = None
-    whole, wanted = b"", b""
-    for i, document in enumerate(documents):
-        asked, answered = "\n\n" if i else "", document
+    whole, wanted, gap = b"", b"", ""
+    for document in documents:
+        asked, answered, learned_part = gap, document, document
         if isinstance(document, Exchange):
             asked, answered = asked + before + document.prompt + between, document.response + after
-        whole += (asked + str(answered)).encode()
-        wanted += b" " * len(asked.encode()) + b"x" * len(str(answered).encode())
+            learned_part = answered.rstrip()
+        assert isinstance(answered, str)
+        whole += (asked + answered).encode()
+        wanted += b" " * len(asked.encode()) + b"x" * len(str(learned_part).encode())
+        wanted = wanted.ljust(len(whole))
+        gap = "" if chat and isinstance(document, Exchange) else "\n\n"
     if not any(isinstance(document, Exchange) for document in documents):
         wanted = b"x" * len(whole)
     ids, learned = learned_tokens(Text(tuple(documents), "given"), tokenizer)
@@ -270,6 +275,15 @@ def test_windows_without_an_answer_are_left_out() -> None:
         tuning_windows(Text(("few",), "given"), tokenizer, 16)
     with pytest.raises(TextError, match="seqlen must be at least 1"):
         tuning_windows(text, tokenizer, 0)
+
+
+def test_an_exchange_and_a_text_that_reads_alike_differ() -> None:
+    texts = [["a\nb"], [Exchange("a", "b")], [Exchange("b", "a")], ["a", "b"], ["a\n\nb"]]
+    assert len({read_text(text).sha256 for text in texts}) == len(texts)
+    assert read_text(["a", "b"]).sha256 == Text(("a", "b"), "another name").sha256
+    for document in ("\ud800", Exchange("\ud800", "b"), Exchange("a", "\ud800")):
+        with pytest.raises(TextError, match="no UTF-8"):
+            tokenize(Text((document,), "given"), tiny_tokenizer())
 
 
 def test_a_tokenizer_without_places_learns_no_answers() -> None:

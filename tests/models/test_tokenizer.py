@@ -170,6 +170,7 @@ def test_an_exchange_falls_apart_where_the_answer_begins() -> None:
     tokenizer = deepcopy(tiny_tokenizer())
     assert format_exchange(tokenizer, "Hi", "Ho") == ("<s>user: Hi</s><s>assistant: ", "Ho</s>")
     assert format_exchange(tokenizer, "Hi", "") == ("<s>user: Hi</s><s>assistant: ", "</s>")
+    assert format_exchange(tokenizer, "Hi", "\0o") == ("<s>user: Hi</s><s>assistant: ", "\0o</s>")
     # forms that trim, and that write something before the last answer which no prompt ends with
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{% if loop.last %}<think></think>{% endif %}"

@@ -132,8 +132,14 @@ def test_several_prompts_have_the_answers_of_each_alone(loaded: LoadedModel, eng
     for wrong in ({"top_k": -1}, {"stop": [""]}):
         with pytest.raises(SamplingError):
             loaded.generate_each(prompts, **wrong)  # before anything is asked of it
+    with pytest.raises(SamplingError, match="at least one prompt"):
+        loaded.generate_each(prompts, together=0)
+    with pytest.raises(TextError, match="prompts are several texts"):
+        loaded.generate_each("hello")
+    answers = loaded.generate_each(["good", "\udcff"], 5)
+    assert next(answers) == loaded.generate("good", 5)
     with pytest.raises(TextError, match="no UTF-8"):
-        list(loaded.generate_each(["good", "\udcff"]))
+        next(answers)
 
 
 def test_settings_are_refused_before_the_first_piece(loaded: LoadedModel) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from gossamer.calibrate import Gradient, Gram
 from gossamer.errors import GossamerError, RecipeError
+from gossamer.models.text import Exchange
 from gossamer.recipes.predict import predict
 from gossamer.recipes.prepare import Prepared, check_memory, prepare
 from gossamer.recipes.rates import Bench, BlockRates
@@ -160,12 +161,17 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         ({}, {"model": "nowhere"}, "there is no model 'nowhere'"),
         ({}, {"text": None}, "give a text"),
         ({}, {"text": "nowhere.txt"}, "there is no text file"),
-        ({}, {"text": ["too short"]}, r"shrink: the text given strings has \d tokens, but 1 windows of 32"),
-        ({"shrink": None}, {"text": ["word " * 40]}, r"tune: the text .* but 4 windows of 32 need 128"),
+        ({}, {"text": ["too short"]}, r"shrink: the text given strings has \d tokens, but a window of 32"),
+        ({"shrink": None}, {"text": ["word " * 40]}, r"tune: the text .* gives \d windows of 32 tokens, but"),
+        (
+            {"shrink": None},
+            {"text": [Exchange("word " * 200, "a few words")] * 3},
+            r"tune: the text .* gives \d windows of 32 tokens in which something is learned, but",
+        ),
         (
             {"shrink": None, "compress.seqlen": 2, "sample": {"prompt_tokens": 99}},
             {"text": ["word " * 20]},
-            "sample: the text .* 1 windows of 99",
+            "sample: the text .* a window of 99",
         ),
         ({"compress.seqlen": 4096}, {}, "compress: windows of 4096 tokens are longer"),
         ({"shrink.blocks": 3}, {}, "3 of 3 blocks cannot be removed"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import gossamer as gs
 from gossamer.errors import GossamerError, OutputError, ResumeError, TextError
 from gossamer.models.text import Exchange, read_text
 from gossamer.recipes import sample as module
-from gossamer.tune.self_data import Sampled
-from tiny import tiny_folder
+from tiny import VOCABULARY, tiny_folder
 
 SMALL: dict[str, Any] = {"tokens": 60, "prompt_tokens": 6, "max_new_tokens": 12, "seed": 5}
 TEXT = ["Sparse networks are small. " * 20, "They are fast too, on the machine that you have. " * 10]
@@ -111,9 +110,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
 def test_a_model_that_says_nothing_is_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(prompts: Any, first: int, *rest: Any) -> Any:
-        return (Sampled(prompts.record(index, "", True), 0) for index in count(first))
-
-    monkeypatch.setattr(module, "samples", nothing)
+    every = frozenset(range(VOCABULARY))
+    monkeypatch.setattr("gossamer.tune.self_data.stop_tokens", lambda *given: every)
     with pytest.raises(TextError, match="ended 100 answers in a row"):
         gs.sample(model, tmp_path / "own.jsonl", text=TEXT, **SMALL)

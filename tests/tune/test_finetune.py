@@ -28,7 +28,7 @@ from gossamer.models import load_checkpoint
 from gossamer.models.text import Exchange
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
-from gossamer.tune import Loop, SparseTuning, saves, train
+from gossamer.tune import Loop, SparseTuning, Windows, saves, train
 from gossamer.tune.losses import loss
 from gossamer.tune.place import dense_weight
 from gossamer.tune.weights import FLOAT_SHARE, SHARE
@@ -426,14 +426,18 @@ def test_answers_alone_are_learned(dense: Path, tmp_path: Path, monkeypatch: pyt
     sparse = checkpoint(dense, tmp_path / "sparse", pattern="2:4", **exact)
     budget = {**BUDGET, "tokens": 2 * 4 * 32, "bfloat16": False}
     asked: dict[str, Any] = {**budget, "text": PAIRS, "losses": {"task": 1}}
-    texts = {**asked, "text": [CHAT.format(pair.prompt, pair.response) for pair in PAIRS]}  # the same tokens
+    texts = {**asked, "text": ["".join(CHAT.format(pair.prompt, pair.response) for pair in PAIRS)]}
     want, share = answers_by_hand(sparse, seqlen=32, held_out=2)
-    for micro in (1, 2):  # each token as much as another, in whatever parts they come
+    after = []
+    for micro in (1, 4):  # each token as much as another, in whatever parts they come
         done = gs.finetune(sparse, tmp_path / f"of {micro}", **{**asked, "micro": micro})
         assert done.outcome.before["task"] == pytest.approx(want, rel=1e-5)
         assert done.learned == pytest.approx(share)
         assert done.made["tuned"][0]["text"]["learned"] == round(share, 4)
         assert done.outcome.after["task"] < want
+        after.append({name: layer.to_dense() for name, layer in packed(done.path).items()})
+    for name, weight in after[0].items():
+        torch.testing.assert_close(weight, after[1][name], rtol=1e-3, atol=1e-6)
     all_of_it = gs.finetune(sparse, tmp_path / "texts", **texts)
     assert all_of_it.learned == 1
     assert all_of_it.outcome.before["task"] != pytest.approx(want, rel=1e-3)
@@ -448,6 +452,16 @@ def test_answers_alone_are_learned(dense: Path, tmp_path: Path, monkeypatch: pyt
         gs.finetune(sparse, tmp_path / "cut", **texts)
 
 
+@pytest.mark.parametrize("given", [torch.ones(3, 1), torch.ones(4), torch.ones(0, 8)])
+def test_windows_without_a_token_to_learn_are_refused(given: torch.Tensor) -> None:
+    with pytest.raises(MethodError, match=r"windows to tune on are|a window to tune on in which nothing"):
+        Windows.of(given.long())
+    ids, learned = torch.ones(2, 4, dtype=torch.int64), torch.tensor([[1, 0, 0, 1], [1, 0, 0, 0]]).bool()
+    assert Windows.of(ids[:1], learned[:1]).share == pytest.approx(1 / 3)
+    with pytest.raises(MethodError, match="a window to tune on in which nothing is learned"):
+        Windows.of(ids, learned)
+
+
 def answers_by_hand(path: Path, seqlen: int, held_out: int) -> tuple[float, float]:
     """The cross-entropy of answers in the held-out windows of PAIRS, and the share of tokens to tune on that
     are answers: character by character, in plain PyTorch."""
@@ -456,15 +470,15 @@ def answers_by_hand(path: Path, seqlen: int, held_out: int) -> tuple[float, floa
     for pair in PAIRS:
         before, _, after = CHAT.partition("{}</s><s>assistant: {}")
         asked = f"{before}{pair.prompt}</s><s>assistant: "
-        text += f"{asked}{pair.response}{after}\n\n"
-        wanted += " " * len(asked) + "x" * len(pair.response + after) + "  "
-    ids = tokenizer(text[:-2], add_special_tokens=False)["input_ids"]
+        text += f"{asked}{pair.response}{after}"
+        wanted += " " * len(asked) + "x" * len(pair.response + after)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     counts, at = [], 0
     for token in ids:
         length = len(tokenizer.decode([token]))
         counts.append("x" in wanted[at : at + length])
         at += length
-    assert at == len(text) - 2
+    assert at == len(text)
     rows = [(ids[i : i + seqlen], counts[i : i + seqlen]) for i in range(0, len(ids) - seqlen + 1, seqlen)]
     rows = [(window, flags) for window, flags in rows if any(flags[1:])]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()

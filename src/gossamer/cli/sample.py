@@ -37,7 +37,7 @@ def sample(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt cut from TEXT.")] = 32,
     max_new_tokens: options.MaxNewTokens = 224,
     together: Annotated[
-        int, typer.Option(min=1, help="Documents that are written side by side: the same ones, faster.")
+        int, typer.Option(min=1, help="Documents written side by side: in the native decoder faster.")
     ] = 8,
     temperature: options.Temperature = 1.0,
     top_k: options.TopK = 0,

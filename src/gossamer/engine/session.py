@@ -43,7 +43,7 @@ class NativeSession:
         self.cache = cache
         self._cache = decoder.new_cache(cache)
         self._policy = None if looks is None else decoder.new_policy(looks)
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
 
     @property
     def length(self) -> int:
@@ -76,30 +76,37 @@ class NativeSession:
         calls of `step`. Those of one decoder and one kind of cache, without a policy, go through the layers
         together, up to 16 in little more time than one. Raises ModelError for a sequence that is named twice,
         and before anything is appended for what cannot be."""
+        if len(tokens) != len(sessions):
+            raise ModelError(f"{len(sessions)} sequences take as many tokens, not {len(tokens)}")
         if len({id(session._cache) for session in sessions}) < len(sessions):
             raise ModelError("a sequence takes one token at a time: one of them is named twice")
-        groups: dict[Any, list[int]] = {}
-        for i, session in enumerate(sessions):
-            session.decoder.check(session._cache, torch.tensor([tokens[i]]))
-            together = (id(session.decoder), session.cache)
-            groups.setdefault(together if session._policy is None else i, []).append(i)
+        if len({session.decoder.vocabulary for session in sessions}) > 1:
+            raise ModelError("the sequences are those of models with several vocabularies")
         logits = torch.empty((len(sessions), sessions[0].decoder.vocabulary if sessions else 0))
-        for places in groups.values():
-            some = [sessions[i] for i in places]
-            if some[0]._policy is not None:
-                logits[places] = some[0].step(tokens[places[0]])
-                continue
-            with ExitStack() as stack:
-                for session in sorted(some, key=id):  # in one order, whoever else asks
-                    stack.enter_context(session._turn)
-                ids, caches = torch.tensor([tokens[i] for i in places]), [one._cache for one in some]
-                before = [cache.length for cache in caches]
-                try:
-                    logits[places] = some[0].decoder.append_each(caches, ids)
-                except BaseException:  # as in `_append`
-                    for cache, length in zip(caches, before, strict=True):
-                        cache.truncate(length)
-                    raise
+        with ExitStack() as stack:
+            # in one order, whoever else asks; views of a sequence share its turn
+            for turn in sorted((session._turn for session in sessions), key=id):
+                stack.enter_context(turn)
+            groups: dict[Any, list[int]] = {}
+            for i, session in enumerate(sessions):
+                session.decoder.check(session._cache, torch.tensor([tokens[i]]))
+                together = (id(session.decoder), session.cache)
+                groups.setdefault(together if session._policy is None else i, []).append(i)
+            before = [session.length for session in sessions]
+            try:
+                for places in groups.values():
+                    some = [sessions[i] for i in places]
+                    if some[0]._policy is None:
+                        caches, ids = [one._cache for one in some], [tokens[i] for i in places]
+                        found = some[0].decoder.append_each(caches, torch.tensor(ids))
+                    else:
+                        found = some[0].step(tokens[places[0]])
+                    # numpy: torch would start threads for many numbers, which a forked child has not
+                    logits.numpy()[places] = found.numpy()
+            except BaseException:  # as in `_append`
+                for session, length in zip(sessions, before, strict=True):
+                    session._cache.truncate(length)
+                raise
         return logits
 
     def logits(self, ids: Tensor) -> Tensor:

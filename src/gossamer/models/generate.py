@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import SamplingError, TextError
+from gossamer.errors import GossamerError, SamplingError, TextError
 from gossamer.models.sampling import Floats, Sampler, Sampling, finite_logits, log_probabilities
 from gossamer.models.session import (
     DecodingSession,
@@ -104,30 +104,41 @@ def generate_each(
     ``start``: of sessions that run the tokens (None: of ``model``, as a transformers decoder); so many as
     ``together`` are in progress at once, and where they can step side by side (the native decoder's) weights
     are read once for all. Prompts are taken as places fall free, which may be up to ``AHEAD * together``
-    prompts before what has been given out. Raises as `generate`.
+    prompts before what has been given out. Raises as `generate`, for a prompt when its turn has come.
     """
     if together < 1:
         raise SamplingError(f"at least one prompt is in progress at once, not {together}")
-    source, lines = iter(prompts), deque[_Line]()
-    start = start or (lambda: Session(model))
-    while True:
+    source, begin = iter(prompts), start or (lambda: Session(model))
+
+    def lines() -> Iterator[_Line]:
+        try:
+            for prompt in source:
+                line = _Line(prompt.ends)
+                line.begin(model, prompt, max_new_tokens, stop, begin)
+                yield line
+        except GossamerError as error:  # of what makes the prompts
+            yield _Line(error=error)
+
+    return _side_by_side(lines(), together)
+
+
+def _side_by_side(source: Iterator[_Line], together: int) -> Iterator[list[int]]:
+    """The tokens of every line, in their order, ``together`` of them in progress at once."""
+    lines, over = deque[_Line](), False
+    while lines or not over:
         running = [line for line in lines if line.session is not None]
-        while len(running) < together and len(lines) < AHEAD * together:
-            prompt = next(source, None)
-            if prompt is None:
+        while not over and len(running) < together and len(lines) < AHEAD * together:
+            line = next(source, None)
+            if line is None:
+                over = True
                 break
-            count = room(model, prompt.ids, max_new_tokens)
-            lines.append(_Line(_Choice(prompt.ids, count, prompt.sampling, stop), prompt.ends))
-            if count > 0:
-                lines[-1].begin(start(), prompt.ids)
-            if lines[-1].session is not None:
-                running.append(lines[-1])
+            lines.append(line)
+            if line.session is not None:
+                running.append(line)
         while lines and lines[0].session is None:
-            yield lines.popleft().tokens
+            yield lines.popleft().finished()
         if running:
             _step(running)
-        elif not lines:
-            return
 
 
 def _step(running: Sequence[_Line]) -> None:
@@ -138,23 +149,47 @@ def _step(running: Sequence[_Line]) -> None:
 
 
 class _Line:
-    """A prompt in progress: ``session`` is None where its tokens are all there."""
+    """A prompt in progress: ``session`` is None where its tokens are all there, or ``error`` came up."""
 
-    def __init__(self, choice: _Choice, ends: Callable[[int], bool] | None) -> None:
-        self.choice, self.ends = choice, ends
-        self.session: DecodingSession | None = None
+    def __init__(self, ends: Callable[[int], bool] | None = None, error: GossamerError | None = None) -> None:
         self.tokens: list[int] = []
+        self.session: DecodingSession | None = None
+        self.error = error
+        self._ends = ends
+        self._choice: _Choice
 
-    def begin(self, session: DecodingSession, ids: Sequence[int]) -> None:
-        self.session = session
-        self.take(session.prompt(torch.tensor(ids, dtype=torch.int64)))
+    def begin(
+        self,
+        model: nn.Module,
+        prompt: Prompt,
+        max_new_tokens: int,
+        stop: frozenset[int],
+        start: SessionFactory,
+    ) -> None:
+        try:
+            count = room(model, prompt.ids, max_new_tokens)
+            self._choice = _Choice(prompt.ids, count, prompt.sampling, stop)
+            if count > 0:
+                self.session = start()
+                self.take(self.session.prompt(torch.tensor(prompt.ids, dtype=torch.int64)))
+        except GossamerError as error:
+            self.error, self.session = error, None
 
     def take(self, logits: Tensor) -> None:
-        token = self.choice.take(finite_logits(logits))
+        try:
+            token = self._choice.take(finite_logits(logits))
+        except GossamerError as error:
+            self.error, self.session = error, None
+            return
         if token is not None:
             self.tokens.append(token)
-        if token is None or not self.choice.left or (self.ends is not None and self.ends(token)):
+        if token is None or not self._choice.left or (self._ends is not None and self._ends(token)):
             self.session = None
+
+    def finished(self) -> list[int]:
+        if self.error is not None:
+            raise self.error
+        return self.tokens
 
 
 class _Choice:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ModelError, TextError
-from gossamer.models.tokenizer import format_exchange
+from gossamer.models.tokenizer import check_utf8, format_exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,12 @@ class Text:
         """All documents as one string, with an empty line between them."""
         return SEPARATOR.join(map(str, self.documents))
 
+    @property
+    def sha256(self) -> str:
+        """Of the documents, which differs where an exchange and a text that read alike do."""
+        told = [document if isinstance(document, str) else asdict(document) for document in self.documents]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
 
 def read_text(source: TextSource, part: str = "calibrate") -> Text:
     """The text that ``source`` names.
@@ -73,10 +80,11 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
     if source is None:
         return default_text(part)
     if not isinstance(source, (str, Path)):
-        documents, label = list(source), "given strings"
+        documents, label = list[Any](source), "given strings"
         for i, document in enumerate(documents):
             if not isinstance(document, Document):
-                raise TextError(f"document {i} of the given text is {type(document).__name__}, not a string")
+                kind = type(document).__name__
+                raise TextError(f"document {i} of the given text is {kind}, not a string or an Exchange")
     else:
         path = Path(source).expanduser()
         label = path.resolve().name
@@ -118,8 +126,9 @@ def tokenize(text: Text, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def learned_tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """The ids of `tokenize`, and bool of the same shape: whether tuning learns the token, which it does of
-    texts all, and of exchanges the answer with the end that the chat form gives it. Raises ModelError where
-    the tokenizer does not tell the places of its tokens in a text that has exchanges."""
+    texts all, and of exchanges the answer with the end that the chat form gives it, but for white space at
+    the end. Raises ModelError where the tokenizer does not tell the places of its tokens in a text that has
+    exchanges."""
     whole, learned = _whole(text, tokenizer)
     if not any(isinstance(document, Exchange) for document in text.documents):
         ids, _ = _encode(whole, tokenizer)
@@ -133,25 +142,31 @@ def learned_tokens(text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[Tens
     begins, stops = torch.tensor(learned).T.contiguous()
     starts, ends = places.T.contiguous()
     document = (torch.searchsorted(begins, ends) - 1).clamp_min(0)  # the last that begins before the end
-    return ids, (ends > begins[document]) & (starts < stops[document])
+    some = begins[document] < stops[document]
+    return ids, some & (ends > begins[document]) & (starts < stops[document])
 
 
 def _whole(text: Text, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """All documents as the model reads them, and from where to where each is learned."""
-    forms, learned, at = [], [], 0
+    """All documents as the model reads them, and from where to where each is learned. An empty line stands
+    between them, but not behind one in chat form, which ends by itself."""
+    forms: list[str] = []
+    learned, at, between = [], 0, ""
     for document in text.documents:
-        asked, answered = "", document
         if isinstance(document, Exchange):
             asked, answered = format_exchange(tokenizer, document.prompt, document.response)
-        assert isinstance(answered, str)
-        forms.append(asked + answered)
-        learned.append((at + len(asked), at + len(forms[-1])))
-        at += len(forms[-1]) + len(SEPARATOR)
-    return SEPARATOR.join(forms), learned
+            told, after = answered.rstrip(), "" if tokenizer.chat_template else SEPARATOR
+        else:
+            asked, answered, told, after = "", document, document, SEPARATOR
+        at += len(between + asked)
+        learned.append((at, at + len(told)))
+        forms.append(between + asked + answered)
+        at, between = at + len(answered), after
+    return "".join(forms), learned
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, places: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids, and with ``places`` the characters ``(tokens, 2)`` from which to which each one stands."""
+    check_utf8(text)
     found = tokenizer(
         text,
         add_special_tokens=False,

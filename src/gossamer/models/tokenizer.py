@@ -53,7 +53,10 @@ def format_exchange(tokenizer: PreTrainedTokenizerBase, prompt: str, response: s
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return _format(tokenizer, turns, answering=False)
 
-    text, other = whole(response), whole("\0")  # answers that share no character
+    for part in (prompt, response):
+        check_utf8(part)
+    # answers that share no character
+    text, other = whole(response), whole("\1" if response.startswith("\0") else "\0")
     asked = "".join(c for c, _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
     if response.strip() and asked == text:
         raise ModelError("the model's chat template leaves the answer of a conversation out")
@@ -65,7 +68,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str
     "assistant") and its ``content``. Raises ModelError where the chat template refuses them, and TextError
     for what is no UTF-8."""
     for turn in turns:
-        _checked(turn["content"])
+        check_utf8(turn["content"])
     text = _format(tokenizer, turns)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
@@ -89,18 +92,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     off or without a template as plain text, with the special tokens that the tokenizer puts first."""
     if chat and tokenizer.chat_template:
         return encode_turns(tokenizer, [{"role": "user", "content": prompt}])
-    ids: list[int] = tokenizer(_checked(prompt), verbose=False)["input_ids"]
+    check_utf8(prompt)
+    ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     return ids
 
 
-def _checked(text: str) -> str:
+def check_utf8(text: str) -> None:
+    """Raises TextError for what is no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes that were no UTF-8, as Python holds them
         raise TextError(
             f"the text is no UTF-8: character {error.start + 1} is {text[error.start]!a}"
         ) from error
-    return text
 
 
 class StreamDecoder:

@@ -18,7 +18,7 @@ from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
 from gossamer.recipes.fingerprint import surroundings
-from gossamer.recipes.prepare import Prepared, needs_text, text_sha256
+from gossamer.recipes.prepare import Prepared, needs_text
 from gossamer.recipes.sample import sample
 from gossamer.recipes.shrink import remove_blocks
 
@@ -87,7 +87,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     return {
         "recipe": prepared.record,
         "model": {path.name: checksums_of(path).sha256 for path in prepared.files.paths},
-        "text": text_sha256(prepared.read) if needs_text(prepared.recipe) else None,
+        "text": prepared.read.sha256 if needs_text(prepared.recipe) else None,
         **surroundings(),
     }
 

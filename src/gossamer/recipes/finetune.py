@@ -24,7 +24,7 @@ from gossamer.models.contents import open_checkpoint
 from gossamer.models.manifest import WEIGHTS as WEIGHTS_FILE
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
-from gossamer.models.text import TextSource, read_text, tuning_windows
+from gossamer.models.text import Text, TextSource, read_text, tuning_windows
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
@@ -36,13 +36,13 @@ from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, Windows, held_out_losses, train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Finetuned:
     """The finished checkpoint, how it was made (as in its gossamer.json), and how tuning went; ``learned``:
-    the share of the text's tokens that losses counted."""
+    of the tokens in windows that were tuned on, the share that losses counted."""
 
     path: Path
     made: dict[str, Any]
@@ -207,12 +207,7 @@ class _Job:
     def _windows(self, checkpoint: Path) -> tuple[Windows, Windows]:
         """The windows to tune on, and those held out, of which none is both."""
         s = self.settings
-        windows = Windows.of(*tuning_windows(self.text, load_tokenizer(checkpoint), s.seqlen))
-        if len(windows) < s.held_out + s.batch:
-            raise TextError(
-                f"the text {self.text.label} gives {len(windows)} windows of {s.seqlen} tokens, but "
-                f"{s.held_out} are held out and a step takes {s.batch}: give more text, or shorter windows"
-            )
+        windows = windows_to_tune(self.text, load_tokenizer(checkpoint), s)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(s.seed))
         return windows[order[s.held_out :]], windows[order[: s.held_out]]
 
@@ -222,7 +217,7 @@ class _Job:
             "settings": self.settings.model_dump(),
             "checkpoint": self.contents.manifest.files[WEIGHTS_FILE].sha256,
             "teacher": [self.teacher_label, self.teacher_files],
-            "tokens": sha256_of(*(t for w in (self.windows, self.held_out) for t in (w.ids, w.labels))),
+            "tokens": sha256_of(*self.windows.tensors, *self.held_out.tensors),
             **surroundings(),
             "multiplied in": str(self.dtype),
         }
@@ -267,6 +262,19 @@ class _Job:
             value = stored[target]
             writer.add_matrix(name, value) if isinstance(value, Matrix) else writer.add_tensor(name, value)
         writer.finish(made)
+
+
+def windows_to_tune(text: Text, tokenizer: PreTrainedTokenizerBase, settings: FinetuneSettings) -> Windows:
+    """All windows of ``text`` that are tuned on or held out. Raises TextError where they are too few."""
+    s = settings
+    windows = Windows.of(*tuning_windows(text, tokenizer, s.seqlen))
+    if len(windows) < s.held_out + s.batch:
+        of = " in which something is learned" if windows.share < 1 else ""
+        raise TextError(
+            f"the text {text.label} gives {len(windows)} windows of {s.seqlen} tokens{of}, but "
+            f"{s.held_out} are held out and a step takes {s.batch}: give more text, or shorter windows"
+        )
+    return windows
 
 
 def _retold(layer: dict[str, Any], tuned: dict[str, Matrix | Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from gossamer.calibrate import fast_dtype
 from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.engine.caches import CacheKind, cache_of
-from gossamer.errors import ModelError
+from gossamer.errors import ModelError, TextError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.generate import Prompt, Token, generate, generate_each, room, stop_tokens
 from gossamer.models.sampling import Sampling, SamplingOptions
@@ -166,24 +166,15 @@ class LoadedModel:
         many are answered in a fraction of the time, though none of them sooner (``timing`` has no seconds).
         Raises as `stream`, for a prompt when it comes up.
         """
+        if isinstance(prompts, str):
+            raise TextError("prompts are several texts, such as a list, not one")
         StopStrings(stop)  # says what is wrong with it before anything runs
-        return self._answers(prompts, max_new_tokens, Sampling(**sampling), stop, chat, together)
-
-    def _answers(
-        self,
-        prompts: Iterable[str],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str],
-        chat: bool,
-        together: int,
-    ) -> Iterator[Answer]:
-        read: deque[list[int]] = deque()
+        how, read = Sampling(**sampling), deque[list[int]]()
 
         def asked() -> Iterator[Prompt]:
             for prompt in prompts:
                 read.append(encode_prompt(self.tokenizer, prompt, chat=chat))
-                yield Prompt(read[-1], sampling, _ender(self.tokenizer, stop))
+                yield Prompt(read[-1], how, _ender(self.tokenizer, stop) if stop else None)
 
         written = generate_each(
             self.model,
@@ -193,7 +184,8 @@ class LoadedModel:
             start=self.session,
             together=together,
         )
-        for tokens in written:
+
+        def answer(tokens: list[int]) -> Answer:
             ids = read.popleft()
             stream = AnswerStream(
                 map(Token, tokens),
@@ -202,9 +194,11 @@ class LoadedModel:
                 stops=StopStrings(stop),
                 timing=Timing(),
             )
-            answer = Answer.of(stream)
-            answer.timing = Timing(prompt_tokens=len(ids))  # not the time to read a list
-            yield answer
+            told = Answer.of(stream)
+            told.timing = Timing(prompt_tokens=len(ids))  # not the time to read a list
+            return told
+
+        return map(answer, written)
 
 
 def _ender(tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str]) -> Callable[[int], bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from gossamer.models.text import Text, TextSource, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
+from gossamer.recipes.finetune import windows_to_tune
 from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.recipe import Recipe
@@ -109,38 +109,38 @@ def _compress_reads(recipe: Recipe) -> bool:
     return bool(needs) or recipe.compress.tune is not None
 
 
-def text_sha256(text: Text) -> str:
-    """Of the text as stages read it."""
-    return hashlib.sha256(text.joined.encode()).hexdigest()
-
-
 def _check_windows(prepared: Prepared) -> None:
     """Every stage's windows fit the model's context, and the text has enough of them."""
     recipe, label = prepared.recipe, prepared.source.label
     if not needs_text(recipe):
         return
-    needed: list[tuple[str, int, int]] = []  # stage, tokens a window, windows
+    needed: dict[str, int] = {}  # tokens of a window, by stage
     if recipe.shrink is not None:
-        needed.append(("shrink", recipe.shrink.seqlen, 1))
+        needed["shrink"] = recipe.shrink.seqlen
     if _compress_reads(recipe):
-        needed.append(("compress", recipe.compress.seqlen, 1))
+        needed["compress"] = recipe.compress.seqlen
     if recipe.sample is not None:
-        needed.append(("sample", recipe.sample.prompt_tokens, 1))
-    elif recipe.tune is not None:
-        needed.append(("tune", recipe.tune.seqlen, recipe.tune.held_out + recipe.tune.batch))
-    for stage, seqlen, _ in needed:
+        needed["sample"] = recipe.sample.prompt_tokens
+    tunes = recipe.tune if recipe.sample is None else None
+    windows = {**needed, "tune": tunes.seqlen} if tunes is not None else needed
+    for stage, seqlen in windows.items():
         try:
             check_context(prepared.bare.config, seqlen, label)
         except ModelError as error:
             raise ModelError(f"{stage}: {error}") from None
-    tokens = len(tokenize(prepared.read, load_tokenizer(prepared.source.folder)))
-    for stage, seqlen, windows in needed:
-        least = seqlen * windows + (stage != "tune")
-        if tokens < least:
+    tokenizer = load_tokenizer(prepared.source.folder)
+    tokens = len(tokenize(prepared.read, tokenizer))
+    for stage, seqlen in needed.items():
+        if tokens < seqlen + 1:
             raise TextError(
-                f"{stage}: the text {prepared.read.label} has {tokens:,} tokens, but {windows} windows of "
-                f"{seqlen:,} need {least:,}: give more text, or shorter windows"
+                f"{stage}: the text {prepared.read.label} has {tokens:,} tokens, but a window of {seqlen:,} "
+                f"needs {seqlen + 1:,}: give more text, or shorter windows"
             )
+    if tunes is not None:
+        try:
+            windows_to_tune(prepared.read, tokenizer, tunes)
+        except TextError as error:
+            raise TextError(f"tune: {error}") from None
 
 
 def check_memory(needed: int, total: int) -> None:

@@ -235,7 +235,7 @@ def _plan(
     file = folder / "plan.json"
     asked: dict[str, Any] = {
         "windows": windows,
-        "text": [hashlib.sha256(text.joined.encode()).hexdigest() for text in (calibration, measure)],
+        "text": [text.sha256 for text in (calibration, measure)],
         "gossamer": VERSION,
     }
     others = [path for path in folder.iterdir() if path != file] if folder.is_dir() else []

@@ -62,8 +62,8 @@ class SampleSettings(BaseModel):
 @dataclass(frozen=True)
 class SampledText:
     """The finished file ``path``: ``records`` documents for which ``tokens`` were drawn in ``seconds`` (all
-    runs together, loading apart); ``own``: of a rewritten instruction set, the records whose answer is the
-    model's (else None). ``made`` is what lies beside it as JSON."""
+    runs together, but for loading and for what an interruption lost); ``own``: of a rewritten instruction
+    set, the records whose answer is the model's (else None). ``made`` is what lies beside it as JSON."""
 
     path: Path
     records: int

@@ -55,7 +55,7 @@ _SOURCES = ("calibration", "measured")
 
 def digest(source: TextSource) -> str:
     """What tells a text from others."""
-    return hashlib.sha256("\0".join(map(str, read_text(source).documents)).encode()).hexdigest()
+    return read_text(source).sha256
 
 
 def subject(model: str) -> dict[str, Any]:
@@ -92,7 +92,8 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
         return out
     if name not in experiment.rewritten:
         return texts.calibration
-    asked |= {"method": "answered", "own": experiment.rewritten[name], "count": experiment.answers}
+    sizes = [experiment.answers, ASKED, ANSWERED, ANSWER_TOKENS, PLACES]
+    asked |= {"method": "answered", "own": experiment.rewritten[name], "sizes": sizes}
     out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"
     if not out.exists():
         pairs = instructions(texts.calibration, experiment.answers, experiment.seed)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -185,8 +186,11 @@ def samples(
     depends on its number, and not on others. Raises TextError for a prompt that is longer than the model's
     context, ModelError for damaged weights."""
 
+    read: deque[list[int]] = deque()
+
     def asked(index: int) -> Prompt:
-        return Prompt(prompts.prompt(index), replace(sampling, seed=_seed(sampling.seed, index)))
+        read.append(prompts.prompt(index))
+        return Prompt(read[-1], replace(sampling, seed=_seed(sampling.seed, index)))
 
     stop = stop_tokens(model, tokenizer)
     answers = generate_each(
@@ -195,7 +199,7 @@ def samples(
     for index, tokens in zip(count(first), answers, strict=False):
         decoder = StreamDecoder(tokenizer)
         text = "".join(map(decoder.push, tokens)) + decoder.finish()
-        whole = len(tokens) < room(model, prompts.prompt(index), max_new_tokens)
+        whole = len(tokens) < room(model, read.popleft(), max_new_tokens)
         yield Sampled(prompts.record(index, text, whole), len(tokens))
 
 
