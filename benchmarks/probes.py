@@ -52,6 +52,8 @@ def contenders(args: argparse.Namespace) -> dict[str, str]:
         name = name if equals else Path(given).name
         if name in found:
             raise SystemExit(f"two contenders are called {name}: write NAME=CHECKPOINT")
+        if not (Path(path) / "gossamer.json").is_file():
+            raise SystemExit(f"{path} is no checkpoint")  # now, not when its turn has come
         found[name] = path
     return found
 
