@@ -29,7 +29,7 @@ DENSE = "dense"
 
 def parse() -> argparse.Namespace:
     parser = protocol.parser("probes", __doc__)
-    protocol.add_model_arguments(parser)
+    protocol.add_model_arguments(parser, required=False)
     parser.set_defaults(threads=2)
     parser.add_argument(
         "checkpoints", nargs="*", metavar="[NAME=]CHECKPOINT", help="made from the dense model"
@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=protocol.EVAL_WINDOWS, help="of perplexity; 0: none")
     parser.add_argument("--again", action="store_true", help="measure cells anew that are there")
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "probes.json")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: write the table there")
     return parser.parse_args()
 
 
@@ -135,6 +136,25 @@ def table(cells: dict[str, Any]) -> None:
     protocol.print_table(head, [row + [""] * (len(head) - len(row)) for row in rows if width])
 
 
+def page(cells: dict[str, Any]) -> str:
+    """Shares of right answers in Markdown, and paired differences to the dense model's with intervals."""
+    dense = [cell for cell in cells.values() if cell["model"] == DENSE and cell["part"] != "perplexity"]
+    asked = [(cell["part"], measure) for cell in dense for measure in cell["measures"]]
+    rows = []
+    for model in dict.fromkeys(cell["model"] for cell in cells.values()):
+        found = cells.get(f"{model}, perplexity")
+        row = [model, "" if found is None else f"{found['perplexity']:.1f}"]
+        for part, measure in asked:
+            cell, before = cells.get(f"{model}, {part}"), cells[f"{DENSE}, {part}"]
+            if cell is None:
+                row.append("")
+                continue
+            share = f"{100 * cell['measures'][measure]['share']:.1f}"
+            row.append(share if model == DENSE else f"{share} ({against(cell, before, measure)[2]})")
+        rows.append(row)
+    return protocol.markdown_table(["", "perplexity", *(f"{p}: {m}" for p, m in asked)], rows)
+
+
 def against(cell: dict[str, Any], before: dict[str, Any], measure: str) -> list[str]:
     """Flips from the dense model's answers, the difference with its interval, and equal answers."""
     now, then = (one["measures"][measure]["right"] for one in (cell, before))
@@ -149,6 +169,10 @@ def against(cell: dict[str, Any], before: dict[str, Any], measure: str) -> list[
 
 def main() -> None:
     args = parse()
+    if args.table:
+        protocol.write_between(args.table, "probes", page(protocol.read_json(args.out).get("cells", {})))
+        return
+    args.model = str(protocol.model_folder(args.model))
     protocol.set_threads(args.threads)
     run(args)
     table(json.loads(args.out.read_text()).get("cells", {}))
