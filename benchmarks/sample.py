@@ -29,7 +29,7 @@ Draw = Callable[[], int]  # draws all documents, and says how many tokens these 
 def parse() -> argparse.Namespace:
     parser = protocol.parser("sample", __doc__)
     protocol.add_model_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a Gossamer checkpoint beside it")
+    parser.add_argument("--checkpoint", metavar="[NAME=]DIR", help="a Gossamer checkpoint beside it")
     parser.add_argument("--documents", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32, help="tokens (default 32)")
     parser.add_argument("--decode", type=int, default=64, help="tokens (default 64)")
@@ -76,7 +76,9 @@ def main() -> None:
     dense = load(model, dtype="fast", engine="transformers").model
     loaded = {"dense bf16": load(model, engine="native")}
     if args.checkpoint:
-        loaded[args.checkpoint.name] = load(args.checkpoint, engine="native")
+        name, equals, path = args.checkpoint.partition("=")
+        path = path if equals else name
+        loaded[name if equals else Path(path).name] = load(path, engine="native")
     contenders: dict[str, Draw] = {}
     for width in widths:
         contenders[f"transformers, {width}"] = partial(in_transformers, dense, prompts, args.decode, width)

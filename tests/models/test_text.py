@@ -262,7 +262,11 @@ def test_windows_without_an_answer_are_left_out() -> None:
     tokenizer = tiny_tokenizer()
     long = Exchange("many words " * 50, "few")
     text = Text((long, Exchange("few", "many words " * 50), long), "given")
-    ids, learned = tuning_windows(text, tokenizer, 16)
+
+    def windows(text: Text, seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuning_windows(text, learned_tokens(text, tokenizer), seqlen)
+
+    ids, learned = windows(text, 16)
     every, all_of_it = evaluation_windows(text, tokenizer, 16), learned_tokens(text, tokenizer)[1]
     flags = all_of_it[: every.numel()].view_as(every)
     kept = flags[:, 1:].any(1)
@@ -270,11 +274,11 @@ def test_windows_without_an_answer_are_left_out() -> None:
     assert torch.equal(ids, every[kept])
     assert torch.equal(learned, flags[kept])
     with pytest.raises(TextError, match="no answers to learn in its windows of 16 tokens"):
-        tuning_windows(Text((Exchange("many words " * 50, ""),), "given"), tokenizer, 16)
+        windows(Text((Exchange("many words " * 50, ""),), "given"), 16)
     with pytest.raises(TextError, match="but one window needs 16"):
-        tuning_windows(Text(("few",), "given"), tokenizer, 16)
+        windows(Text(("few",), "given"), 16)
     with pytest.raises(TextError, match="seqlen must be at least 1"):
-        tuning_windows(text, tokenizer, 0)
+        windows(text, 0)
 
 
 def test_an_exchange_and_a_text_that_reads_alike_differ() -> None:

@@ -75,7 +75,7 @@ class NativeSession:
         """Append a token to each of ``sessions``; float32 logits ``(n, vocab)`` with the bits of as many
         calls of `step`. Those of one decoder and one kind of cache, without a policy, go through the layers
         together, up to 16 in little more time than one. Raises ModelError for a sequence that is named twice,
-        and before anything is appended for what cannot be."""
+        and for what cannot be appended, after which all are as they were."""
         if len(tokens) != len(sessions):
             raise ModelError(f"{len(sessions)} sequences take as many tokens, not {len(tokens)}")
         if len({id(session._cache) for session in sessions}) < len(sessions):
@@ -89,7 +89,6 @@ class NativeSession:
                 stack.enter_context(turn)
             groups: dict[Any, list[int]] = {}
             for i, session in enumerate(sessions):
-                session.decoder.check(session._cache, torch.tensor([tokens[i]]))
                 together = (id(session.decoder), session.cache)
                 groups.setdefault(together if session._policy is None else i, []).append(i)
             before = [session.length for session in sessions]

@@ -208,12 +208,12 @@ def evaluation_windows(
     return _cut(ids, seqlen, limit)
 
 
-def tuning_windows(text: Text, tokenizer: PreTrainedTokenizerBase, seqlen: int) -> tuple[Tensor, Tensor]:
+def tuning_windows(text: Text, tokens: tuple[Tensor, Tensor], seqlen: int) -> tuple[Tensor, Tensor]:
     """Token ids ``(n, seqlen)`` as of `evaluation_windows`, and bool of the same shape: which of them are
-    learned (see `learned_tokens`). Windows in which none is, but perhaps the first, are left out. Raises
-    TextError where no window is left."""
+    learned, of the ``tokens`` that `learned_tokens` gives for ``text``. Windows in which none is, but perhaps
+    the first, are left out. Raises TextError where no window is left."""
     _check_positive(seqlen=seqlen)
-    ids, learned = learned_tokens(text, tokenizer)
+    ids, learned = tokens
     _check_length(text, len(ids), seqlen)
     ids, learned = _cut(ids, seqlen), _cut(learned, seqlen)
     some = learned[:, 1:].any(1)

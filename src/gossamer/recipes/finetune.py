@@ -24,7 +24,7 @@ from gossamer.models.contents import open_checkpoint
 from gossamer.models.manifest import WEIGHTS as WEIGHTS_FILE
 from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
-from gossamer.models.text import Text, TextSource, read_text, tuning_windows
+from gossamer.models.text import Text, TextSource, learned_tokens, read_text, tuning_windows
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
@@ -36,7 +36,7 @@ from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, Windows, held_out_losses, train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ class _Job:
     def _windows(self, checkpoint: Path) -> tuple[Windows, Windows]:
         """The windows to tune on, and those held out, of which none is both."""
         s = self.settings
-        windows = windows_to_tune(self.text, load_tokenizer(checkpoint), s)
+        tokens = learned_tokens(self.text, load_tokenizer(checkpoint))
+        windows = windows_to_tune(self.text, tokens, s)
         order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(s.seed))
         return windows[order[s.held_out :]], windows[order[: s.held_out]]
 
@@ -264,10 +265,11 @@ class _Job:
         writer.finish(made)
 
 
-def windows_to_tune(text: Text, tokenizer: PreTrainedTokenizerBase, settings: FinetuneSettings) -> Windows:
-    """All windows of ``text`` that are tuned on or held out. Raises TextError where they are too few."""
+def windows_to_tune(text: Text, tokens: tuple[Tensor, Tensor], settings: FinetuneSettings) -> Windows:
+    """All windows of ``text`` that are tuned on or held out; ``tokens`` as of `learned_tokens`. Raises
+    TextError where they are too few."""
     s = settings
-    windows = Windows.of(*tuning_windows(text, tokenizer, s.seqlen))
+    windows = Windows.of(*tuning_windows(text, tokens, s.seqlen))
     if len(windows) < s.held_out + s.batch:
         of = " in which something is learned" if windows.share < 1 else ""
         raise TextError(

@@ -13,7 +13,7 @@ from gossamer.models.manifest import is_checkpoint
 from gossamer.models.place import check_layers
 from gossamer.models.skeleton import WeightFiles, skeleton
 from gossamer.models.sources import ModelFolder, resolve
-from gossamer.models.text import Text, TextSource, read_text, tokenize
+from gossamer.models.text import Text, TextSource, learned_tokens, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.progress import Progress, silent
@@ -129,16 +129,17 @@ def _check_windows(prepared: Prepared) -> None:
         except ModelError as error:
             raise ModelError(f"{stage}: {error}") from None
     tokenizer = load_tokenizer(prepared.source.folder)
-    tokens = len(tokenize(prepared.read, tokenizer))
+    learned = None if tunes is None else learned_tokens(prepared.read, tokenizer)
+    tokens = len(tokenize(prepared.read, tokenizer) if learned is None else learned[0])
     for stage, seqlen in needed.items():
         if tokens < seqlen + 1:
             raise TextError(
                 f"{stage}: the text {prepared.read.label} has {tokens:,} tokens, but a window of {seqlen:,} "
                 f"needs {seqlen + 1:,}: give more text, or shorter windows"
             )
-    if tunes is not None:
+    if tunes is not None and learned is not None:
         try:
-            windows_to_tune(prepared.read, tokenizer, tunes)
+            windows_to_tune(prepared.read, learned, tunes)
         except TextError as error:
             raise TextError(f"tune: {error}") from None
 

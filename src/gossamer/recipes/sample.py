@@ -5,12 +5,11 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from gossamer.matrices.atomic import atomic_file, check_free, output_error
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.sampling import Sampling
 from gossamer.models.sources import resolve
-from gossamer.models.text import Exchange, TextSource, read_text, tokenize
+from gossamer.models.text import Exchange, Text, TextSource, read_text, tokenize
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
@@ -107,7 +106,7 @@ def sample(
     prompts: Prompts
     if pairs is not None:
         prompts, label = Rewrites(pairs, loaded.tokenizer), Path(str(rewrite)).name
-        told = hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
+        told = Text(tuple(pairs), label).sha256
     else:
         assert source is not None
         ids, label = tokenize(source, loaded.tokenizer), source.label
