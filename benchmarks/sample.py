@@ -59,7 +59,7 @@ def in_transformers(model: Any, prompts: list[list[int]], count: int, together: 
 def natively(loaded: LoadedModel, prompts: list[list[int]], count: int, together: int) -> int:
     asked = [Prompt(ids, Sampling(temperature=1.0, seed=i)) for i, ids in enumerate(prompts)]
     answers = generate_each(loaded.model, asked, count, start=loaded.session, together=together)
-    return sum(map(len, answers))
+    return sum(len(written.tokens) for written in answers)
 
 
 def main() -> None:

@@ -20,6 +20,11 @@ from tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer, tiny_tok
 IDS = tiny_tokens(1, 12)[0]
 
 
+def each(*given: Any, **options: Any) -> Any:
+    """The tokens that `generate_each` gives after each prompt."""
+    return (written.tokens for written in generate_each(*given, **options))
+
+
 def new_ids(model: Any, ids: list[int], count: int, **options: Any) -> list[int]:
     return [token.id for token in generate(model, ids, count, **options)]
 
@@ -183,10 +188,10 @@ def test_several_prompts_have_the_tokens_of_each_alone(engine: str) -> None:
 
     for together in (1, 2, 3, 8):
         for begin in (start, Counted):
-            found = generate_each(model, iter(prompts), 25, stop=stop, start=begin, together=together)
+            found = each(model, iter(prompts), 25, stop=stop, start=begin, together=together)
             assert list(found) == want
-    assert list(generate_each(model, prompts, 0, start=start)) == [[]] * len(prompts)
-    assert list(generate_each(model, [], 5)) == []
+    assert list(each(model, prompts, 0, start=start)) == [[]] * len(prompts)
+    assert list(each(model, [], 5)) == []
 
 
 def test_prompts_are_taken_as_places_fall_free() -> None:
@@ -198,7 +203,7 @@ def test_prompts_are_taken_as_places_fall_free() -> None:
             taken += 1
             yield Prompt([3 + taken % 50])
 
-    answers = generate_each(model, endless(), 6, together=2)
+    answers = each(model, endless(), 6, together=2)
     for _ in range(10):
         next(answers)
     assert 10 <= taken <= 10 + 2 * AHEAD
@@ -211,9 +216,9 @@ def test_prompts_that_end_at_once_do_not_end_the_others(together: int) -> None:
     model, many = tiny_model("llama"), [Prompt([3 + i % 50]) for i in range(50)]
     every = frozenset(range(VOCABULARY))
     ends = [Prompt(prompt.ids, ends=lambda token: True) for prompt in many]
-    assert list(generate_each(model, many, 3, stop=every, together=together)) == [[]] * 50
-    assert list(generate_each(model, many, 0, together=together)) == [[]] * 50
-    assert [len(tokens) for tokens in generate_each(model, ends, 3, together=together)] == [1] * 50
+    assert list(each(model, many, 3, stop=every, together=together)) == [[]] * 50
+    assert list(each(model, many, 0, together=together)) == [[]] * 50
+    assert [len(tokens) for tokens in each(model, ends, 3, together=together)] == [1] * 50
 
 
 @pytest.mark.parametrize("together", [1, 3, 8])
@@ -223,7 +228,7 @@ def test_what_is_refused_comes_in_its_turn(together: int) -> None:
 
     def collect(prompts: Any) -> None:
         answers.clear()
-        answers.extend(generate_each(model, prompts, 5, together=together))
+        answers.extend(each(model, prompts, 5, together=together))
 
     with pytest.raises(TextError, match="the prompt has 21 tokens"):
         collect(prompts)

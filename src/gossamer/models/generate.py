@@ -89,6 +89,15 @@ class Prompt:
     ends: Callable[[int], bool] | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """The new ``tokens`` after a ``prompt``, of which ``room`` was for so many."""
+
+    prompt: Prompt
+    tokens: list[int]
+    room: int
+
+
 def generate_each(
     model: nn.Module,
     prompts: Iterable[Prompt],
@@ -97,7 +106,7 @@ def generate_each(
     stop: frozenset[int] = frozenset(),
     start: SessionFactory | None = None,
     together: int = 8,
-) -> Iterator[list[int]]:
+) -> Iterator[Written]:
     """The new tokens after each of ``prompts``, in their order: those that `generate` gives for it alone, up
     to the one at which it ``ends``.
 
@@ -113,16 +122,16 @@ def generate_each(
     def lines() -> Iterator[_Line]:
         try:
             for prompt in source:
-                line = _Line(prompt.ends)
-                line.begin(model, prompt, max_new_tokens, stop, begin)
+                line = _Line(prompt)
+                line.begin(model, max_new_tokens, stop, begin)
                 yield line
         except GossamerError as error:  # of what makes the prompts
-            yield _Line(error=error)
+            yield _Line(Prompt(()), error)
 
     return _side_by_side(lines(), together)
 
 
-def _side_by_side(source: Iterator[_Line], together: int) -> Iterator[list[int]]:
+def _side_by_side(source: Iterator[_Line], together: int) -> Iterator[Written]:
     """The tokens of every line, in their order, ``together`` of them in progress at once."""
     lines, over = deque[_Line](), False
     while lines or not over:
@@ -151,27 +160,23 @@ def _step(running: Sequence[_Line]) -> None:
 class _Line:
     """A prompt in progress: ``session`` is None where its tokens are all there, or ``error`` came up."""
 
-    def __init__(self, ends: Callable[[int], bool] | None = None, error: GossamerError | None = None) -> None:
+    def __init__(self, prompt: Prompt, error: GossamerError | None = None) -> None:
         self.tokens: list[int] = []
         self.session: DecodingSession | None = None
         self.error = error
-        self._ends = ends
+        self._prompt, self._room = prompt, 0
         self._choice: _Choice
 
     def begin(
-        self,
-        model: nn.Module,
-        prompt: Prompt,
-        max_new_tokens: int,
-        stop: frozenset[int],
-        start: SessionFactory,
+        self, model: nn.Module, max_new_tokens: int, stop: frozenset[int], start: SessionFactory
     ) -> None:
+        ids = self._prompt.ids
         try:
-            count = room(model, prompt.ids, max_new_tokens)
-            self._choice = _Choice(prompt.ids, count, prompt.sampling, stop)
-            if count > 0:
+            self._room = room(model, ids, max_new_tokens)
+            self._choice = _Choice(ids, self._room, self._prompt.sampling, stop)
+            if self._room > 0:
                 self.session = start()
-                self.take(self.session.prompt(torch.tensor(prompt.ids, dtype=torch.int64)))
+                self.take(self.session.prompt(torch.tensor(ids, dtype=torch.int64)))
         except GossamerError as error:
             self.error, self.session = error, None
 
@@ -183,13 +188,14 @@ class _Line:
             return
         if token is not None:
             self.tokens.append(token)
-        if token is None or not self._choice.left or (self._ends is not None and self._ends(token)):
+        ends = self._prompt.ends
+        if token is None or not self._choice.left or (ends is not None and ends(token)):
             self.session = None
 
-    def finished(self) -> list[int]:
+    def finished(self) -> Written:
         if self.error is not None:
             raise self.error
-        return self.tokens
+        return Written(self._prompt, self.tokens, self._room)
 
 
 class _Choice:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.engine.caches import CacheKind, cache_of
 from gossamer.errors import ModelError, TextError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
-from gossamer.models.generate import Prompt, Token, generate, generate_each, room, stop_tokens
+from gossamer.models.generate import Prompt, Token, Written, generate, generate_each, room, stop_tokens
 from gossamer.models.sampling import Sampling, SamplingOptions
 from gossamer.models.session import DecodingSession, PrefixSession, Session, SessionFactory, context_length
 from gossamer.models.skeleton import load_model
@@ -169,36 +168,34 @@ class LoadedModel:
         if isinstance(prompts, str):
             raise TextError("prompts are several texts, such as a list, not one")
         StopStrings(stop)  # says what is wrong with it before anything runs
-        how, read = Sampling(**sampling), deque[list[int]]()
+        how = Sampling(**sampling)
 
-        def asked() -> Iterator[Prompt]:
-            for prompt in prompts:
-                read.append(encode_prompt(self.tokenizer, prompt, chat=chat))
-                yield Prompt(read[-1], how, _ender(self.tokenizer, stop) if stop else None)
+        def asked(prompt: str) -> Prompt:
+            ids = encode_prompt(self.tokenizer, prompt, chat=chat)
+            return Prompt(ids, how, _ender(self.tokenizer, stop) if stop else None)
 
-        written = generate_each(
+        each = generate_each(
             self.model,
-            asked(),
+            map(asked, prompts),
             max_new_tokens,
             stop=stop_tokens(self.model, self.tokenizer),
             start=self.session,
             together=together,
         )
 
-        def answer(tokens: list[int]) -> Answer:
-            ids = read.popleft()
+        def answer(written: Written) -> Answer:
             stream = AnswerStream(
-                map(Token, tokens),
+                map(Token, written.tokens),
                 self.tokenizer,
-                limit=room(self.model, ids, max_new_tokens),
+                limit=written.room,
                 stops=StopStrings(stop),
                 timing=Timing(),
             )
             told = Answer.of(stream)
-            told.timing = Timing(prompt_tokens=len(ids))  # not the time to read a list
+            told.timing = Timing(prompt_tokens=len(written.prompt.ids))  # not the time to read a list
             return told
 
-        return map(answer, written)
+        return map(answer, each)
 
 
 def _ender(tokenizer: PreTrainedTokenizerBase, stop: str | Sequence[str]) -> Callable[[int], bool]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from gossamer.claim import Claim, Experiment
 from gossamer.errors import TextError
-from gossamer.models.generate import Prompt, generate_each, room, stop_tokens
+from gossamer.models.generate import Prompt, generate_each, stop_tokens
 from gossamer.models.sampling import Sampling
 from gossamer.models.session import SessionFactory
 from gossamer.models.text import Exchange
@@ -186,21 +185,17 @@ def samples(
     depends on its number, and not on others. Raises TextError for a prompt that is longer than the model's
     context, ModelError for damaged weights."""
 
-    read: deque[list[int]] = deque()
-
     def asked(index: int) -> Prompt:
-        read.append(prompts.prompt(index))
-        return Prompt(read[-1], replace(sampling, seed=_seed(sampling.seed, index)))
+        return Prompt(prompts.prompt(index), replace(sampling, seed=_seed(sampling.seed, index)))
 
     stop = stop_tokens(model, tokenizer)
     answers = generate_each(
         model, map(asked, count(first)), max_new_tokens, stop=stop, start=start, together=together
     )
-    for index, tokens in zip(count(first), answers, strict=False):
-        decoder = StreamDecoder(tokenizer)
-        text = "".join(map(decoder.push, tokens)) + decoder.finish()
-        whole = len(tokens) < room(model, read.popleft(), max_new_tokens)
-        yield Sampled(prompts.record(index, text, whole), len(tokens))
+    for index, written in zip(count(first), answers, strict=False):
+        decoder, drawn = StreamDecoder(tokenizer), len(written.tokens)
+        text = "".join(map(decoder.push, written.tokens)) + decoder.finish()
+        yield Sampled(prompts.record(index, text, drawn < written.room), drawn)
 
 
 def _seed(seed: int, index: int) -> int:
