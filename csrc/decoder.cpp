@@ -152,10 +152,8 @@ class DecoderRun {
         logits_ = logits;
         times_ = times;
         start_ = cache_.length();
-        if (each_)
-            for (int64_t r = 0; r < count; r++) caches_[r]->grow(caches_[r]->length() + 1);
-        else
-            cache_.grow(start_ + count);
+        const int64_t caches = each_ ? count : 1, more = each_ ? 1 : count;
+        for (int64_t i = 0; i < caches; i++) caches_[i]->grow(caches_[i]->length() + more);
         if (policy_) policy_->begin(cache_, count, threads_);
         lay_out();
         cache_.stage(stages() ? reinterpret_cast<uint8_t*>(staged_) : nullptr);
@@ -169,10 +167,7 @@ class DecoderRun {
             run_together(
                 threads_, [](void* self, int worker) { static_cast<DecoderRun*>(self)->work(worker); }, this);
         cache_.stage(nullptr);
-        if (each_)
-            for (int64_t r = 0; r < count; r++) caches_[r]->fill(caches_[r]->length() + 1);
-        else
-            cache_.fill(start_ + count);
+        for (int64_t i = 0; i < caches; i++) caches_[i]->fill(caches_[i]->length() + more);
         if (gates_) gates_->count_tokens(count);
         if (policy_) policy_->end(cache_);
     }
