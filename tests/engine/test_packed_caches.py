@@ -16,6 +16,7 @@ from gossamer.dynamic.cache.gear import Gear, GearLayer
 from gossamer.engine import Decoder, NativeSession, PackedCache
 from gossamer.engine.caches import PACKED
 from gossamer.errors import ModelError
+from gossamer.evaluate.likelihood import LikelihoodReader
 from gossamer.kernels.native import native
 from tiny import tiny_model, tiny_tokens
 
@@ -193,3 +194,15 @@ def test_bytes_are_those_of_the_format() -> None:
 def test_what_cannot_be_kept_is_refused(kind: Any, said: str) -> None:
     with pytest.raises(ModelError, match=said):
         NativeSession(Decoder(tiny_model("llama")), kind)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "gear4"])
+def test_likelihoods_do_not_depend_on_what_was_asked_before(cache: str) -> None:
+    decoder = Decoder(made())
+    ids = tiny_tokens(1, 300)[0].tolist()
+    context, other = ids[:200], [*ids[:40], *ids[60:290]]
+    alone = LikelihoodReader(lambda: NativeSession(decoder, cache))(context, ids[200:210])
+    read = LikelihoodReader(lambda: NativeSession(decoder, cache))
+    read(other, ids[290:])
+    assert read(context, ids[200:210]) == alone
+    assert read.reused == (40 if cache == "bfloat16" else 0)

@@ -219,6 +219,8 @@ def test_two_models_are_compared_item_by_item(folder: Path, tmp_path: Path) -> N
     assert document["probes"]["retrieval"]["groups"]["facts"]["4 facts"]["items"] == 3
     alone = gs.measure_probes(folder, probes[:1], items=3, against=gs.load(folder))
     assert alone.scores == alone.reference
+    assert found.engines == ("the native decoder",) * 2
+    assert alone.engines[1] == gs.load(folder).engine  # as it was given
     assert json.loads(json.dumps(document)) == document
 
 

@@ -225,6 +225,7 @@ def test_a_task_whose_answers_are_known(tmp_path: Path) -> None:
     assert found.accuracy == pytest.approx((6 / 9 + sum(right) / 4) / 2)
     document = found.to_dict()
     assert document["tasks"]["own"]["accuracy"] == pytest.approx(6 / 9)
+    assert document["engines"] == ["the native decoder"] * 2
     reference = document["tasks"]["own"]["against"]["correct"]
     assert document["tasks"]["own"]["flips"]["gained"] == reference[:6].count(0)
     assert document["tasks"]["own"]["flips"]["lost"] == reference[6:].count(1)

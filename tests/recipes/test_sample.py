@@ -102,6 +102,12 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
         gs.sample(model, out, text=TEXT, rewrite=bad)
     with pytest.raises(GossamerError, match="tokens"):
         gs.sample(model, out, text=TEXT, tokens=0)
+    made = tmp_path / "out.jsonl.made.json"
+    made.write_text("kept")
+    with pytest.raises(OutputError, match="exists already"):
+        gs.sample("no-such-model", out, text=TEXT)
+    assert made.read_text() == "kept"
+    made.unlink()
     with pytest.raises(TextError, match="cannot be cut from a text"):
         gs.sample(model, out, text=["short"], prompt_tokens=500)
     assert not list(tmp_path.glob("*.work"))

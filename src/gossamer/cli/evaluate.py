@@ -141,8 +141,16 @@ def _tasks(
     header = ["task", "items", "accuracy %", "95 %", "per character %", "95 %"]
     if measured.reference is not None:
         header += [f"{measured.against} %", "right -> wrong", "wrong -> right", "difference, points"]
-    notes = ["95 %: Wilson interval" + (", of differences paired bootstrap" if against else "")]
+    notes = _notes(measured)
     show.columns(f"Zero-shot tasks, {measured.model}", header, _task_rows(measured), notes)
+
+
+def _notes(measured: MeasuredTasks | MeasuredProbes) -> list[str]:
+    """What the intervals are, and what answered."""
+    paired = "" if measured.reference is None else ", of differences for pairs (Agresti and Min)"
+    models = [measured.model, measured.against] if measured.against else [measured.model]
+    answered = [f"{name}: {engine}" for name, engine in zip(models, measured.engines, strict=True)]
+    return [f"95 %: Wilson interval{paired}", "answered in " + "; ".join(answered)]
 
 
 def _names(listed: str) -> list[str]:
@@ -193,7 +201,7 @@ def _probes(
     header = ["probe", "", "items", "right %", "95 %"]
     if measured.reference is not None:
         header += [f"{measured.against} %", "right -> wrong", "wrong -> right", "difference, points"]
-    notes = ["95 %: Wilson interval" + (", of differences paired bootstrap" if against else "")]
+    notes = _notes(measured)
     notes += [
         f"{name}: {score.left_out} items were longer than the model's context, and are left out"
         for name, score in measured.scores.items()

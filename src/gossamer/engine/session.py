@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.engine.caches import CacheKind
+from gossamer.engine.caches import CacheKind, PackedCache, cache_of
 from gossamer.engine.decoder import Decoder
 from gossamer.engine.policy import Looks
 from gossamer.errors import ModelError
@@ -34,8 +34,6 @@ class NativeSession:
     the same bits, others another estimate.
     """
 
-    rewinds = True  # `truncate` can go anywhere
-
     def __init__(
         self, decoder: Decoder, cache: CacheKind = torch.bfloat16, looks: Looks | None = None
     ) -> None:
@@ -43,6 +41,10 @@ class NativeSession:
         self.cache = cache
         self._cache = decoder.new_cache(cache)
         self._policy = None if looks is None else decoder.new_policy(looks)
+        # whether `truncate` leaves what the first tokens alone would have left: not numbers in few bits from
+        # further back, nor what attention looked at by an estimate of a call's rows together
+        exact = all(look.kind in ("all", "static") for of_layer in looks or () for look in of_layer)
+        self.rewinds = exact and not isinstance(cache_of(cache), PackedCache)
         self._turn = threading.RLock()
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from typing_extensions import Unpack
 
+    from gossamer.bench import Plan
     from gossamer.dynamic.activations import Gates
     from gossamer.dynamic.attention import Policy
 
@@ -68,6 +69,19 @@ class LoadedModel:
     def session(self) -> DecodingSession:
         """An empty sequence: ``prompt`` and ``step`` append tokens and give the next one's logits."""
         return Session(self.model) if self.new_session is None else self.new_session()
+
+    def repacked(self, plan: Plan) -> LoadedModel:
+        """The model with its weights in the layouts of ``plan`` (`Plan.apply`, which says what that forgets),
+        and the native decoder made anew where it is that one. This one's modules change with it; sequences in
+        progress keep the weights that they have."""
+        plan.apply(self.model)
+        if not isinstance(self.new_session, partial):
+            return self
+        _, *settings = self.new_session.args
+        return replace(self, new_session=partial(NativeSession, self._decoder(), *settings))
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, None if self.gates is None else self.gates.gates)
 
     def as_transformers(self) -> PreTrainedModel:
         """A transformers model (``generate``, ``model(input_ids).logits``, ``config``) that computes as this
@@ -267,6 +281,14 @@ def load(
     return replace(loaded, engine=f"{loaded.engine}; no huge pages") if huge_pages else loaded
 
 
+def load_native(source: str | Path, **options: Any) -> LoadedModel:
+    """`load`, and the native decoder also for a plain model that it knows: what many questions are asked of,
+    or much text is drawn from, is worth a second copy in memory, and is compared in one arithmetic."""
+    loaded = load(source, **options)
+    left = options.get("engine", "auto") == "auto" and loaded.new_session is None and loaded.attention is None
+    return _with_engine(loaded, "auto", torch.bfloat16, None) if left else loaded
+
+
 def _policy(asked: str | Path | Policy) -> Policy:
     from gossamer.dynamic.attention import policy_of
 
@@ -293,7 +315,7 @@ def _with_engine(
         return _in_transformers(loaded, "asked for", policy, cache)
     reason = why_not(loaded.model)
     if reason is None:
-        decoder = Decoder(loaded.model, None if loaded.gates is None else loaded.gates.gates)
+        decoder = loaded._decoder()
         looks = None if policy is None else policy.native(len(decoder.windows), decoder.heads)
         decoder.new_cache(kept)  # says what does not suit
         new_session = partial(NativeSession, decoder, kept, looks)

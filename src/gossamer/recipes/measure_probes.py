@@ -13,7 +13,7 @@ from gossamer.errors import EvaluationError
 from gossamer.evaluate.probes import PROBES, Change, Probe, ProbeScore, changed
 from gossamer.evaluate.task_files import ITEMS
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import Engine, LoadedModel, load
+from gossamer.recipes.load import Engine, LoadedModel, load_native
 
 T = TypeVar("T")
 
@@ -21,13 +21,14 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class MeasuredProbes:
     """``scores`` of ``model`` by probe, and those of the model ``against`` (if any) on the same items;
-    ``skipped``: probes that could not be asked, and why."""
+    ``skipped``: probes that could not be asked, and why; ``engines``: what answered, one for each model."""
 
     model: str
     against: str | None
     scores: dict[str, ProbeScore]
     reference: dict[str, ProbeScore] | None
     skipped: dict[str, str]
+    engines: tuple[str, ...]
 
     def changes(self) -> dict[str, Change] | None:
         """By probe, from the model ``against`` to this one; None without one."""
@@ -39,10 +40,11 @@ class MeasuredProbes:
         """Plain values for JSON."""
         probes, changes = {name: score.to_dict() for name, score in self.scores.items()}, self.changes()
         if self.reference is not None and changes is not None:
-            for name, told in probes.items():
-                told["against"] = self.reference[name].to_dict()
-                told["change"] = changes[name].to_dict()
-        return {"model": self.model, "against": self.against, "probes": probes, "skipped": self.skipped}
+            for name, one in probes.items():
+                one["against"] = self.reference[name].to_dict()
+                one["change"] = changes[name].to_dict()
+        told = {"model": self.model, "against": self.against, "engines": list(self.engines)}
+        return {**told, "probes": probes, "skipped": self.skipped}
 
 
 def measure_probes(
@@ -55,12 +57,12 @@ def measure_probes(
     engine: Engine = "auto",
     progress: Progress = silent,
 ) -> MeasuredProbes:
-    """Asks ``model`` the ``probes`` (names in `gossamer.evaluate.probes.PROBES`, or probes) through
-    the engine that it answers in, and the model ``against`` the same.
+    """Asks ``model`` the ``probes`` (names in `gossamer.evaluate.probes.PROBES`, or probes), and
+    the model ``against`` the same: both in the native decoder where it knows them.
 
     ``probes``: None takes all, and skips with a reason what cannot be asked here; ``items``: of each probe,
-    None = all of a file, or a probe's own number; ``dtype``, ``engine``: see `load`. Raises a GossamerError
-    for whatever a person can mend, as far as it can before any model is loaded.
+    None = all of a file, or a probe's own number; ``dtype``, ``engine``: see `load` (``"auto"``: as said).
+    Raises a GossamerError for whatever a person can mend, as far as it can before any model is loaded.
     """
     wanted = list(PROBES) if probes is None else list(probes)
     if not wanted:
@@ -72,6 +74,7 @@ def measure_probes(
     if len({probe.name for probe in asked}) < len(asked):
         raise EvaluationError("a probe is named twice")
     skipped: dict[str, str] = {}
+    engines: list[str] = []
 
     def each(work: Callable[[Probe], T]) -> dict[str, T]:
         """What ``work`` gives for each probe; one that was not named may say why it cannot be asked."""
@@ -88,15 +91,15 @@ def measure_probes(
         return found
 
     def scores(one: str | Path | LoadedModel) -> tuple[str, dict[str, ProbeScore]]:
-        loaded = (
-            one if isinstance(one, LoadedModel) else load(one, dtype=dtype, engine=engine, progress=progress)
-        )
+        options: dict[str, Any] = {"dtype": dtype, "engine": engine, "progress": progress}
+        loaded = one if isinstance(one, LoadedModel) else load_native(one, **options)
+        engines.append(loaded.engine)
         return loaded.title, each(lambda probe: probe.ask(loaded, items, progress))
 
     each(lambda probe: probe.check())
     label, answered = scores(model)
     if against is None:
-        return MeasuredProbes(label, None, answered, None, skipped)
+        return MeasuredProbes(label, None, answered, None, skipped, tuple(engines))
     other, reference = scores(against)
     answered = {name: score for name, score in answered.items() if name in reference}
-    return MeasuredProbes(label, other, answered, reference, skipped)
+    return MeasuredProbes(label, other, answered, reference, skipped, tuple(engines))

@@ -14,7 +14,7 @@ from gossamer.evaluate.task_files import ITEMS, TaskItems, check_tasks, read_tas
 from gossamer.evaluate.task_scores import Flips, TaskScore, flips
 from gossamer.models.session import context_length
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import Engine, LoadedModel, load
+from gossamer.recipes.load import Engine, LoadedModel, load_native
 
 if TYPE_CHECKING:
     from gossamer.evaluate.harness_tasks import HarnessTask
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MeasuredTasks:
     """``scores`` of ``model`` on ``tasks``, and those of the model ``against`` (if any) on the same items.
-    ``harness``: the version of lm-evaluation-harness that asked."""
+    ``harness``: the version of lm-evaluation-harness that asked; ``engines``: what answered, one for each."""
 
     model: str
     against: str | None
@@ -31,6 +31,7 @@ class MeasuredTasks:
     scores: tuple[TaskScore, ...]
     reference: tuple[TaskScore, ...] | None
     harness: str
+    engines: tuple[str, ...]
 
     @property
     def accuracy(self) -> float:
@@ -62,6 +63,7 @@ class MeasuredTasks:
             "accuracy": self.accuracy,
             "against_accuracy": self.reference_accuracy,
             "lm_eval": self.harness,
+            "engines": list(self.engines),
             "tasks": tasks,
         }
 
@@ -77,10 +79,11 @@ def measure_tasks(
     progress: Progress = silent,
 ) -> MeasuredTasks:
     """Asks ``model`` the ``tasks`` (names or .jsonl files: see `read_task`; ``harness:NAME`` or YAML files:
-    see `harness_tasks`), through the engine that it answers in, and the model ``against`` the same.
+    see `harness_tasks`), and the model ``against`` the same: both in the native decoder where it knows them.
 
-    ``items``: questions a task, None = all; ``dtype``, ``engine``: see `load`. Raises a GossamerError for
-    whatever a person can mend, such as lm-evaluation-harness missing, before any model is loaded.
+    ``items``: questions a task, None = all; ``dtype``, ``engine``: see `load` (``"auto"``: as said). Raises
+    a GossamerError for whatever a person can mend, such as lm-evaluation-harness missing, before any model is
+    loaded.
     """
     chosen = _chosen(tasks, items)
     if against is not None and any(len(task.items) < 2 for task in chosen):
@@ -89,17 +92,19 @@ def measure_tasks(
 
     from gossamer.evaluate import harness
 
+    engines: list[str] = []
+
     def asked(one: str | Path | LoadedModel) -> tuple[str, tuple[TaskScore, ...]]:
-        loaded = (
-            one if isinstance(one, LoadedModel) else load(one, dtype=dtype, engine=engine, progress=progress)
-        )
+        options: dict[str, Any] = {"dtype": dtype, "engine": engine, "progress": progress}
+        loaded = one if isinstance(one, LoadedModel) else load_native(one, **options)
+        engines.append(loaded.engine)
         positions = context_length(loaded.model.config)
         asking = harness.SessionLM(loaded.session, loaded.tokenizer, positions, progress)
         return loaded.title, tuple(harness.ask(asking, chosen))
 
     label, scores = asked(model)
     other, reference = (None, None) if against is None else asked(against)
-    return MeasuredTasks(label, other, chosen, scores, reference, version("lm_eval"))
+    return MeasuredTasks(label, other, chosen, scores, reference, version("lm_eval"), tuple(engines))
 
 
 def _chosen(names: Sequence[str], items: int | None) -> tuple[TaskItems | HarnessTask, ...]:

@@ -9,8 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.calibrate import WorkFolder
-from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.errors import TextError
 from gossamer.matrices.atomic import atomic_file, check_free, output_error
 from gossamer.models.manifest import is_checkpoint
@@ -28,7 +26,7 @@ from gossamer.models.text import Exchange, Text, TextSource, read_text, tokenize
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
-from gossamer.recipes.load import LoadedModel, load
+from gossamer.recipes.load import LoadedModel, load_native
 from gossamer.recipes.settings import checked
 from gossamer.tune.self_data import Continuations, Prompts, Rewrites, samples
 
@@ -98,11 +96,13 @@ def sample(
     if text is not None and rewrite is not None:
         raise TextError("prompts are cut from a text, or come from an instruction set: give one of them")
     check_free(out)
+    if not work_of(out).exists():  # an interrupted run may have written it
+        check_free(_made_beside(out))
     if out.suffix != ".jsonl":
         raise TextError(f"what is written is jsonl: call it {out.name}.jsonl, else it is read as prose later")
     pairs = None if rewrite is None else read_pairs(rewrite)
     source = None if pairs is not None else read_text(text)
-    loaded = _with_native(load(model, dtype=dtype, progress=progress))
+    loaded = load_native(model, dtype=dtype, progress=progress)
     prompts: Prompts
     if pairs is not None:
         prompts, label = Rewrites(pairs, loaded.tokenizer), Path(str(rewrite)).name
@@ -217,25 +217,20 @@ class _Log:
         self.seconds += record["seconds"]
 
 
+def _made_beside(out: Path) -> Path:
+    return out.with_name(out.name + ".made.json")
+
+
 def _write(out: Path, records: list[dict[str, Any]], made: dict[str, Any]) -> None:
     def lines() -> Iterator[bytes]:
         for record in records:
             told = {key: value for key, value in record.items() if key != "seconds"}
             yield json.dumps(told, ensure_ascii=False).encode() + b"\n"
 
-    with atomic_file(out.with_name(out.name + ".made.json")) as file:
+    with atomic_file(_made_beside(out)) as file:
         file.write(json.dumps(made, indent=2).encode() + b"\n")
     with atomic_file(out) as file:
         file.writelines(lines())
-
-
-def _with_native(loaded: LoadedModel) -> LoadedModel:
-    """The model in the native decoder also where it is no checkpoint: a second copy in memory is worth many
-    thousand tokens."""
-    if loaded.new_session is not None or loaded.gates is not None or why_not(loaded.model) is not None:
-        return loaded
-    start = partial(NativeSession, Decoder(loaded.model))
-    return replace(loaded, new_session=start, engine="the native decoder")
 
 
 def _fingerprint(
