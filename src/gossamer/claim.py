@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+BY_CONTENDER = ("compressed", "shrunk", "gated", "attending", "caching", "tuned", "sampled", "rewritten")
+"""The fields of an `Experiment` that have settings by contender."""
+
 
 @dataclass(frozen=True)
 class Experiment:

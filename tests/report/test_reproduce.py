@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -122,6 +123,21 @@ def test_figures_are_kept_and_shared(model: str, tmp_path: Path, monkeypatch: py
     assert reproduce("random", tmp_path, claim=turned, texts=TEXTS).ratio == pytest.approx(1 / first.ratio)
     with pytest.raises(AssertionError, match="compressed again"):
         reproduce("magnitude", tmp_path, claim=claim(model), texts=Texts([PROSE[:9_000]], [PROSE], 4, 64))
+    (tmp_path / "notes-of-mine.txt").write_text("kept")
+    texts.forget(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes-of-mine.txt"]
+    with pytest.raises(AssertionError, match="compressed again"):
+        reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS)
+
+
+def test_seconds_are_those_of_a_contender_that_was_made_in_one_go(model: str, tmp_path: Path) -> None:
+    first = reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS)
+    assert first.figures["magnitude"]["seconds"] > 0
+    for file in tmp_path.glob("*.json"):  # as if measuring had been interrupted
+        file.unlink()
+    again = reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS, seeds=2)
+    assert again.figures["magnitude"]["seconds"] is None
+    assert again.ratios[0] == pytest.approx(first.ratio)
 
 
 def test_contenders_of_every_kind_are_made_once(model: str, tmp_path: Path) -> None:
@@ -374,7 +390,14 @@ def test_the_page_says_which_verdicts_are_of_an_earlier_claim(model: str, tmp_pa
     keys = ("metric", "than", "factor", "bound")
     found["claim"] |= {key: today[key] for key in keys}
     found["figures"].setdefault(today["than"], found["figures"]["random"])
+    found["claim"]["experiment"] = json.loads(json.dumps(today["experiment"]))
     assert "an earlier form" not in page({name: found})
+    experiment = found["claim"]["experiment"]
+    experiment["tuned"] = {"one that it does not run": {}}
+    del experiment["first"]  # a setting that came later
+    assert "an earlier form" not in page({name: found})
+    experiment["sparsity"] = 0.75
+    assert "an earlier form" in page({name: found})
 
 
 def test_the_page_in_the_docs_has_every_method() -> None:
@@ -461,5 +484,33 @@ def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
     same = run(app, ["reproduce", "wanda", "--calibration", str(text), "--text", str(text)])
     assert same.exit_code == 2
     assert "cannot both calibrate and measure" in same.stderr
+    assert set(json.loads(run(app, ["reproduce", "gptq", "--list", "--json"]).stdout)) == {"obs"}
+    for option in ("--out", "--page"):
+        nowhere = run(app, ["reproduce", "wanda", option, str(tmp_path / "no" / "file")])
+        assert nowhere.exit_code == 2
+        assert "cannot write" in nowhere.stderr
     assert run(app, ["reproduce", "--page", str(tmp_path / "catalogue.md")]).exit_code == 0
     assert "| `obs` |" in (tmp_path / "catalogue.md").read_text()
+
+
+def test_the_page_of_a_run_has_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tiny_folder(tmp_path / "model", max_position_embeddings=2048)
+    asked, file = {"magnitude": claim(str(long))}, tmp_path / "catalogue.md"
+    monkeypatch.setattr(import_module("gossamer.report.reproduce"), "claimed", lambda: asked)
+    words = [
+        "reproduce",
+        "magnitude",
+        "--page",
+        str(file),
+        "--work",
+        str(tmp_path / "work"),
+        "--windows",
+        "1",
+    ]
+    for option, text in (("--calibration", PROSE[:20_000]), ("--text", PROSE[20_000:])):
+        (tmp_path / option).write_text(text)
+        words += [option, str(tmp_path / option)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    row = next(line for line in file.read_text().splitlines() if line.startswith("| `magnitude` |"))
+    assert "ratio" in row

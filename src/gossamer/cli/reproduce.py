@@ -7,14 +7,14 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gossamer.cli import options, show
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import progress
-from gossamer.errors import MethodError
+from gossamer.errors import MethodError, OutputError
 
 if TYPE_CHECKING:
     from gossamer.report.reproduce import Texts, Verdict
@@ -43,15 +43,21 @@ def reproduce(
     ),
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file to merge verdicts into.")] = None,
     page: Annotated[
-        Path | None, typer.Option(help="Write the catalogue of methods, with the verdicts of --out.")
+        Path | None,
+        typer.Option(help="Write the catalogue of methods, with the verdicts of --out and of this run."),
     ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Forget the figures in the work folder: after a change of code.")
+    ] = False,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Run the claims of methods' papers in miniature, with their baselines, and say whether they hold."""
-    from gossamer.report.reproduce import claimed, run_all
+    from gossamer.prune import ALIASES
+    from gossamer.report.reproduce import claimed, run_all, verdicts_in
+    from gossamer.report.texts import forget
 
-    claims, names = claimed(), list(dict.fromkeys(names or ()))
+    claims, names = claimed(), list(dict.fromkeys(ALIASES.get(name, name) for name in names or ()))
     if unknown := [name for name in names if name not in claims]:
         raise MethodError(f"the method {unknown[0]!r} has no claim to run (there are: {', '.join(claims)})")
     if every and names:
@@ -69,6 +75,12 @@ def reproduce(
         raise MethodError("name a method, or --all (`gossamer reproduce --list` shows them)")
     options.use_threads(threads)
     texts = _texts(calibration, text, windows)
+    for place in (out, page):  # before anything runs
+        if place is not None and (place.is_dir() or not place.parent.is_dir()):
+            raise OutputError(f"cannot write {place}: name a file in a folder that is there")
+    known = {} if out is None else verdicts_in(out)
+    if refresh:
+        forget(work)
     found = []
     with resumable(work), progress() as report:
         verdicts = run_all(chosen, work, budget=seconds_of(budget), texts=texts, seeds=seeds, progress=report)
@@ -84,7 +96,7 @@ def reproduce(
         left = ", ".join(chosen[len(found) :])
         print(f"the budget is used up; not run: {left}", file=sys.stderr)
     if page is not None:
-        _write_page(page, out)
+        _write_page(page, known | {verdict.name: verdict.to_dict() for verdict in found})
 
 
 def seconds_of(budget: str | None) -> float | None:
@@ -118,7 +130,8 @@ def _show(verdict: Verdict) -> None:
     for name in names:
         one = verdict.figures[name]
         kl = "" if one["kl"] is None else f"{one['kl']:.4f}"
-        rows.append((name, f"{one['perplexity']:.3f}", kl, f"{one['seconds']:.0f}"))
+        seconds = "" if one["seconds"] is None else f"{one['seconds']:.0f}"
+        rows.append((name, f"{one['perplexity']:.3f}", kl, seconds))
     asked = verdict.claim.experiment
     of = f"{asked.model}, {asked.pattern}, sparsity {asked.sparsity}, {asked.values}"
     notes = [f"the paper: {verdict.claim.says}", f"here: {measured(verdict.to_dict())}"]
@@ -135,10 +148,9 @@ def _merge(out: Path, verdict: Verdict) -> None:
         file.write((json.dumps({"claims": claims}, indent=1) + "\n").encode())
 
 
-def _write_page(page: Path, results: Path | None) -> None:
+def _write_page(page: Path, verdicts: dict[str, Any]) -> None:
     from gossamer.matrices.atomic import atomic_file
     from gossamer.report.catalogue_page import page as page_of
-    from gossamer.report.reproduce import verdicts_in
 
     with atomic_file(page) as file:
-        file.write(page_of(verdicts_in(results) if results else {}).encode())
+        file.write(page_of(verdicts).encode())

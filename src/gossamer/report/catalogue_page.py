@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from gossamer.claim import BY_CONTENDER, Experiment
 from gossamer.recipes.catalogue import MethodFacts, methods
 
 HEAD = """# Catalogue
@@ -16,6 +19,7 @@ several seeds, lies on the other side of what was asked). A claim that does not 
 methods without a figure have not been run, or their claim is not data yet.
 """
 FEW = 20  # windows; fewer are told
+EARLIER = " (an earlier form of the claim)"
 TITLES = {
     "prune": "Pruning",
     "format": "Number formats",
@@ -60,9 +64,21 @@ def _row(method: MethodFacts, verdict: Mapping[str, Any] | None) -> list[str]:
 
 def _outdated(method: MethodFacts, verdict: Mapping[str, Any]) -> str:
     """What is said where the claim that was run asked for something else than today's does."""
-    asked = {} if method.claim is None else method.claim.to_dict()
-    same = all(verdict["claim"].get(key) == asked.get(key) for key in ("metric", "than", "factor", "bound"))
-    return "" if same else " (an earlier form of the claim)"
+    if method.claim is None:
+        return ""
+    now = json.loads(json.dumps(method.claim.to_dict()))
+    return "" if _asked(method.name, now) == _asked(method.name, verdict["claim"]) else EARLIER
+
+
+def _asked(name: str, claim: Mapping[str, Any]) -> list[Any]:
+    """What a claim as plain values runs and asks; settings that it does not have yet are today's defaults,
+    and those of contenders that it does not run are left out."""
+    defaults = json.loads(json.dumps(asdict(Experiment())))
+    told = {key: claim["experiment"].get(key, default) for key, default in defaults.items()}
+    runs = {name, claim["than"], *told["against"], told["start"]}
+    for kind in BY_CONTENDER:
+        told[kind] = {one: settings for one, settings in told[kind].items() if one in runs}
+    return [told, *(claim.get(key) for key in ("metric", "than", "factor", "bound"))]
 
 
 def measured(verdict: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from gossamer.evaluate import evaluate
 from gossamer.evaluate.logits import LogitReader
 from gossamer.matrices.atomic import atomic_file
 from gossamer.models.text import TextSource, calibration_windows, read_text
+from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
@@ -30,7 +31,8 @@ from gossamer.report.texts import Texts, label, subject, tuned_on
 def figures(
     name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Perplexity, its windows, KL to the dense model, and seconds of one contender.
+    """Perplexity, its windows, KL to the dense model, and seconds of one contender (None where it was made
+    in several goes).
 
     They are kept in the folder ``work`` by all that they depend on, and read from there the next time; an
     interrupted compression or tuning goes on. Raises a GossamerError for whatever a person can mend.
@@ -42,18 +44,19 @@ def figures(
         return dict(json.loads(file.read_text(encoding="utf-8")))
     if name in experiment.tuned or name in experiment.gated:
         figures(experiment.start, experiment, texts, work, progress)
-    start = time.perf_counter()
     dense, reference = _dense(experiment.model)
+    start = time.perf_counter()
     if name == "dense":
         measured: LoadedModel = dense
-        seconds = 0.0
+        seconds: float | None = 0.0
     elif name in experiment.attending or name in experiment.caching:
         measured = _at_run_time(name, experiment, texts.calibration)
         seconds = time.perf_counter() - start
     else:
+        whole = not out.exists() and not work_of(out).exists()
         if not out.exists():
             _make(name, experiment, texts, work, out, progress)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start if whole else None
         measured = load(out, dtype="fast", engine="transformers", progress=progress)
     read = read_text(texts.measured, part="measure")
     length, count = texts.windows_of(experiment.length)
@@ -68,7 +71,7 @@ def figures(
         "windows": [found.windows, found.seqlen],
         "text": read.label,
         "smoke_test": read.smoke or (name != "dense" and texts.calibration is None),
-        "seconds": round(seconds, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
     }
     text = json.dumps(result, indent=1)
     with atomic_file(file) as beside:

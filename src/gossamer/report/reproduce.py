@@ -114,7 +114,8 @@ def _mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if runs[0]["kl"] is not None:
         kl = [fmean(window) for window in zip(*(run["window_kl"] for run in runs), strict=True)]
         found |= {"kl": fmean(kl), "window_kl": kl}
-    return {**runs[0], **found, "seconds": round(fmean(run["seconds"] for run in runs), 1)}
+    seconds = [run["seconds"] for run in runs]
+    return {**runs[0], **found, "seconds": None if None in seconds else round(fmean(seconds), 1)}
 
 
 def _ratio(ours: float, theirs: float) -> float:

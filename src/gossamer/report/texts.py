@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
+import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -77,6 +79,13 @@ def label(asked: dict[str, Any]) -> str:
     """What the files of a contender, or of a text, are called that depends on all of ``asked``."""
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     return f"{asked['method']}-{key}"
+
+
+def forget(work: Path) -> None:
+    """Removes what the folder ``work`` holds under names that `label` gives, and leaves all else."""
+    for path in work.glob("*"):
+        if re.fullmatch(r"\w+-[0-9a-f]{16}(\.\w+)*", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress) -> TextSource:
