@@ -72,7 +72,7 @@ def main() -> None:
     if len(prompts) < args.documents or len(prompts[-1]) < args.prompt:
         raise SystemExit(f"the text has {len(ids)} tokens: too few for so many prompts of {args.prompt}")
     protocol.set_threads(args.threads)
-    # bfloat16 for both; transformers multiplies it in the dtype that is faster here
+    # rounded to bfloat16 for both; transformers multiplies that in the dtype that is faster here
     dense = load(model, dtype="fast", engine="transformers").model
     loaded = {"dense bf16": load(model, dtype="fast", engine="native")}
     if args.checkpoint:

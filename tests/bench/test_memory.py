@@ -1,17 +1,13 @@
-"""Resident memory: what a known allocation adds, and a model in a process of its own."""
+"""Resident memory: what a known allocation adds."""
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from gossamer.bench import peak_bytes, reset_peak, resident_bytes, resident_memory
-from gossamer.errors import EvaluationError
-from tiny import tiny_folder
+from gossamer.bench import peak_bytes, reset_peak, resident_bytes
 
 MIB = 1 << 20
 
@@ -29,18 +25,3 @@ def test_resident_and_peak_see_an_allocation() -> None:
     if can_reset:
         assert reset_peak()
         assert peak_bytes() < held - 40 * MIB
-
-
-def test_a_model_in_a_fresh_process(tmp_path: Path) -> None:
-    # 30 MiB of weights, all of them touched, and what transformers imports late
-    found = resident_memory(tiny_folder(tmp_path, vocab_size=122_880), prompt=8, threads=1)
-    assert 30 * MIB < found.model < 250 * MIB
-    assert found.peak >= found.running > found.base > 50 * MIB
-    assert found.model == found.running - found.base
-    assert json.loads(json.dumps(found.to_dict()))["model"] == found.model
-
-
-def test_a_process_that_fails_is_a_clear_error_with_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gossamer.bench.memory._CHILD", "raise SystemExit('first\\nno such model')")
-    with pytest.raises(EvaluationError, match=r"nothing could not be run.*: no such model"):
-        resident_memory("nothing")

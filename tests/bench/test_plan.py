@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gossamer as gs
 from gossamer import kernels
 from gossamer.bench import Plan, plan
 from gossamer.bench import planning as room
@@ -21,12 +22,13 @@ from gossamer.bench.kinds import leaves_of
 from gossamer.bench.plan_cache import PlanCache
 from gossamer.bench.speed import decode_bytes
 from gossamer.bench.timing import TORCH, Times
+from gossamer.engine import NativeSession
 from gossamer.errors import EvaluationError, ModelError, PatternError
 from gossamer.matrices import BlockDiagonal, Dense, LowRank, Packed, Product, Sparse, Sum, pack_tree
 from gossamer.models.place import place_matrix
 from gossamer.models.walk import find_parts, prunable
 from gossamer.nn import StructuredLinear
-from tiny import tiny_model, tiny_tokens
+from tiny import tiny_folder, tiny_model, tiny_tokens
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
@@ -282,6 +284,23 @@ def test_applying_changes_nothing_where_the_present_layout_wins() -> None:
     leaves = [module for module in model.modules() if isinstance(module, Packed)]
     assert plan(model).apply(model) == {}
     assert [module for module in model.modules() if isinstance(module, Packed)] == leaves
+
+
+def test_the_native_decoder_runs_what_was_planned(tmp_path: Path) -> None:
+    out = tmp_path / "sparse"
+    gs.compress(tiny_folder(tmp_path / "m"), out, method="magnitude", pattern="32:64", values="int8")
+    loaded = gs.load(out, cache="int8")
+    ids = tiny_tokens(1, 20)[0]
+    before, expected = loaded.session(), loaded.session().prompt(ids)
+    found = loaded.repacked(gs.plan(loaded, prompt=512, decode=1))
+    after = found.session()
+    assert isinstance(before, NativeSession)
+    assert isinstance(after, NativeSession)
+    linears = [module for name, module in found.model.named_modules() if ".layers." in name]
+    assert {module.layout for module in linears if isinstance(module, Packed)} == {"dense"}
+    assert after.decoder is not before.decoder
+    assert after.cache == torch.int8
+    assert torch.equal(after.prompt(ids), expected)
 
 
 def test_applying_to_a_tied_head_changes_the_embeddings_too() -> None:

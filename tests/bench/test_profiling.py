@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import gossamer as gs
 from gossamer import kernels
 from gossamer.bench import Machine, Part, Profile, profile, profiling
 from gossamer.engine import Decoder
 from gossamer.errors import EvaluationError
 from gossamer.matrices import Packed, Sparse
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
-from tiny import tiny_model
+from gossamer.recipes.measure import profile as profile_of
+from tiny import tiny_folder, tiny_model
 
 pytestmark = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
@@ -141,3 +144,9 @@ def test_bad_input() -> None:
             profile(decoder, **{"prompt": 4, "decode": 4, name: 0})
     with pytest.raises(EvaluationError, match="512 positions"):
         profile(decoder, prompt=510, decode=4)
+
+
+def test_a_model_that_looks_at_less_is_refused(tmp_path: Path) -> None:
+    loaded = gs.load(tiny_folder(tmp_path / "m"), engine="native", attention="sink_window")
+    with pytest.raises(EvaluationError, match="attention to everything"):
+        profile_of(loaded, prompt=4, decode=2)

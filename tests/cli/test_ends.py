@@ -166,6 +166,21 @@ main()
     assert subprocess.run([sys.executable, "-c", script], timeout=WAIT).returncode == 0
 
 
+def test_what_is_no_utf8_on_standard_input_is_left_to_whoever_reads_it() -> None:
+    script = """
+import sys
+sys.argv = ["gossamer", "isa"]
+from gossamer.cli.app import main
+try:
+    main()
+except SystemExit:
+    print(repr(sys.stdin.read()))
+"""
+    command, environment = [sys.executable, "-c", script], {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, timeout=WAIT, env=environment)
+    assert done.stdout.splitlines()[-1] == rb"'caf\udce9'"
+
+
 def test_a_file_that_nobody_expected_to_fail_is_named() -> None:
     with pytest.raises(typer.Exit) as end:
         guarded(lambda: open("/dev/null/x").close())()

@@ -159,9 +159,11 @@ def test_a_reader_that_remembers_reads_each_window_once() -> None:
 
 def test_model_is_left_as_it_was_and_progress_is_told() -> None:
     model = tiny_llama().train()
+    model.lm_head.eval()
     seen: list[tuple[str, int, int]] = []
     quality = evaluate(model, WINDOWS, batch=2, progress=lambda *args: seen.append(args))
     assert model.training
+    assert not model.lm_head.training
     assert [done for _, done, _ in seen] == [2, 4, 5]
     assert {total for _, _, total in seen} == {5}
     assert quality == evaluate(model.eval(), WINDOWS, batch=2)  # measured without dropout

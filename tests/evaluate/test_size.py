@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gossamer.errors import EvaluationError
-from gossamer.evaluate import layer_errors, memory_bytes, reconstruction_error, size_of
+from gossamer.evaluate import memory_bytes, size_of
 from gossamer.evaluate.layers import linear_layers
 from gossamer.matrices import Dense, LowRank, Packed
 from gossamer.models.checkpoint_writer import CheckpointWriter
@@ -155,20 +155,3 @@ def test_checkpoint_folder(tmp_path: Path) -> None:
 def test_no_folder_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no folder"):
         size_of(tmp_path / "nothing")
-
-
-def test_layer_errors_compare_two_versions_of_a_model() -> None:
-    dense, sparse = tiny_model("llama"), packed_llama()
-    name = "model.layers.1.self_attn.o_proj"
-    gram = torch.eye(64) * torch.arange(1.0, 65.0)
-    found = layer_errors(dense, sparse, {name: gram})
-    assert list(found) == list(linear_layers(dense))
-    weight = dense.get_submodule(name).weight.detach()
-    kept = sparse.get_submodule(name).matrix.to_dense()
-    assert found[name] == reconstruction_error(weight, kept, gram)
-    assert all(
-        0.3 < error < 0.8 for error in found.values()
-    )  # about half the energy goes with half the weights
-    assert set(layer_errors(dense, dense).values()) == {0.0}
-    with pytest.raises(EvaluationError, match=r"no layer model.layers"):
-        layer_errors(dense, nn.Linear(2, 2))

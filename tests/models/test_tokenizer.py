@@ -15,7 +15,7 @@ from gossamer.errors import ModelError, TextError
 from gossamer.models.tokenizer import (
     StreamDecoder,
     encode_prompt,
-    format_chat,
+    encode_turns,
     format_exchange,
     load_tokenizer,
 )
@@ -157,8 +157,6 @@ def test_a_broken_run_of_bytes_keeps_the_characters_that_were_whole() -> None:
 
 def test_chat_form() -> None:
     tokenizer = tiny_tokenizer()
-    assert format_chat(tokenizer, "Hi") == "<s>user: Hi</s><s>assistant: "
-    assert format_chat(tokenizer, "Hi", system="Be kind.").startswith("<s>system: Be kind.</s><s>user: Hi")
     ids = encode_prompt(tokenizer, "Hi")
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 2  # the template's own, and no third
@@ -187,7 +185,6 @@ def test_an_exchange_falls_apart_where_the_answer_begins() -> None:
 def test_without_a_template_a_prompt_is_plain_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_folder(tmp_path / "m"))
     tokenizer.chat_template = None
-    assert format_chat(tokenizer, "Hi") == "Hi"
     assert tokenizer.decode(encode_prompt(tokenizer, "Hi")) == "Hi"
 
 
@@ -195,7 +192,7 @@ def test_a_failing_template_is_an_error(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_folder(tmp_path / "m"))
     tokenizer.chat_template = "{{ raise_exception('only users may speak') }}"
     with pytest.raises(ModelError, match="only users may speak"):
-        format_chat(tokenizer, "Hi", system="x")
+        encode_turns(tokenizer, [{"role": "system", "content": "x"}])
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])
@@ -208,11 +205,10 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path: Path, content: str | 
 
 def test_smollm2_chats(smollm2: Path) -> None:
     tokenizer = load_tokenizer(smollm2)
-    text = format_chat(tokenizer, "Hi")
+    ids = encode_prompt(tokenizer, "Hi")
+    text = tokenizer.decode(ids)
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    ids = encode_prompt(tokenizer, "Hi")
-    assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token == "<|im_end|>"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -18,6 +19,7 @@ from gossamer.errors import EvaluationError
 from gossamer.models.session import Session, SessionFactory, context_length
 from gossamer.nn import StructuredEmbedding
 from gossamer.nn.experts import share_of_tokens
+from gossamer.nn.modes import evaluating
 from gossamer.progress import Progress, silent
 
 _WARM_STEPS = 8  # decode steps of a warm-up round
@@ -228,23 +230,18 @@ def _measure(
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     names = list(models)
     total, done = (warmup + repeats) * len(names), 0
-    modes = {name: model.training for name, model in models.items()}
-    with use_threads(threads):
-        try:
-            for model in models.values():
-                model.eval()
-            for turn in range(warmup + repeats):
-                shift = turn % len(names)
-                for name in names[shift:] + names[:shift]:
-                    if turn < warmup:
-                        _run(sessions[name], inputs, min(decode, _WARM_STEPS))
-                    else:
-                        runs[name].append(_run(sessions[name], inputs, decode))
-                    done += 1
-                    progress("bench", done, total)
-        finally:
-            for name, model in models.items():
-                model.train(modes[name])
+    with use_threads(threads), ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for turn in range(warmup + repeats):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                if turn < warmup:
+                    _run(sessions[name], inputs, min(decode, _WARM_STEPS))
+                else:
+                    runs[name].append(_run(sessions[name], inputs, decode))
+                done += 1
+                progress("bench", done, total)
         used = torch.get_num_threads()
     return {
         name: Speed(

@@ -101,7 +101,7 @@ def compress(
         from gossamer.bench import peak_bytes
         from gossamer.models.sources import resolve
         from gossamer.recipes.compress import compress as run
-        from gossamer.recipes.describe import describe_checkpoint, weight_bytes
+        from gossamer.recipes.describe import describe_checkpoint, source_bytes
 
         made = run(
             model,
@@ -125,7 +125,7 @@ def compress(
             tune=tune,
             tune_options=tune_options,
         )
-        before = weight_bytes(resolve(model).folder)
+        before = source_bytes(resolve(model).folder)
     found, seconds, peak = describe_checkpoint(made.path), time.perf_counter() - start, peak_bytes()
     if as_json:
         show.document(

@@ -173,6 +173,8 @@ def _model_rows(found: ModelFacts) -> list[tuple[str, str]]:
     share = found.prunable_parameters / found.parameters
     head = "tied to the embeddings" if found.tied else f"{found.head_parameters:,}"
     stored = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
+    larger = found.source_bytes != found.weight_file_bytes
+    made_from = f", made from {show.size(found.source_bytes)}" if larger else ""
     rows = [
         ("parameters", f"{found.parameters:,}"),
         ("blocks", f"{found.blocks}"),
@@ -182,7 +184,7 @@ def _model_rows(found: ModelFacts) -> list[tuple[str, str]]:
         ),
         ("embeddings", f"{found.embedding_parameters:,}"),
         ("head", head),
-        ("stored as", f"{stored} ({show.size(found.weight_file_bytes)})"),
+        ("stored as", f"{stored} ({show.size(found.weight_file_bytes)}{made_from})"),
     ]
     told = (("licence", found.license), ("from", found.origin))
     return rows + [(name, value) for name, value in told if value]

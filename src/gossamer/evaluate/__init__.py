@@ -10,7 +10,7 @@ from gossamer.evaluate.bootstrap import (
     perplexity_ratio_interval,
 )
 from gossamer.evaluate.confidence import Confidence, confidence, corrupted
-from gossamer.evaluate.layer_error import layer_errors, reconstruction_error
+from gossamer.evaluate.layer_error import reconstruction_error
 from gossamer.evaluate.quality import Quality, compare, evaluate
 from gossamer.evaluate.size import Size, memory_bytes, size_of, size_of_folder, size_of_model
 
@@ -25,7 +25,6 @@ __all__ = [
     "corrupted",
     "evaluate",
     "exp",
-    "layer_errors",
     "memory_bytes",
     "paired_difference",
     "paired_ratio",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.errors import EvaluationError
-from gossamer.evaluate.layers import dense_weight, layer_of, linear_layers
 
 _BLOCK = 1024  # columns of the Gram matrix that are held in float64 at once
 
@@ -41,24 +38,6 @@ def reconstruction_error(weight: Tensor, replaced: Tensor, gram: Tensor | None =
     if error.item() <= 0.0:
         return 0.0
     return (error / energy).item() if energy.item() > 0.0 else float("inf")
-
-
-def layer_errors(
-    dense: nn.Module, compressed: nn.Module, grams: Mapping[str, Tensor] | None = None
-) -> dict[str, float]:
-    """`reconstruction_error` of every linear layer inside the blocks, by name, in the model's order.
-
-    ``dense`` and ``compressed``: two versions of one model. ``grams`` may cover only some layers; the
-    others are measured without. One layer is unpacked at a time. Raises EvaluationError where ``compressed``
-    lacks a layer.
-    """
-    grams = grams or {}
-    return {
-        name: reconstruction_error(
-            dense_weight(layer), dense_weight(layer_of(compressed, name)), grams.get(name)
-        )
-        for name, layer in linear_layers(dense).items()
-    }
 
 
 def _energy(matrix: Tensor, gram: Tensor | None) -> Tensor:

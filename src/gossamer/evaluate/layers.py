@@ -1,11 +1,11 @@
-"""The linear layers inside a decoder's blocks, plain or structured: what is counted and compared."""
+"""The linear layers inside a decoder's blocks, plain or structured: what is counted."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from gossamer.errors import EvaluationError, ModelError
-from gossamer.models.walk import prunable, weight_of
+from gossamer.errors import ModelError
+from gossamer.models.walk import prunable
 from gossamer.nn import StructuredLinear
 
 
@@ -27,20 +27,3 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name in sorted(found, key=order.__getitem__)
         if found[name] is not head and any(part.isdigit() for part in name.split("."))
     }
-
-
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight ``(out, in)`` of a layer: a view of a plain one, a structured one unpacked."""
-    if isinstance(layer, StructuredLinear):
-        return layer.matrix.to_dense().detach()
-    return weight_of(layer)
-
-
-def layer_of(model: nn.Module, name: str) -> nn.Module:
-    """The layer ``name`` of ``model``; raises EvaluationError where there is none."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise EvaluationError(
-            f"{type(model).__name__} has no layer {name}: it is no version of the model it is compared with"
-        ) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import EvaluationError
+from gossamer.nn.modes import evaluating
 
 PROBE = 8  # positions on which "head after body" is compared with the whole model
 
@@ -19,14 +20,9 @@ Rows = Callable[[int, int], Tensor]
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for the length of a ``with`` block, without gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
+    """``model`` in evaluation mode for the length of a ``with`` block, without gradients."""
+    with evaluating(model), torch.inference_mode():
+        yield
 
 
 class LogitReader:

@@ -34,7 +34,7 @@ from gossamer.models.text import (
     evaluation_windows,
     read_text,
 )
-from gossamer.models.tokenizer import StreamDecoder, encode_prompt, encode_turns, format_chat, load_tokenizer
+from gossamer.models.tokenizer import StreamDecoder, encode_prompt, encode_turns, load_tokenizer
 from gossamer.models.walk import (
     Block,
     BlockInputs,
@@ -76,7 +76,6 @@ __all__ = [
     "evaluation_windows",
     "find_parts",
     "finish",
-    "format_chat",
     "generate",
     "is_checkpoint",
     "load_checkpoint",

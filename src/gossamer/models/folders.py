@@ -40,9 +40,12 @@ def pickle_refusal(where: str) -> str:
     )
 
 
-def write_about(folder: Path, key: str, origin: str, license_: str | None) -> None:
-    """Notes in ``folder`` what it was made from: its sha256, its name and its license."""
-    about = {"license": license_, "origin": origin, "sha256": key}
+def write_about(
+    folder: Path, key: str, origin: str, license_: str | None, weight_bytes: int | None = None
+) -> None:
+    """Notes in ``folder`` what it was made from: its sha256, its name and its license, and where weights were
+    made larger on the way the bytes that they took before."""
+    about = {"license": license_, "origin": origin, "sha256": key, "weight_bytes": weight_bytes}
     (folder / _ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -42,6 +42,8 @@ def from_hub(name: str, progress: Progress) -> Snapshot:
         folder = Path(snapshot_download(name, local_files_only=True))
         if _is_complete(folder):
             return Snapshot(folder, None)
+        if (file := _only_gguf(folder)) is not None:
+            return Snapshot(file, None)
     progress("download", 0, 1)
     try:
         info = HfApi().model_info(name, timeout=_SECONDS)
@@ -76,6 +78,15 @@ def _choose(name: str, files: list[str]) -> list[str]:
     if any(file.endswith(PICKLES) for file in top):
         raise ModelError(pickle_refusal(f"{name} on the hub"))
     raise ModelError(f"{name} on the hub holds no model in safetensors or GGUF")
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The one GGUF file that a snapshot holds in place of a model in safetensors; it is there when it is
+    whole."""
+    files = [path for path in folder.iterdir() if path.exists()]
+    ggufs = [path for path in files if path.suffix == ".gguf"]
+    others = any(path.suffix == ".safetensors" or path.name == "config.json" for path in files)
+    return ggufs[0] if len(ggufs) == 1 and not others else None
 
 
 def _is_complete(folder: Path) -> bool:

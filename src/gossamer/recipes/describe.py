@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.matrices.tensor_header import DTYPES
+from gossamer.models.folders import read_about
 from gossamer.models.manifest import MANIFEST, Manifest, is_checkpoint, read_manifest
 from gossamer.models.verify import misfits
 from gossamer.progress import Progress, silent
@@ -73,7 +74,8 @@ class CheckpointFacts:
 class ModelFacts:
     """A model that is no checkpoint. ``prunable_layers``, ``prunable_parameters``: linear layers inside the
     ``blocks``; ``head_parameters``: 0 for a head that is ``tied`` to the embeddings; ``dtypes``: how many
-    parameters are stored as what; ``weight_file_bytes``: of its safetensors files."""
+    parameters are stored as what; ``weight_file_bytes``: of its safetensors files; ``source_bytes``: of the
+    file that these were made from, where it is another."""
 
     label: str
     architecture: str
@@ -88,6 +90,7 @@ class ModelFacts:
     tied: bool
     dtypes: dict[str, int]
     weight_file_bytes: int
+    source_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -164,12 +167,19 @@ def describe_model(source: str, progress: Progress = silent) -> ModelFacts:
         tied=parts.tied,
         dtypes=dict(dtypes),
         weight_file_bytes=weight_bytes(found.folder),
+        source_bytes=source_bytes(found.folder),
     )
 
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's safetensors files."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def source_bytes(folder: Path) -> int:
+    """Bytes of the weights as their source has them: a GGUF file is larger once it is safetensors."""
+    noted = read_about(folder).get("weight_bytes")
+    return noted if isinstance(noted, int) else weight_bytes(folder)
 
 
 def _size(module: Any) -> int:

@@ -97,7 +97,7 @@ def gate(
     progress: Progress = silent,
 ) -> Gated:
     """Calibrates gates for ``model`` (a checkpoint, or any other source, whose linear layers are then packed
-    in their own dtype) and writes both as the new checkpoint ``out``, which `load` runs gated.
+    as bfloat16, or else float32) and writes both as the new checkpoint ``out``, which `load` runs gated.
 
     ``sparsity``: the share of the activations that every site drops, or, with ``greedy``, of the bytes of
     every block that are skipped. Values of weights stay exactly; those whose inputs are dropped past the

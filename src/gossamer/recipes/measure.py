@@ -153,6 +153,8 @@ def profile(
     if not isinstance(model, LoadedModel):
         options: dict[str, Any] = {"dtype": dtype, "huge_pages": huge_pages, "cache": cache}
         model = load(model, engine="native", progress=progress, **options)
+    if model.attention is not None:
+        raise EvaluationError(f"a profile is of attention to everything, and {model.title} looks at less")
     session = model.session()
     if not isinstance(session, NativeSession):
         raise EvaluationError(

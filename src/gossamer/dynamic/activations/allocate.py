@@ -15,6 +15,7 @@ from torch import Tensor
 from gossamer.dynamic.activations.calibrate import Calibrated
 from gossamer.errors import SparsityError
 from gossamer.models.walk import capture_block_inputs, find_parts, run_block
+from gossamer.nn.modes import evaluating
 from gossamer.progress import Progress, silent
 from gossamer.sparse.masks import check_sparsity
 
@@ -83,24 +84,19 @@ def greedy(
     ``sparsity``, whose steps are not taken again.
     """
     parts = find_parts(model)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            inputs = capture_block_inputs(model, windows, batch=len(windows), parts=parts)
-            hidden, found = inputs.hidden, {}
-            for index, block in enumerate(parts.blocks):
-                progress("allocate", index, len(parts.blocks))
-                run = partial(run_block, block, hidden, inputs.kwargs[index])
-                dense = run()
-                error = partial(_error, model, calibrated, run, dense)
-                inside = f"{block.name}."
-                sizes = {n: site.bytes for n, site in calibrated.sites.items() if n.startswith(inside)}
-                found.update(greedy_levels(sizes, sparsity, error, step, start))
-                hidden = dense
-            progress("allocate", len(parts.blocks), len(parts.blocks))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        inputs = capture_block_inputs(model, windows, batch=len(windows), parts=parts)
+        hidden, found = inputs.hidden, {}
+        for index, block in enumerate(parts.blocks):
+            progress("allocate", index, len(parts.blocks))
+            run = partial(run_block, block, hidden, inputs.kwargs[index])
+            dense = run()
+            error = partial(_error, model, calibrated, run, dense)
+            inside = f"{block.name}."
+            sizes = {n: site.bytes for n, site in calibrated.sites.items() if n.startswith(inside)}
+            found.update(greedy_levels(sizes, sparsity, error, step, start))
+            hidden = dense
+        progress("allocate", len(parts.blocks), len(parts.blocks))
     return found
 
 

@@ -14,6 +14,7 @@ from gossamer.errors import ModelError
 from gossamer.models.walk import find_parts, is_router, weight_of
 from gossamer.nn import StructuredLinear
 from gossamer.nn.experts import inside_experts
+from gossamer.nn.modes import evaluating
 from gossamer.nn.views import is_conv1d
 
 
@@ -95,11 +96,6 @@ def run_body(model: nn.Module, windows: Tensor, batch: int = 1) -> None:
     """Runs ``model``, its head apart, on token ids ``(n, seqlen)``, ``batch`` windows at a time."""
     body = getattr(model, "base_model", model)
     options: dict[str, Any] = {"use_cache": False} if hasattr(model, "config") else {}
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for ids in torch.split(windows, batch):
-                body(ids, **options)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for ids in torch.split(windows, batch):
+            body(ids, **options)
