@@ -123,15 +123,31 @@ def test_prunable_layers(arch: str) -> None:
     assert set(prunable(find_parts(tiny_model(arch)).blocks[0])) == PRUNABLE[arch]
 
 
-def test_routers_are_never_prunable() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(8, 4)
-            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    block = nn.ModuleDict({"mlp": Experts(), "gate_proj": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
-    assert set(prunable(block)) == {"gate_proj", *(f"mlp.experts.{i}" for i in range(4))}
+# by family: Mixtral's, Qwen's, Longcat's and Switch's, Gemma 4's, HunYuan's, JetMoE's and Zaya's
+@pytest.mark.parametrize(
+    "router",
+    [
+        "mlp.gate",
+        "mlp.shared_expert_gate",
+        "mlp.router.classifier",
+        "router.proj",
+        "mlp.gate.wg",
+        "self_attention.experts.router.layer",
+        "mlp.gate.router_mlp.fc1",
+    ],
+)
+def test_routers_are_never_prunable(router: str) -> None:
+    block = nn.Module()
+    kept = ["mlp.gate_proj", "mlp.gate_up_proj", "self_attn.output_gate", "mlp.experts.0.up_proj"]
+    for name in [router, *kept]:
+        at = block
+        *path, last = name.split(".")
+        for part in path:
+            if part not in at._modules:
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(last, nn.Linear(8, 8))
+    assert set(prunable(block)) == set(kept)
 
 
 def test_conv1d_is_read_and_written_as_out_by_in() -> None:

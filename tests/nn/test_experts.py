@@ -17,7 +17,7 @@ from gossamer.matrices import Packed
 from gossamer.models import load_checkpoint
 from gossamer.models.skeleton import WeightFiles, load_model, materialize, read_parameter, skeleton
 from gossamer.nn import StructuredLinear
-from gossamer.nn.experts import Experts, take_apart
+from gossamer.nn.experts import Experts, share_of_tokens, take_apart
 from tiny import tiny_folder, tiny_model, tiny_tokens
 
 ARCHS = ["mixtral", "qwen3_moe", "gpt_oss"]  # gpt_oss: with biases, transposed, gate and up interleaved
@@ -43,6 +43,25 @@ def test_apart_they_compute_the_same(arch: str) -> None:
     assert sum(isinstance(module, Experts) for module in model.modules()) == 3
     assert sum(p.numel() for p in model.parameters()) == count
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 2}),
+        ("gemma4_text", {"top_k_experts": 2}),
+        ("gemma4", {"text_config": {"top_k_experts": 2}}),
+        ("aria_text", {"moe_topk": 2}),
+        ("kimi_linear", {"num_experts_per_token": 2}),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 3]}),
+    ],
+)
+def test_each_expert_reads_a_share_of_the_tokens(family: str, settings: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    experts = tiny_model("qwen3_moe").model.layers[0].mlp.experts  # four
+    assert share_of_tokens(experts, AutoConfig.for_model(family, **settings)) == 0.5
+    assert share_of_tokens(experts, None) == share_of_tokens(torch.nn.Linear(2, 2), None) == 1
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -115,22 +134,35 @@ def test_experts_are_compressed_and_come_back_fused(arch: str, tmp_path: Path) -
         assert torch.equal(layer.matrix.to_dense(), want.T if fused.is_transposed else want)
 
 
-def test_experts_that_no_token_reaches_are_pruned_by_their_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "allocation", "group"),
+    [
+        ("wanda", "uniform", "row"),
+        ("fisher", "global", "tensor"),
+        ("wanda", "sensitivity", "row"),
+    ],
+)
+def test_experts_that_no_token_reaches_are_pruned_by_their_weights(
+    method: str, allocation: str, group: str, tmp_path: Path
+) -> None:
+    """Wanda's |W| ||x|| without inputs is |W|, and Fisher's W^2 g^2 / 2 without gradients W^2."""
     folder = tiny_folder(tmp_path / "m", "mixtral", num_local_experts=32, num_experts_per_tok=1)
-    few = {**SMALL, "windows": 1, "seqlen": 12}
-    done = gs.compress(folder, tmp_path / "out", method="wanda", sparsity=0.5, values="float32", **few)
-    unreached = [layer["name"] for layer in done.made["layers"] if layer.get("unreached")]
-    assert 0 < len(unreached) < 3 * 32 * 2
-    # Wanda's |W| ||x|| without inputs is |W|
+    done = gs.compress(
+        folder, tmp_path / "out", method=method, sparsity=0.5, allocation=allocation, values="float32",
+        calibration=TEXT, windows=1, seqlen=12,
+    )  # fmt: skip
+    records = [layer for layer in done.made["layers"] if ".experts." in layer["name"]]
+    unreached = [layer for layer in records if layer.get("unreached")]
+    assert 0 < len(unreached) < len(records) == 3 * 32 * 2
+    assert sum(layer["sparsity"] for layer in unreached) / len(unreached) == pytest.approx(0.5, abs=0.35)
     apart = load_model(folder, apart=True)[0]
     model = load_checkpoint(tmp_path / "out")
-    for name in unreached[:4]:
-        weight = apart.get_parameter(f"{name}.weight")
-        kept = model.get_submodule(name).matrix.to_dense() != 0
-        order = weight.abs().argsort(dim=1)
-        assert not kept.gather(1, order[:, : weight.shape[1] // 2]).any()
-    with pytest.raises(gs.errors.CalibrationError, match="never chosen"):
-        gs.compress(folder, tmp_path / "x", method="taylor", sparsity=0.5, **few)
+    for layer in unreached[:4]:
+        weight = apart.get_parameter(f"{layer['name']}.weight").abs()
+        kept = model.get_submodule(layer["name"]).matrix.to_dense() != 0
+        weight, kept = (one if group == "row" else one.reshape(1, -1) for one in (weight, kept))
+        pruned = round(layer["sparsity"] * weight.shape[1])
+        assert not kept.gather(1, weight.argsort(dim=1)[:, :pruned]).any()
 
 
 def test_experts_of_older_checkpoints_stay_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.errors import CalibrationError, ModelError
 from gossamer.nn.views import WeightView, positional, weight_views
@@ -70,6 +71,22 @@ def test_patches_of_convolutions(
     want = want if batched else want[None]
     got = product(of(module)[""], x)
     torch.testing.assert_close(got, want.flatten(2).transpose(1, 2).reshape(-1, 3), atol=1e-5, rtol=1e-5)
+
+
+def test_patches_are_copied_once() -> None:
+    class Seen(TorchDispatchMode):
+        """The storages that operations give."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            stores[out.untyped_storage().data_ptr()] = out  # held, so that no other takes its place
+            return out
+
+    stores: dict[int, Tensor] = {}
+    module = nn.Conv2d(4, 3, 3, padding=1)
+    with Seen():
+        rows = of(module)[""].inputs(module, (torch.randn(2, 4, 9, 9),))
+    assert sum(one.untyped_storage().nbytes() >= rows.nbytes for one in stores.values()) == 1
 
 
 def test_kernels_that_are_not_square() -> None:
@@ -178,11 +195,14 @@ def test_what_is_left_is_said() -> None:
         nn.Linear(4, 4),
         nn.LayerNorm(4),
         nn.Embedding(4, 4),
+        nn.Bilinear(4, 4, 2),
+        nn.Conv1d(4, 4, 3),
     )
     found, left = weight_views(model)
-    assert [view.name for view in found] == ["4"]
-    assert list(left) == ["0", "1", "2", "3"]
+    assert [view.name for view in found] == ["4", "8"]
+    assert list(left) == ["0", "1", "2", "3", "7"]
     assert "groups" in left["0"]
+    assert "stacks of matrices" in left["7"]
 
 
 def test_a_shared_weight_is_seen_once() -> None:

@@ -13,6 +13,8 @@ from gossamer.errors import EvaluationError, GossamerError, MethodError
 from gossamer.evaluate import evaluate
 from gossamer.evaluate.drop_point import drop_point
 from gossamer.models.text import read_text
+from gossamer.models.walk import find_parts, prunable
+from gossamer.nn.experts import take_apart
 from gossamer.recipes.compress import compress
 from gossamer.recipes.essential import essential_sparsity
 from gossamer.recipes.load import load
@@ -68,6 +70,24 @@ def test_the_curve_is_that_of_models_pruned_one_by_one(tmp_path: Path) -> None:
             kept = weight.abs().flatten().sort().values[int(0.6 * weight.numel() + 0.5)]
             weight.data[weight.abs() < kept] = 0
     assert found.curve[3][1] == pytest.approx(evaluate(loaded.model, ids).perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])  # gpt_oss: stored transposed
+def test_experts_are_pruned_too_and_stay_fused(arch: str, tmp_path: Path) -> None:
+    loaded = load(tiny_folder(tmp_path / "model", arch), engine="transformers", dtype="float32")
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    found = essential_sparsity(loaded, grid=(0.0, 0.2, 0.4, 0.6, 0.8), **SMALL)
+    after = loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    take_apart(loaded.model)
+    for block in find_parts(loaded.model).blocks:
+        for layer in prunable(block).values():
+            weight = layer.weight.data
+            kept = weight.abs().flatten().sort().values[int(0.6 * weight.numel() + 0.5)]
+            weight[weight.abs() < kept] = 0
+    ids = windows_for(loaded, read_text(TEXT, part="measure"), 48, 2)
+    assert found.curve[3][1] == pytest.approx(evaluate(loaded.model, ids).perplexity, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -15,10 +17,12 @@ from gossamer.calibrate.modules import gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, GossamerError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn import StructuredLinear
+from gossamer.nn.experts import take_apart
 from gossamer.nn.views import weight_views
 from gossamer.prune import METHODS, Layer, method
 from gossamer.sparse import mask_from_scores, parse_pattern
 from gossamer.sparse.masks import check_mask
+from tiny import tiny_model, tiny_tokens
 
 
 class Mixed(nn.Module):
@@ -78,6 +82,27 @@ def test_each_layer_is_what_the_method_makes_of_its_inputs() -> None:
     }  # fmt: skip
     assert found.left == {"head": "skipped"}
     assert torch.equal(model.head.weight, Mixed().head.weight)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_of_what_was_made_of_a_layer_only_its_mask_is_held(
+    pack: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["gossamer.recipes.sparsify"]  # whose function of that name hides it
+    made: list[weakref.ref[Any]] = []
+    held: list[int] = []
+    original = module.prune_layer
+
+    def counted(*args: Any) -> Any:
+        held.append(sum(one() is not None for one in made))
+        pruned = original(*args)
+        made.append(weakref.ref(pruned))
+        return pruned
+
+    monkeypatch.setattr(module, "prune_layer", counted)
+    gs.sparsify(nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), [torch.randn(9, 64)], pack=pack)
+    assert len(held) == 5
+    assert max(held) <= 1
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -290,6 +315,30 @@ def test_what_packing_or_pruning_would_break_is_left() -> None:
     assert isinstance(packed.plain, StructuredLinear)
     assert isinstance(packed.own, Threefold)
     torch.testing.assert_close(packed(ids), loose(ids))
+
+
+def test_fused_experts_and_routers_are_left() -> None:
+    model, ids = tiny_model("qwen3_moe"), tiny_tokens()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = gs.sparsify(model, [ids], method="wanda", pattern="2:4", skip="lm_head")
+    assert len(found.layers) == 3 * 4
+    mixtures = [f"model.layers.{index}.mlp" for index in range(3)]
+    assert found.left.keys() == {
+        "lm_head",
+        *(f"{m}.{part}" for m in mixtures for part in ("gate", "experts")),
+    }
+    assert "take_apart" in found.left[f"{mixtures[0]}.experts"]
+    take_apart(model)
+    found = gs.sparsify(model, method="magnitude", pattern="2:4", skip="lm_head")
+    assert len(found.layers) == 3 * (4 + 4 * 2)
+    assert set(found.left) == {"lm_head", *(f"{m}.gate" for m in mixtures)}
+    gates = [f"{m}.gate.weight" for m in mixtures]
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in gates)
+    # a gate is a router where there are experts
+    layers = {"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)}
+    assert not gs.sparsify(nn.ModuleDict(layers), method="magnitude", pattern="2:4").left
+    mixture = nn.ModuleDict({**layers, "experts": nn.ModuleList([nn.Linear(8, 8)])})
+    assert gs.sparsify(mixture, method="magnitude", pattern="2:4").left == {"gate": "it chooses experts"}
 
 
 def test_a_skip_that_is_in_no_name_is_told() -> None:

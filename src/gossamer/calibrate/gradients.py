@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,14 @@ from gossamer.models.skeleton import WeightFiles, materialize, release
 from gossamer.models.walk import (
     Block,
     ModelParts,
-    capture_block_inputs,
+    each_block_inputs,
     find_parts,
     finish,
     prunable,
     run_block,
     weight_of,
 )
+from gossamer.nn.experts import inside_experts
 from gossamer.nn.views import is_conv1d
 from gossamer.progress import Progress, silent
 
@@ -45,14 +47,29 @@ class Gradient(Statistic):
     """Of the mean loss over the next tokens of a window: ``mean``, the weight's gradient averaged over
     windows, and ``squares``, the average of its square, float32 ``(out, in)``; ``outputs``, the squared
     gradient of each output, summed over tokens and averaged over windows, float32 ``(out,)``, or None where
-    outputs were not seen."""
+    outputs were not seen. ``reached``: whether any token came by; else it is that of `unreached`."""
 
     name = "gradient"
     passes = "gradient"
 
-    def __init__(self, mean: Tensor, squares: Tensor, outputs: Tensor | None = None) -> None:
+    def __init__(
+        self, mean: Tensor, squares: Tensor, outputs: Tensor | None = None, reached: bool = True
+    ) -> None:
         super().__init__(mean.shape[1])
-        self.mean, self.squares, self.outputs = mean, squares, outputs
+        self.mean, self.squares, self.outputs, self.reached = mean, squares, outputs, reached
+
+    @classmethod
+    def unreached(cls, beside: Sequence[Gradient]) -> Gradient:
+        """That of an expert's layer that no token reached: the same for all its weights, so that they alone
+        decide, and as large as in the experts ``beside`` it on average, so that it competes with others."""
+
+        def level(parts: Sequence[Tensor]) -> Tensor:
+            size = torch.stack([part.abs().mean() for part in parts]).mean()
+            return torch.full_like(parts[0], float(size))
+
+        mean, squares = level([one.mean for one in beside]), level([one.squares for one in beside])
+        outputs = level([one.outputs for one in beside if one.outputs is not None])
+        return cls(mean, squares, outputs, reached=False)
 
     def squared_outputs(self, gram: Gram) -> Tensor:
         """``outputs``; where they were not seen, what the weights' gradients say of them, ``gram`` of the
@@ -65,11 +82,12 @@ class Gradient(Statistic):
         return (self.squares.double().sum(dim=1) / length).float()
 
     def select(self, inputs: Tensor) -> Gradient:
-        return Gradient(self.mean[:, inputs], self.squares[:, inputs], self.outputs)
+        return Gradient(self.mean[:, inputs], self.squares[:, inputs], self.outputs, self.reached)
 
     def to_bytes(self) -> bytes:
         assert self.outputs is not None
-        return b"".join(part.numpy().tobytes() for part in (self.mean, self.squares, self.outputs))
+        parts = (self.mean, self.squares, self.outputs, torch.tensor([float(self.reached)]))
+        return b"".join(part.numpy().tobytes() for part in parts)
 
     @classmethod
     def read(cls, path: Path, shape: tuple[int, int]) -> Gradient:
@@ -79,8 +97,8 @@ class Gradient(Statistic):
             data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
         except OSError as error:
             raise OutputError(f"the gradients {path.name} vanished from the work folder") from error
-        mean, squares, outputs = torch.split(data, [out * features, out * features, out])
-        return cls(mean.reshape(shape), squares.reshape(shape), outputs)
+        mean, squares, outputs, reached = torch.split(data, [out * features, out * features, out, 1])
+        return cls(mean.reshape(shape), squares.reshape(shape), outputs, bool(reached))
 
 
 def gradient_file(work: WorkFolder, name: str) -> Path:
@@ -101,7 +119,8 @@ def gather(
 
     ``windows``: token ids ``(windows, seqlen)``, seqlen >= 2. ``work`` is a folder of its own; a call that
     was interrupted goes on with the block where it stopped, and one that was finished returns at once.
-    Raises CalibrationError where gradients are not finite, or a layer was reached by no window.
+    Raises CalibrationError where gradients are not finite, or a layer that is no expert's was reached by no
+    window.
     """
     if windows.shape[1] < 2:
         raise CalibrationError("gradients need windows of at least 2 tokens: one of them must be foretold")
@@ -130,14 +149,11 @@ class _Pass:
         if self.work.next_block > 2 * count:
             return
         with outside_blocks(self.model, self.parts, self.files, self.dtype):
-            first = capture_block_inputs(self.model, self.windows[:1], parts=self.parts)
+            each = each_block_inputs(self.model, self.windows, parts=self.parts)
+            first = next(each)
             self.kwargs, self.shape = first.kwargs, (*self.windows.shape, first.hidden.shape[-1])
             if self.work.next_block == 0:
-                states = (
-                    capture_block_inputs(self.model, ids[None], parts=self.parts).hidden
-                    for ids in self.windows
-                )
-                self._done(-1, "hidden0", states)
+                self._done(-1, "hidden0", (given.hidden for given in chain([first], each)))
         for step in range(self.work.next_block, 2 * count + 1):
             self.progress("gradients", step, 2 * count + 1)
             if step < count:
@@ -225,9 +241,18 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, s in sums.items():
+        holders = inside_experts(module)
+        alike: dict[tuple[nn.Module, str], list[Gradient]] = {}  # of experts side by side
+        ordered = sorted(sums.items(), key=lambda item: item[1].windows == 0)  # those reached first
+        for name, s in ordered:
             full = f"{self.parts.blocks[index].name}.{name}"
-            statistic = s.finish(full, self.shape[0])
+            holder = holders.get(layers[name])
+            beside = [] if holder is None else alike.setdefault((holder, name.rpartition(".")[2]), [])
+            if s.windows or not beside:
+                statistic = s.finish(full, self.shape[0])
+                beside.append(statistic)
+            else:
+                statistic = Gradient.unreached(beside)
             self.work.write(gradient_file(self.work, full).name, statistic.to_bytes())
 
 
@@ -260,10 +285,8 @@ class _Sums:
 
     def finish(self, name: str, windows: int) -> Gradient:
         if self.windows == 0:
-            raise CalibrationError(
-                f"{name}: no calibration input reached this layer (an expert never chosen?)"
-            )
-        found = Gradient(self.mean / windows, self.squares / windows, self.outputs / windows)
+            raise CalibrationError(f"{name}: no calibration input reached this layer")
+        found = Gradient(self.mean.div_(windows), self.squares.div_(windows), self.outputs.div_(windows))
         if not torch.isfinite(found.squares).all():
             raise CalibrationError(f"{name}: its gradients are not finite: NaN or infinite weights after it?")
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from gossamer.errors import CalibrationError
 from gossamer.models.skeleton import WeightFiles, materialize, read_parameter, release
 from gossamer.models.walk import (
     ModelParts,
-    capture_block_inputs,
+    each_block_inputs,
     find_parts,
     prunable,
     run_block,
@@ -96,7 +97,8 @@ def walk(
     are, so that a block's outputs are the next one's inputs and it runs once. When the caller asks for the
     next visit, the block runs again with the weights it was left with, and the work folder notes it as done:
     write results before that.
-    Raises CalibrationError where inputs are not finite.
+    Raises CalibrationError where inputs are not finite, and ModelError where blocks are called with more of
+    the text than its hidden states.
     """
     parts = find_parts(model)
     total = len(parts.blocks)
@@ -113,19 +115,20 @@ def walk(
     dtype = dtype or fast_dtype()
     batch = batch_size(len(windows), windows.shape[1])
     with outside_blocks(model, parts, files, dtype):
-        kwargs = capture_block_inputs(model, windows[:batch], batch=batch, parts=parts)
-        one = capture_block_inputs(model, windows[:1], parts=parts).kwargs if targets else ()
-        shape = (*windows.shape, kwargs.hidden.shape[-1])
+        one: tuple[dict[str, Any], ...] = ()
+        if targets:  # of every window, since each is tuned on by itself
+            for given in each_block_inputs(model, windows, parts=parts):
+                one = given.kwargs
+        batches = each_block_inputs(model, windows, batch=batch, parts=parts)
+        first = next(batches)
+        shape = (*windows.shape, first.hidden.shape[-1])
         if work.next_block == 0:
-            states = (
-                capture_block_inputs(model, windows[at : at + batch], batch=batch, parts=parts).hidden
-                for at in range(0, len(windows), batch)
-            )
+            states = (given.hidden for given in chain([first], batches))
             work.block_done(-1, inputs=Inputs(work.inputs_file(0), shape, dtype).written(states))
     for index in range(work.next_block, total):
         block = parts.blocks[index]
         progress(stage, index, total)
-        call = kwargs.kwargs[index]
+        call = first.kwargs[index]
         inputs = work.open_inputs(shape, dtype)
         materialize(block.module, block.name, files, dtype, check_finite=True)
         visit = _visit(index, block.name, block.module, files)

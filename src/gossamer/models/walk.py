@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # decoders whose one list of blocks mixes classes (attention beside state space or convolution)
 MIXED_BLOCKS = frozenset({"bamba", "jamba", "nemotron_h", "zamba", "zamba2"})
-# linear layers that choose experts: a few outputs steer everything after them
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
+# modules that choose experts: a few outputs steer everything after them
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def prunable(block: Block | nn.Module) -> dict[str, nn.Module]:
 
 
 def is_router(name: str) -> bool:
-    """Whether a linear layer of this name chooses experts."""
-    return name.rpartition(".")[2] in _ROUTERS
+    """Whether a linear layer of this name within its block is one that chooses experts, or a part of one."""
+    return not _ROUTERS.isdisjoint(name.split("."))
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -157,34 +157,42 @@ class BlockInputs:
     kwargs: tuple[dict[str, Any], ...]
 
 
-def capture_block_inputs(
+def each_block_inputs(
     model: PreTrainedModel, windows: Tensor, *, batch: int = 1, parts: ModelParts | None = None
-) -> BlockInputs:
-    """Runs ``model`` on token ids ``windows`` (n, seqlen) without running its blocks.
+) -> Iterator[BlockInputs]:
+    """Runs ``model`` on token ids ``windows`` (n, seqlen), ``batch`` of them at a time, without running its
+    blocks.
 
     Everything before the blocks must be in memory; blocks, last norm and head may be on the meta device.
-    ``batch`` windows run together; the keyword arguments are those of such a batch (all architectures
-    but those with ALiBi biases, such as Bloom, broadcast them over any other batch), and depend on the
-    length of the windows, not on their tokens: where they do depend on them, or a model changes hidden states
-    between blocks, ModelError says so. Float32 products run in full precision, whatever PyTorch is set
-    to, so that rotary angles are right. Not to be called from two threads on one model.
+    The keyword arguments are those of the first batch (all architectures but those with ALiBi biases, such as
+    Bloom, broadcast them over a batch of any size), and depend on the length of the windows, not on their
+    tokens: where another batch has others, or a model changes hidden states between blocks, ModelError says
+    so. Float32 products run in full precision, whatever PyTorch is set to, so that rotary angles are right.
+    Not to be called from two threads on one model.
     """
     parts = parts or find_parts(model)
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 1:
         raise ModelError(f"windows are token ids (n, seqlen), got shape {tuple(windows.shape)}")
-    hidden: list[Tensor] = []
     first: tuple[dict[str, Any], ...] = ()
-    with torch.no_grad(), _full_precision():
-        for ids in torch.split(windows, batch):
-            states, kwargs = _capture(model, parts, ids)
-            hidden.append(states)
-            if not first:
-                first = kwargs
-            elif len(ids) == batch and not _same(first, kwargs):
-                raise ModelError(
-                    _unknown(model, "what its blocks get besides hidden states depends on the text")
-                )
-    return BlockInputs(torch.cat(hidden) if len(hidden) > 1 else hidden[0], first)
+    for ids in torch.split(windows, batch):
+        with torch.no_grad(), _full_precision():
+            hidden, kwargs = _capture(model, parts, ids)
+        first = first or kwargs
+        differ = {name for a, b in zip(first, kwargs, strict=True) for name in _differing(a, b)}
+        if differ and len(ids) == batch:
+            names = ", ".join(sorted(differ))
+            raise ModelError(
+                _unknown(model, f"what its blocks get besides hidden states depends on the text ({names})")
+            )
+        yield BlockInputs(hidden, first)
+
+
+def capture_block_inputs(
+    model: PreTrainedModel, windows: Tensor, *, batch: int = 1, parts: ModelParts | None = None
+) -> BlockInputs:
+    """What `each_block_inputs` gives, all windows in one: hidden states, and the arguments of a batch."""
+    found = list(each_block_inputs(model, windows, batch=batch, parts=parts))
+    return BlockInputs(torch.cat([one.hidden for one in found]), found[0].kwargs)
 
 
 def run_block(block: Block | nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -365,6 +373,11 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    """Names of arguments that are not the same in two calls."""
+    return {name for name in a.keys() | b.keys() if not (name in a and name in b and _same(a[name], b[name]))}
 
 
 def _same(a: Any, b: Any) -> bool:

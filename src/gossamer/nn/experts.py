@@ -18,6 +18,10 @@ from gossamer.nn.replace import replace_module
 # how a skeleton notes where a tensor's values lie; here: of one expert of a fused parameter
 Note = Callable[[Tensor, Tensor, int, bool], None]
 
+# what transformers' configurations call the number of experts that a token is sent to: nearly all of them,
+# Gemma 4's, Aria's
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+
 
 class Experts(nn.Module):
     """The experts of the fused module ``fused``, one by one; called as that one is, with the same result.
@@ -81,6 +85,16 @@ def experts_of(module: nn.Module, note: Note | None = None) -> Iterator[tuple[nn
         yield _linear(module, first, index, note), _linear(module, "down_proj", index, note)
 
 
+def expert_weights(fused: nn.Module) -> dict[str, Tensor]:
+    """The weights ``(out, in)`` of each expert of the fused module ``fused`` (see `is_fused`), by the names
+    that `Experts` gives its layers: views, never copies."""
+    return {
+        f"{index}.{name}": _weight(fused, name, index)
+        for index in range(count_experts(fused))
+        for name in (_first(fused), "down_proj")
+    }
+
+
 def count_experts(module: nn.Module) -> int:
     """How many experts ``module`` holds, fused or apart; 0 where it holds none."""
     if isinstance(module, Experts):
@@ -91,16 +105,28 @@ def count_experts(module: nn.Module) -> int:
 
 def share_of_tokens(module: nn.Module, config: object) -> float:
     """Of the tokens that come to ``module``, the share that each of its experts reads in a model of this
-    ``config``; 1 where it holds none."""
+    ``config`` (where layers send them to different numbers of experts, on average); 1 where it holds none, or
+    the configuration does not say."""
     count = count_experts(module)
-    return getattr(config, "num_experts_per_tok", count) / count if count else 1.0
+    if not count:
+        return 1.0
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    said = [getattr(text, name, None) for name in _EXPERTS_OF_A_TOKEN]
+    chosen = next((one for one in said if one is not None), count)
+    each = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    return sum(each) / len(each) / count
+
+
+def _weight(fused: nn.Module, name: str, index: int) -> Tensor:
+    weight = fused.get_parameter(name).detach()[index]
+    return weight.T if fused.is_transposed else weight
 
 
 def _linear(fused: nn.Module, name: str, index: int, note: Note | None) -> nn.Linear:
     stack: Any = fused._parameters[name]
     bias = fused._parameters.get(f"{name}_bias")
     turned = bool(fused.is_transposed)
-    weight = stack.detach()[index].T if turned else stack.detach()[index]
+    weight = _weight(fused, name, index)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = _parameter(weight, stack)
     if note is not None:

@@ -121,6 +121,14 @@ def _why_not(module: nn.Module) -> str:
         return "recurrent with projected states"
     if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
         return "attention whose keys or values have a width of their own"
+    stacks = [
+        one for one in module._parameters.values() if one is not None and one.dim() == 3 and len(one) > 1
+    ]
+    if stacks and not isinstance(module, nn.modules.conv._ConvNd):
+        return (
+            "its weights are stacks of matrices: those of fused experts become linear layers by "
+            "gossamer.nn.experts.take_apart"
+        )
     return ""
 
 
@@ -165,21 +173,16 @@ def _patches(module: nn.Module, args: tuple[Any, ...]) -> Tensor:
     """The patches that a convolution's kernel lies on, ``(batch x places, channels x kernel)``."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     x: Tensor = args[0]
-    flat = isinstance(module, nn.Conv1d)
-    sizes = len(module.kernel_size)
-    x = x if x.dim() == sizes + 2 else x[None]
+    axes = len(module.kernel_size)
+    x = x if x.dim() == axes + 2 else x[None]
     # ``_reversed_padding_repeated_twice`` holds what every mode of padding comes to, the last axis first
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-
-    def pair(given: tuple[int, ...]) -> tuple[int, int]:
-        return (1, given[0]) if flat else (given[0], given[1])
-
-    x = x[:, :, None] if flat else x
-    found = nn.functional.unfold(
-        x, pair(module.kernel_size), dilation=pair(module.dilation), stride=pair(module.stride)
-    )
-    return found.transpose(1, 2).reshape(-1, found.shape[1])
+    each = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (size, step, apart) in enumerate(each, start=2):
+        x = x.unfold(axis, apart * (size - 1) + 1, step)[..., ::apart]
+    # (batch, channels, ..places, ..kernel), all of it a view, becomes the one copy
+    return x.movedim(1, axes + 1).flatten(axes + 1).flatten(0, axes)
 
 
 def _attending(module: nn.Module, args: tuple[Any, ...]) -> Tensor:

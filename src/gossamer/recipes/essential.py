@@ -16,8 +16,9 @@ from gossamer.evaluate import evaluate
 from gossamer.evaluate.drop_point import DropPoint, drop_point
 from gossamer.matrices.values import value_type
 from gossamer.models.text import TextSource, read_text
-from gossamer.models.walk import find_parts, prunable, set_weight, weight_of
+from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.nn import StructuredLinear
+from gossamer.nn.experts import expert_weights, is_fused
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, check_combination
 from gossamer.recipes.load import LoadedModel, load
@@ -70,10 +71,10 @@ def essential_sparsity(
         raise MethodError(f"{loaded.label} is compressed already: give the dense model")
     ids = windows_for(loaded, read_text(text, part="measure"), seqlen, windows)
     curve = []
-    with _restored(loaded.model) as dense:
+    with _restored(loaded.model) as weights:
         for index, case in enumerate(cases):
             progress("sparsities", index, len(cases))
-            _prune(dense, case)
+            _prune(weights, case)
             curve.append((case.sparsity, evaluate(loaded.model, ids).perplexity))
     progress("sparsities", len(cases), len(cases))
     drop = drop_point([(s, math.log(perplexity)) for s, perplexity in curve])
@@ -81,23 +82,27 @@ def essential_sparsity(
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[dict[str, tuple[nn.Module, Tensor]]]:
-    """The prunable layers by name with copies of their weights, which they get back."""
-    found = {
-        f"{block.name}.{name}": (layer, weight_of(layer).clone())
-        for block in find_parts(model).blocks
-        for name, layer in prunable(block).items()
-    }
+def _restored(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """The prunable weights ``(out, in)`` by name, those of fused experts too, with copies that they get
+    back."""
+    weights: dict[str, Tensor] = {}
+    for block in find_parts(model).blocks:
+        weights |= {f"{block.name}.{name}": weight_of(layer) for name, layer in prunable(block).items()}
+        for name, module in block.module.named_modules():
+            if is_fused(module):
+                each = expert_weights(module).items()
+                weights |= {f"{block.name}.{name}.{inner}": weight for inner, weight in each}
+    found = {name: (weight, weight.clone()) for name, weight in weights.items()}
     try:
         yield found
     finally:
-        for layer, weight in found.values():
-            set_weight(layer, weight)
+        for weight, dense in found.values():
+            weight.copy_(dense)
 
 
-def _prune(dense: dict[str, tuple[nn.Module, Tensor]], case: Combination) -> None:
-    for name, (layer, weight) in dense.items():
+def _prune(weights: dict[str, tuple[Tensor, Tensor]], case: Combination) -> None:
+    for name, (weight, dense) in weights.items():
         found = case.method.prune(
-            Layer(name, weight.float()), case.pattern, case.sparsity, value_type("float32"), case.group
+            Layer(name, dense.float()), case.pattern, case.sparsity, value_type("float32"), case.group
         )
-        set_weight(layer, found.weight)
+        weight.copy_(found.weight)

@@ -21,6 +21,7 @@ from gossamer.calibrate import Gradient
 from gossamer.calibrate.modules import Batch, Loss, Waves, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.models.place import takes_matrix
+from gossamer.models.walk import is_router
 from gossamer.nn import StructuredLinear, replace_module
 from gossamer.nn.modes import evaluating
 from gossamer.nn.views import WeightView, weight_views
@@ -67,7 +68,8 @@ def sparsify(
     options: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Sparsified:
-    """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers, attention.
+    """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers, attention; not
+    the routers of mixtures of experts, nor experts that are fused in one tensor.
 
     ``batches``: calibration inputs, each a tensor, a tuple or list of arguments or a mapping of named ones
     (what its ``attention_mask`` hides is padding, and does not count); they run through the model many times,
@@ -139,6 +141,9 @@ class _Job:
         self.model, self.batches, self.combination = model, batches, combination
         self.outliers, self.loss, self.progress = outliers, loss, progress
         found, left = weight_views(model)
+        routers = _routers(model)
+        found = [view for view in found if view.name not in routers]
+        left |= dict.fromkeys(routers, "it chooses experts")
         skipped = _skipped(skip, [*(view.name for view in found), *left])
         self.views = [view for view in found if view.name not in skipped]
         self.left = {name: why for name, why in left.items() if name not in skipped}
@@ -166,35 +171,34 @@ class _Job:
         """What was done, and with ``pack`` what is to stand in the place of linear layers."""
         before = {view.name: view.weight.detach().clone() for view in self.views}
         try:
-            pruned, records = self._prune()
-            taken = _read_elsewhere(self.model)
-            packed = {
-                view.module: self._packed(view, pruned[view.name])
-                for view in self.views
-                if pack and _is_linear(view) and view.module not in taken
-            }
+            return self._prune(pack)
         except BaseException:
             with torch.no_grad():
                 for view in self.views:
                     view.weight.copy_(before[view.name])
             raise
-        masks = {name: one.mask for name, one in pruned.items() if one.mask is not None}
-        return Sparsified(records, masks, self.left), packed
 
-    def _prune(self) -> tuple[dict[str, Pruned], list[dict[str, Any]]]:
+    def _prune(self, pack: bool) -> tuple[Sparsified, dict[nn.Module, StructuredLinear]]:
         if self.loss is not None and Gradient in (*self.needs, *allocation_needs(self.combination)):
             self.gradients = gather_gradients(self.model, self.views, self.batches, self.loss)
         shares = allocation(self.combination.allocation)(self._infos(), self.combination.sparsity)
-        pruned: dict[str, Pruned] = {}
+        taken = _read_elsewhere(self.model)
         records: list[dict[str, Any]] = []
+        masks: dict[str, Tensor] = {}
+        packed: dict[nn.Module, StructuredLinear] = {}
         for wave in self._waves("pruning", self.needs):
+            pruned: list[tuple[WeightView, Pruned]] = []
             for view, layer in wave:
                 one = prune_layer(layer, self.combination, shares[view.name], self.outliers)
-                pruned[view.name] = one
+                pruned.append((view, one))
                 records.append(record_of(layer, one))
-            for view, _ in wave:
-                view.replace(pruned[view.name].weight)
-        return pruned, records
+            for view, one in pruned:
+                view.replace(one.weight)
+                if one.mask is not None:
+                    masks[view.name] = one.mask
+                if pack and _is_linear(view) and view.module not in taken:
+                    packed[view.module] = self._packed(view, one)
+        return Sparsified(records, masks, self.left), packed
 
     def _waves(self, stage: str, needs: Needs) -> Iterator[list[tuple[WeightView, Layer]]]:
         """The layers in the order in which inputs reach them, those together that read the same, with
@@ -253,6 +257,18 @@ def _block(name: str) -> str:
     """The part of a model that a weight belongs to: its name up to the first number, else the whole name."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
     return found.group() if found else name
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """What chooses experts in a model that has any: elsewhere a ``gate`` is a layer like others."""
+    modules = dict(model.named_modules())
+    if not any("experts" in name.split(".") for name in modules):
+        return []
+    return [
+        name
+        for name, module in modules.items()
+        if is_router(name) and any(weight.dim() == 2 for weight in module.parameters(recurse=False))
+    ]
 
 
 def _read_elsewhere(model: nn.Module) -> set[nn.Module]:
