@@ -11,6 +11,7 @@ from gossamer.calibrate import Gram, InputMoments, InputNorm
 from gossamer.errors import MethodError
 from gossamer.prune import Layer, check_combination
 from gossamer.prune.dsnot import DSnoT
+from gossamer.prune.random import Random
 from gossamer.sparse import Unstructured, check_mask, mask_from_scores, parse_pattern
 
 
@@ -130,6 +131,15 @@ def test_moments_are_those_of_all_tokens() -> None:
 def test_it_asks_for_what_its_start_needs() -> None:
     assert DSnoT(start="obs").needs == (InputNorm, InputMoments, Gram)
     assert DSnoT().needs == (InputNorm, InputMoments)
+
+
+def test_a_start_that_draws_has_the_seed_of_the_whole() -> None:
+    found = check_combination("dsnot", sparsity=0.5, options={"start": "random"}, seed=7).method
+    assert isinstance(found, DSnoT)
+    assert found.first == Random(seed=7)
+    assert check_combination(
+        "dsnot", sparsity=0.5, options={"start": "random", "seed": 3}, seed=7
+    ).method == DSnoT(start="random", seed=3)
 
 
 @pytest.mark.parametrize(

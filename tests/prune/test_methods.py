@@ -116,6 +116,8 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"pattern": "2:4", "allocation_name": "erk"}, MethodError),
         ("wanda", {"pattern": "32:64", "allocation_name": "sensitivity"}, MethodError),
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5, "allocation_name": "owl"}, MethodError),
+        ("wanda", {"pattern": "unstructured:row", "sparsity": 0.5, "allocation_name": "global"}, MethodError),
+        ("wanda", {"pattern": "16x4:row", "sparsity": 0.5, "allocation_name": "global"}, MethodError),
         ("wanda", {"budget": "60MB"}, MethodError),
         ("wanda", {"budget": "60MB", "allocation_name": "owl"}, MethodError),
         ("wanda", {"budget": "60MB", "allocation_name": "sensitivity", "sparsity": 0.5}, MethodError),
@@ -147,6 +149,17 @@ def test_plain_unstructured_takes_the_papers_comparison_group() -> None:
         "row"
     )
     assert check_combination("gptq", pattern="32:64").pattern == NM(32, 64)
+    for name in ("wanda", "sparsegpt"):
+        c = check_combination(name, sparsity=0.5, allocation_name="global")
+        assert c.pattern == Unstructured("model")
+
+
+def test_where_nothing_is_pruned_the_allocation_is_uniform() -> None:
+    for name in ("global", "owl", "sensitivity"):
+        assert check_combination("wanda", values="int4", allocation_name=name).allocation == "uniform"
+        assert check_combination("wanda", sparsity=0.1, allocation_name=name).allocation == name
+    c = check_combination("wanda", budget="60MB", allocation_name="sensitivity")
+    assert c.allocation == "sensitivity"
 
 
 def test_a_missing_statistic_is_named() -> None:

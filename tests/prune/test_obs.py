@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prune_layers import mixed_layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.calibrate import Gram
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import value_type
 from gossamer.prune import Layer, Pruned, check_combination, method
-from gossamer.prune.obs import OBS, block_width
+from gossamer.prune.obs import OBS, block_width, inverse_factor
 from gossamer.sparse import check_mask, count_pruned, mask_from_scores, parse_pattern
 
 FLOAT = value_type("float32")
@@ -164,6 +165,36 @@ def test_a_hopeless_gram_matrix_is_an_error() -> None:
     layer[Gram].matrix *= torch.where(torch.eye(16) > 0, 1.0, 1e6)
     with pytest.raises(CalibrationError, match="positive definite"):
         prune(layer, "unstructured", 0.5)
+
+
+class Made(TorchDispatchMode):
+    """Collects the storages that operators give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(one, torch.Tensor):
+                self.storages[one.untyped_storage().data_ptr()] = one.untyped_storage()
+        return out
+
+
+@pytest.mark.parametrize(("order", "matrices"), [("natural", 1), ("activation", 2)])
+def test_a_factor_is_made_in_its_own_place(order: str, matrices: int) -> None:
+    gram = make_layer(cols=96)[Gram]
+    before = gram.matrix.clone()
+    with Made() as made:
+        found = inverse_factor(gram, 0.01, order)
+    large = [one for one in made.storages.values() if one.nbytes() >= 4 * 96 * 96]
+    assert len([one for one in large if one.data_ptr() != gram.matrix.data_ptr()]) == matrices
+    assert torch.equal(gram.matrix, before)
+    H = before[found.order][:, found.order].clone()
+    H.diagonal().add_(0.01 * float(H.diagonal().mean()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    assert torch.equal(found.upper, torch.linalg.cholesky(inverse, upper=True))
 
 
 @pytest.mark.parametrize("options", [{"order": "random"}, {"damping": 0.0}, {"speed": 3}])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer.calibrate import Gradient
+from gossamer.calibrate.stream import Visit
 from gossamer.errors import (
     CalibrationError,
     GossamerError,
@@ -149,6 +152,8 @@ def test_a_model_in_memory_takes_the_same_road(source: Path, tmp_path: Path) -> 
     in_memory = compress(tiny_model("llama"), tmp_path / "b", tokenizer=tiny_tokenizer(), **SMALL)
     assert torch.equal(logits(load_checkpoint(from_disk.path)), logits(load_checkpoint(in_memory.path)))
     assert not list(tmp_path.glob("*.source-*"))
+    with pytest.raises(ModelError, match="a tokenizer goes with a model in memory"):
+        compress(source, tmp_path / "c", tokenizer=tiny_tokenizer(), **SMALL)
 
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
@@ -205,6 +210,32 @@ def test_gradients_and_curves_resume_too(source: Path, tmp_path: Path) -> None:
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_gradients_are_read_once_and_only_where_somebody_asks(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = {"gradients": 0, "weights": 0}
+    gradient, weight = Gradient.read, Visit.weight
+
+    def count_gradient(path: Path, shape: tuple[int, int]) -> Gradient:
+        read["gradients"] += 1
+        return gradient(path, shape)
+
+    def count_weight(visit: Visit, name: str) -> torch.Tensor:
+        read["weights"] += 1
+        return weight(visit, name)
+
+    monkeypatch.setattr(Gradient, "read", count_gradient)
+    monkeypatch.setattr(Visit, "weight", count_weight)
+    settings = {**SMALL, "sparsity": 0.5}
+    done = compress(source, tmp_path / "a", method="wanda", allocation="sensitivity", **settings)
+    layers = len(done.made["layers"])
+    assert read == {"gradients": layers, "weights": 2 * layers}  # one walk tries, the other prunes
+    compress(source, tmp_path / "b", method="taylor", **settings)
+    assert read == {"gradients": 2 * layers, "weights": 3 * layers}
+    compress(source, tmp_path / "c", tune="blockwise", **settings)
+    assert read == {"gradients": 2 * layers, "weights": 4 * layers}
+
+
 def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         if done == 2:
@@ -217,6 +248,11 @@ def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
         compress(source, tmp_path / "out", sparsity=0.7, **SMALL)
     with pytest.raises(ResumeError, match="calibration tokens"):
         compress(source, tmp_path / "out", **{**SMALL, "calibration": ["some other text " * 300]})
+    shutil.copytree(source, tmp_path / "edited")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ResumeError, match=r"it differs in model \(model.config.json was"):
+        compress(tmp_path / "edited", tmp_path / "out", **SMALL)
     assert digests(tmp_path / "out.work") == before
     (tmp_path / "out.work" / "inputs-002.bin").write_bytes(b"short")
     with pytest.raises(ResumeError, match="damaged"):

@@ -200,6 +200,8 @@ def test_a_resumed_run_has_the_times_of_the_first(
     monkeypatch.setattr(compress_budget, "token_times", stopwatch)
     with pytest.raises(StopError):
         compress(source, tmp_path / "bad", progress=interrupt, **settings)
+    with pytest.raises(ResumeError, match="of another run: it differs in model"):
+        compress(tiny_folder(tmp_path / "wider", hidden_size=96), tmp_path / "bad", **settings)
     (tmp_path / "bad.work" / "timings.json").write_text("{")
     with pytest.raises(ResumeError, match="damaged"):
         compress(source, tmp_path / "bad", **settings)

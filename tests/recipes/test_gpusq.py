@@ -82,6 +82,15 @@ def test_it_ends_sparse_and_rounded_and_nearer_than_by_rounding_alone(labelled: 
     assert len(set(found.shares.values())) == 2
 
 
+def test_a_method_that_draws_has_its_seed() -> None:
+    data = batches(Tiny(), 1)
+    masks = [
+        gpusq(Tiny(), data, method="random", epochs=1, skip="projection|classifier", seed=seed).masks
+        for seed in (0, 1)
+    ]
+    assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
 def test_the_loss_is_the_sum_of_its_three_parts() -> None:
     torch.manual_seed(0)
     logits, teacher, labels = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 1, 2])

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram
 from gossamer.errors import GossamerError, RecipeError
 from gossamer.models.text import Exchange
-from gossamer.recipes.predict import predict
+from gossamer.prune import obs
+from gossamer.recipes.predict import _sample, _shrink_seconds, _Sizes, predict
 from gossamer.recipes.prepare import Prepared, check_memory, prepare
 from gossamer.recipes.rates import Bench, BlockRates
 from gossamer.recipes.recipe import parse_changes, read_recipe, shipped
+from gossamer.recipes.sample import SampleSettings
+from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.recipes.strict_yaml import parse_yaml
-from tiny import tiny_folder
+from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 TEXT = [topics["lambda"] + topics["class"] + topics["try"]]
 SMALL: dict[str, Any] = {
@@ -48,6 +54,8 @@ def test_values_mean_what_they_look_like() -> None:
         ("a: [1", "line 1"),
         ("a: !!python/name:os.system x", "could not determine a constructor"),
         ("a: *b", "undefined alias"),
+        ("a: 1\n? [b]\n: 2", "line 2, column 3: a key is a word"),
+        ("a: !!timestamp x", ""),
         ("a: 1\n---\nb: 2", "another document"),
         ("\x00", "special characters"),
     ],
@@ -260,6 +268,75 @@ def test_one_block_is_timed(method: str, folder: Path, tmp_path: Path) -> None:
         assert 0 < bench.solve() < 60
         assert 0 < bench.statistics((Gram, Gradient)) < 1
     assert all(p.device.type == "meta" for p in prepared.bare.parameters())
+
+
+def test_what_layers_share_is_timed_once_for_each_input(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that gives a call one second, and ten more where it factorizes a matrix."""
+    made: list[int] = []
+    factorize = obs._upper_of_inverse
+
+    def clock(work: Callable[[], Any]) -> float:
+        work()
+        made.clear()
+        work()
+        return 1 + 10 * len(made)
+
+    def count(H: Tensor) -> bool:
+        made.append(len(H))
+        return factorize(H)
+
+    monkeypatch.setattr("gossamer.recipes.rates.seconds_of", clock)
+    monkeypatch.setattr(obs, "_upper_of_inverse", count)
+    prepared = prepare(read_recipe(SMALL), tmp_path / "out", model=folder, text=TEXT)
+    with Bench(prepared) as bench:
+        # of 32 x 64 the others are 2, 1, 2, 4, 4 and 8 times as much; inputs of 64, of 64 and of 128 features
+        assert bench.solve() * bench.team == pytest.approx(1 + 21 + 10 * (1 + 1 + 8))
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "item", "gain"),
+    [
+        ("llama", torch.bfloat16, 2, 4),
+        ("llama", torch.float16, 4, 4),
+        ("llama", torch.float32, 4, 4),
+        ("gpt2", torch.float16, 2, 1),  # which transformers runs
+    ],
+)
+def test_texts_written_together_read_weights_together(
+    arch: str, dtype: torch.dtype, item: int, gain: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.recipes.predict.read_bandwidth", lambda: 1e9)
+    source = tmp_path / "model"
+    tiny_model(arch).to(dtype).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    changes = {"shrink": None, "sample": {"tokens": 1000, "prompt_tokens": 8}}
+    prepared = prepare(read_recipe(SMALL, changes), tmp_path / "out", model=source, text=TEXT)
+    with Bench(prepared):
+        sizes = _Sizes(prepared)
+        weights = sizes.model(sizes.all_blocks, 1)
+        for together, faster in ((1, 1), (2, min(2, gain)), (8, gain)):
+            seconds, needed = _sample(prepared, SampleSettings(tokens=1000, together=together), sizes)
+            assert seconds == pytest.approx(1000 * weights * item / 1e9 / faster)
+            assert needed - sizes.base == weights * (dtype.itemsize + 2 * item)
+
+
+def test_every_expert_has_a_gram_matrix_of_its_own(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "experts", "qwen3_moe")
+    prepared = prepare(read_recipe(SMALL), tmp_path / "out", model=source, text=TEXT)
+    config = prepared.bare.config
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    attention = {hidden, config.num_attention_heads * config.head_dim}
+    sizes = _Sizes(prepared)
+    assert sizes.grams == sum(w**2 for w in attention) + config.num_experts * (hidden**2 + inner**2)
+    assert 0 < sizes.solved <= torch.get_num_threads() * hidden**2
+
+
+def test_a_share_of_blocks_is_that_which_is_removed() -> None:
+    clock: Any = Seconds(Any)
+    settings = [ShrinkSettings(method="loss", windows=1, blocks=blocks) for blocks in (0.25, 3)]
+    assert len({_shrink_seconds(clock, one, 10) for one in settings}) == 1
 
 
 def test_more_memory_than_there_is_is_refused() -> None:

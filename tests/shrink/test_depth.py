@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -200,6 +201,11 @@ def test_resumed_work_gives_the_same_folder(
         gs.remove_blocks(folder, tmp_path / "out", method=name, blocks=2, progress=stop, **SMALL)
     with pytest.raises(ResumeError, match="differs in settings"):
         gs.remove_blocks(folder, tmp_path / "out", method=name, blocks=3, **SMALL)
+    shutil.copytree(folder, tmp_path / "edited")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ResumeError, match=r"differs in model \(model.config.json was"):
+        gs.remove_blocks(tmp_path / "edited", tmp_path / "out", method=name, blocks=2, **SMALL)
     begun: list[int] = []
     again = gs.remove_blocks(
         folder, tmp_path / "out", method=name, blocks=2, progress=lambda s, d, t: begun.append(d), **SMALL

@@ -43,6 +43,9 @@ class Statistic:
         if self.tokens == 0:
             raise CalibrationError("no calibration input reached this layer (an expert never chosen?)")
 
+    def forget(self) -> None:
+        """Drops what solvers derived from it and keep for layers to come; they derive it again."""
+
     @classmethod
     def unseen(cls, features: int) -> Statistic:
         """The finished statistic of a layer that no token reached, ``reached`` False: of inputs of size 1
@@ -160,6 +163,9 @@ class Gram(Statistic):
                 stop = min(start + self.STRIP, self.features)
                 self.matrix[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
         self.tokens += x.shape[0]
+
+    def forget(self) -> None:
+        self.factors.clear()
 
     def select(self, inputs: Tensor) -> Gram:
         key = ("select", inputs.numpy().tobytes())

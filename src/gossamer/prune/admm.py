@@ -22,7 +22,7 @@ from gossamer.claim import Claim, Experiment
 from gossamer.errors import CalibrationError, MethodError
 from gossamer.matrices.values import Quantized, ValueType
 from gossamer.prune.method import METHODS, Layer, Method, Pruned, round_values
-from gossamer.prune.obs import OBS, Rounder, inverse_factor, sweep
+from gossamer.prune.obs import OBS, Rounder, inverse_factor, invert, sweep
 from gossamer.sparse import NM, Block, Pattern, Unstructured, mask_from_scores
 
 
@@ -33,7 +33,9 @@ class ADMM(Method):
 
     ``rising``: steps in which the mask is chosen anew; ``settling``: steps after it with the mask fixed;
     ``damping``: added to the scaled Gram matrix, whose diagonal is 1; ``rho``: how hard both are pulled
-    together. Integer values are rounded by the OBS sweep with the mask fixed. The paper's settings.
+    together. Integer values are rounded by the OBS sweep with the mask fixed. The paper's settings, but that
+    plain ``unstructured`` compares within rows: the authors' code compares over the whole layer, and does so
+    at the final sparsity in every step.
     """
 
     rising: int = 15
@@ -114,17 +116,17 @@ def _problem(gram: Gram, damping: float, rho: float) -> Problem:
         norm = gram.matrix.diagonal().clamp_min(0).sqrt()
         dead = norm == 0
         norm = norm.masked_fill(dead, 1.0)
-        scaled = gram.matrix / norm / norm[:, None]
+        scaled = gram.matrix / norm
+        scaled /= norm[:, None]
         scaled.diagonal()[dead] = 1.0
         scaled.diagonal().add_(damping)
-        shifted = scaled.clone()
-        shifted.diagonal().add_(rho)
-        lower, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) != 0:
+        inverse = scaled.new_empty(scaled.shape).T.copy_(scaled)
+        inverse.diagonal().add_(rho)
+        if not invert(inverse):
             raise CalibrationError(
                 "the Gram matrix of the inputs is not positive definite: the calibration inputs are damaged"
             )
-        gram.factors[key] = Problem(norm, scaled, torch.cholesky_inverse(lower), dead)
+        gram.factors[key] = Problem(norm, scaled, inverse, dead)
     found: Problem = gram.factors[key]
     return found
 

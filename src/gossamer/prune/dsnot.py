@@ -11,7 +11,7 @@ from gossamer.calibrate import InputMoments, InputNorm
 from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
 from gossamer.matrices.values import ValueType
-from gossamer.prune.method import METHODS, Layer, Method, Pruned, method, round_values
+from gossamer.prune.method import METHODS, Layer, Method, Pruned, round_values, seeded
 from gossamer.sparse import NM, Pattern, Unstructured, mask_from_scores
 
 CYCLES = 50 / 4096  # swaps for each input of a row
@@ -31,13 +31,15 @@ class DSnoT(Method):
     ``cycles``: swaps a row at most, by default as large a share of it as the authors' 50 are of the 4,096
     inputs of LLaMA-7B, since so many do harm in narrow rows; ``threshold``: mean error at which a row is
     done, by default the authors' 0.1 for sums over windows of 2,048 tokens; ``skip``: layers within a module
-    of this name keep their first mask, by default ``mlp`` as in the authors' code; ``skip=`` swaps in all.
+    of this name keep their first mask, by default ``mlp`` as in the authors' code; ``skip=`` swaps in all;
+    ``seed``: of a start that draws.
     """
 
     start: str = "wanda"
     cycles: int | None = None
     threshold: float = 0.1 / 2048
     skip: str = "mlp"
+    seed: int = 0
     needs = (InputNorm, InputMoments)
     accepts = (Unstructured, NM)
     comparison_group = "row"
@@ -53,7 +55,7 @@ class DSnoT(Method):
     )
 
     def __post_init__(self) -> None:
-        self.first = method(self.start)
+        self.first = seeded(self.start, self.seed, {})
         if isinstance(self.first, DSnoT):
             raise MethodError("dsnot starts from another method's masks")
         if (self.cycles or 0) < 0 or self.threshold < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -131,6 +132,12 @@ def method(name: str, **options: Any) -> Method:
     return with_options(found, options, f"the method {name}")
 
 
+def seeded(name: str, seed: int, options: Mapping[str, Any]) -> Method:
+    """The `method` with its ``options``; ``seed`` is that of one that draws, unless they have one."""
+    draws = any(one.name == "seed" for one in fields(METHODS[ALIASES.get(name, name)]))
+    return method(name, **({"seed": seed} if draws else {}) | dict(options))
+
+
 @dataclass(frozen=True)
 class Combination:
     """A checked combination of method, pattern, sparsity, allocation and values. ``budget``: what decides
@@ -168,13 +175,13 @@ def check_combination(
     """Everything that can be known to be wrong before any work starts.
 
     ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
-    method's paper. ``sparsity`` None means 0 unless the pattern implies one. ``budget``: bytes or time a
+    method's paper, or with the allocation global the whole model. ``sparsity`` None means 0 unless the
+    pattern implies one; where nothing is pruned, the allocation is uniform. ``budget``: bytes or time a
     token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. ``seed``: of
     methods that draw, unless their options have one. Raises PatternError, SparsityError or MethodError with
     a sentence.
     """
-    draws = any(one.name == "seed" for one in fields(METHODS[ALIASES.get(method_name, method_name)]))
-    chosen = method(method_name, **({"seed": seed} if draws else {}) | (options or {}))
+    chosen = seeded(method_name, seed, options or {})
     wanted = None if budget is None else parse_budget(budget)
     if wanted is not None and allocation_name != "sensitivity":
         raise MethodError(
@@ -184,7 +191,7 @@ def check_combination(
     if wanted is not None and sparsity is not None:
         raise MethodError(f"the budget {wanted} decides how sparse layers become: leave the sparsity out")
     if pattern is None or pattern == "unstructured":
-        pattern = Unstructured(chosen.comparison_group)
+        pattern = Unstructured("model" if allocation_name == "global" else chosen.comparison_group)
     elif isinstance(pattern, str):
         pattern = parse_pattern(pattern)
     if sparsity is None and not isinstance(pattern, NM):
@@ -203,11 +210,19 @@ def check_combination(
             f"{pattern} fixes every layer's sparsity: it cannot be allocated {allocation_name}, save under a "
             "budget, where layers may stay dense"
         )
-    if allocation_name != "global" and getattr(pattern, "group", "") == "model":
+    compared = getattr(pattern, "group", "")
+    if allocation_name != "global" and compared == "model":
         raise MethodError("the comparison group 'model' lets layers compete: it needs allocation 'global'")
+    if allocation_name == "global" and compared == "row":
+        raise MethodError(
+            f"{pattern} gives every row the same sparsity, and the allocation global lets rows compete: use "
+            "the comparison group model"
+        )
     chosen_values = value_type(values)
     if group not in (32, 64):
         raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
+    if sparsity == 0 and wanted is None:
+        allocation_name = "uniform"
     return Combination(chosen, pattern, sparsity, allocation_name, chosen_values, group, wanted)
 
 

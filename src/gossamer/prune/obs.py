@@ -109,22 +109,20 @@ def inverse_factor(gram: Gram, damping: float, order: str) -> InverseFactor:
     if key in gram.factors:
         found: InverseFactor = gram.factors[key]
         return found
-    H = gram.matrix.clone()
-    diagonal = H.diagonal()
+    diagonal = gram.matrix.diagonal().clone()
     dead = diagonal == 0
     # as large as the others, so that these set no scale
     diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
-    columns = torch.arange(len(H))
+    columns = torch.arange(len(diagonal))
     if order == "activation":
         columns = torch.argsort(diagonal, descending=True, stable=True)
-        H = H[columns][:, columns]
-    mean = float(H.diagonal().mean())
+    upper = gram.matrix.new_empty(gram.matrix.shape).T  # by columns: all that is made of H lies in its place
     used = damping
     while True:
-        damped = H.clone()
-        damped.diagonal().add_(used * mean)
-        upper = _upper_of_inverse(damped)
-        if upper is not None:
+        upper.copy_(gram.matrix if order == "natural" else gram.matrix[columns[:, None], columns])
+        upper.diagonal().copy_(diagonal[columns])
+        upper.diagonal().add_(used * float(upper.diagonal().mean()))
+        if _upper_of_inverse(upper):
             break
         used *= 10
         if used > 1:
@@ -137,15 +135,22 @@ def inverse_factor(gram: Gram, damping: float, order: str) -> InverseFactor:
     return factor
 
 
-def _upper_of_inverse(H: Tensor) -> Tensor | None:
-    upper: Tensor
-    lower, info = torch.linalg.cholesky_ex(H)
+def invert(H: Tensor) -> bool:
+    """Puts the inverse of a symmetric matrix, which lies by columns, in its place; False where it is not
+    positive definite, and lost."""
+    _, info = torch.linalg.cholesky_ex(H, out=(H, torch.empty((), dtype=torch.int32)))
     if int(info) != 0:
-        return None
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(info) != 0 or not torch.isfinite(upper).all():
-        return None
-    return upper
+        return False
+    torch.cholesky_inverse(H, out=H)
+    return True
+
+
+def _upper_of_inverse(H: Tensor) -> bool:
+    """`invert`, and the upper Cholesky factor of that, in its place."""
+    if not invert(H):
+        return False
+    _, info = torch.linalg.cholesky_ex(H, upper=True, out=(H, torch.empty((), dtype=torch.int32)))
+    return int(info) == 0 and all(bool(bound.isfinite()) for bound in H.T.aminmax())
 
 
 @dataclass(frozen=True)

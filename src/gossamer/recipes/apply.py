@@ -11,13 +11,12 @@ from typing import Any
 
 from gossamer.calibrate import WorkFolder
 from gossamer.matrices.atomic import atomic_file, check_free, output_error, sync_folder
-from gossamer.matrices.checksums import checksums_of
 from gossamer.models.manifest import MANIFEST, read_manifest, render_manifest
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
-from gossamer.recipes.fingerprint import surroundings
+from gossamer.recipes.fingerprint import files_of, surroundings
 from gossamer.recipes.prepare import Prepared, needs_text
 from gossamer.recipes.sample import sample
 from gossamer.recipes.shrink import remove_blocks
@@ -86,7 +85,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
     """All that the result depends on; each stage's own work says the same of itself."""
     return {
         "recipe": prepared.record,
-        "model": {path.name: checksums_of(path).sha256 for path in prepared.files.paths},
+        "model": files_of(prepared.source.folder),
         "text": prepared.read.sha256 if needs_text(prepared.recipe) else None,
         **surroundings(),
     }

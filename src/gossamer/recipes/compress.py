@@ -8,8 +8,9 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,10 +19,9 @@ from torch import Tensor
 
 from gossamer.calibrate import Gradient, WorkFolder, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, ResumeError
+from gossamer.errors import CheckpointError, ModelError, ResumeError
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
-from gossamer.matrices.checksums import checksums_of
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.parts import read_part, write_part
 from gossamer.models.place import check_layers
@@ -37,7 +37,7 @@ from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_budget import TIMINGS, Prices, find_prices, stored_beside
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.compress_shares import allocate, layers_of
-from gossamer.recipes.fingerprint import made_with, sha256_of, surroundings
+from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.layer_shares import Needs, allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.prune_layer import form_of, mean_sparsity, pack_layer, prune_layer, record_of
@@ -80,6 +80,8 @@ def compress(
     combination, tuned_by = chosen.combination(), chosen.tuner()
     out = Path(out)
     check_free(out)
+    if tokenizer is not None and isinstance(model, (str, Path)):
+        raise ModelError(f"a tokenizer goes with a model in memory, and {model} is read with its own")
     if not isinstance(model, (str, Path)):
         return _compress_module(model, tokenizer, out, calibration, chosen, combination, tuned_by, progress)
     folder = resolve(str(model), progress=progress)
@@ -141,11 +143,8 @@ class _Job:
                 self.text, tokenizer, settings.seqlen, settings.windows, settings.seed
             )
         self.shares: dict[str, float | None] = {}
-        work = work_of(out)
-        self.prices = self._prices(work)
-        self.work = WorkFolder(work, self._fingerprint())
-        if self.prices is not None and self.prices.timings is not None:
-            self.work.write(TIMINGS, json.dumps(self.prices.timings).encode())
+        self.prices: Prices | None = None
+        self.work = WorkFolder(work_of(out), self._fingerprint())
 
     def run(self) -> Compressed:
         with self.work:
@@ -153,8 +152,10 @@ class _Job:
 
     def _run(self) -> Compressed:
         resumed = self.work.resumed
+        self.prices = self._prices()
         self._gather()
-        self.shares = allocate(self.layers, self.combination, self.work, self._walk, self._layer, self.prices)
+        layer_of = partial(self._layer, allocation_needs(self.combination))
+        self.shares = allocate(self.layers, self.combination, self.work, self._walk, layer_of, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
         for visit in self._walk(self.work, stage, self.layer_needs, targets=self.tuner is not None):
             self._prune_block(visit)
@@ -180,7 +181,7 @@ class _Job:
         """All that the result depends on, so that resumed work is never mixed with other work."""
         return {
             "settings": self.settings.model_dump(),
-            "model": {p.name: checksums_of(p).sha256 for p in self.files.paths},
+            "model": files_of(self.source.folder),
             "calibration tokens": None if self.windows is None else sha256_of(self.windows),
             **surroundings(),
         }
@@ -192,27 +193,34 @@ class _Job:
             self.gradients = WorkFolder(self.work.path / "gradients", self.work.fingerprint)
             gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
 
-    def _prices(self, work: Path) -> Prices | None:
-        """What layers cost, where there is a budget, which is in reach then."""
+    def _prices(self) -> Prices | None:
+        """What layers cost, where there is a budget, which is in reach then; timed once for all runs."""
         c, settings = self.combination, self.settings
         if c.budget is None:
             return None
         beside = stored_beside(
             self.model, self.files, self._edges(), self.layers, settings.head_values, settings.group
         )
-        return find_prices(c.budget, c, self.layers, beside, work, self.progress)
+        prices = find_prices(c.budget, c, self.layers, beside, self.work.path, self.progress)
+        if prices.timings is not None:
+            self.work.write(TIMINGS, json.dumps(prices.timings).encode())
+        return prices
 
     def _prune_block(self, visit: Visit) -> None:
         """Prunes, rounds, tunes and packs one block's layers, and leaves them in the work folder."""
-        shares = self.shares
-        solved = dict(side_by_side(lambda name: (name, self._prune_layer(visit, name, shares[name])), visit))
-        notes = self._tune(visit, solved)
+        solve: Callable[[str], tuple[Layer, Pruned]] = partial(self._prune_layer, visit)
+        notes: dict[str, Any] = {}
+        if self.tuner is not None:
+            solved = dict(side_by_side(lambda name: (name, self._prune_layer(visit, name)), visit))
+            notes = self._tune(self.tuner, visit, {name: pruned for name, (_, pruned) in solved.items()})
+            solve = solved.__getitem__
 
         def finish(name: str) -> tuple[str, tuple[Matrix, dict[str, Any]]]:
-            matrix = pack_layer(solved[name], self.combination)
-            visit.replace(name, solved[name].weight)
-            record = self._record(visit, name, solved[name], matrix, shares[name] or 0.0)
-            return name, (matrix, record | notes)
+            layer, pruned = solve(name)
+            matrix = pack_layer(pruned, self.combination)
+            visit.replace(name, pruned.weight)
+            requested = {"sparsity_requested": self.shares[name] or 0.0}
+            return name, (matrix, record_of(layer, pruned) | requested | form_of(matrix) | notes)
 
         finished = dict(side_by_side(finish, visit))
         matrices: dict[str, Matrix] = {f"{name}.weight": finished[name][0] for name in visit.layers}
@@ -220,40 +228,31 @@ class _Job:
         write_part(self.work.block_file(visit.index), matrices)
         self.work.write(self.work.block_file(visit.index, ".json").name, data)
 
-    def _layer(self, visit: Visit, name: str) -> Layer:
+    def _layer(self, needs: Needs, visit: Visit, name: str) -> Layer:
+        """A layer with its statistics; of what a pass of its own gathered, those in ``needs``."""
         layer = Layer(name, visit.weight(name), dict(visit.statistics.get(name, {})))
-        if self.gradients is not None:
+        if Gradient in needs:
+            assert self.gradients is not None
             out, features = layer.weight.shape
             path = gradient_file(self.gradients, name)
             layer.statistics[Gradient] = Gradient.read(path, (out, features))
         return layer
 
-    def _prune_layer(self, visit: Visit, name: str, share: float | None) -> Pruned:
-        layer = self._layer(visit, name)
+    def _prune_layer(self, visit: Visit, name: str) -> tuple[Layer, Pruned]:
+        layer = self._layer(self.layer_needs, visit, name)
         check_finite(layer)
-        return prune_layer(layer, self.combination, share, self.outliers)
+        return layer, prune_layer(layer, self.combination, self.shares[name], self.outliers)
 
-    def _tune(self, visit: Visit, pruned: dict[str, Pruned]) -> dict[str, Any]:
+    def _tune(self, tuner: Tuner, visit: Visit, pruned: dict[str, Pruned]) -> dict[str, Any]:
         """Tunes what was made of a block, in place; what every layer's record says of it."""
-        if self.tuner is None:
-            return {}
         weights = {name: TunedWeight(p.weight, p.mask, p.quantized) for name, p in pruned.items()}
-        outcome = self.tuner.tune(visit, weights, self.settings.seed + visit.index)
+        outcome = tuner.tune(visit, weights, self.settings.seed + visit.index)
         for name, weight in weights.items():
             pruned[name].weight, pruned[name].quantized = weight.finished()
         return {
             "block_loss": outcome.before,
             "block_loss_tuned": outcome.after,
             "tuned_tokens": outcome.tokens,
-        }
-
-    def _record(
-        self, visit: Visit, name: str, pruned: Pruned, matrix: Matrix, requested: float
-    ) -> dict[str, Any]:
-        return {
-            **record_of(self._layer(visit, name), pruned),
-            "sparsity_requested": requested,
-            **form_of(matrix),
         }
 
     def _edges(self) -> dict[str, list[str]]:

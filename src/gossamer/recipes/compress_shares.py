@@ -54,7 +54,7 @@ def allocate(
     if prices is not None:
         combination = replace(combination, sparsity=prices.sparsity())
     measure = _MEASURES.get(combination.allocation)
-    if measure is not None and combination.prunes:
+    if measure is not None:
         folder = WorkFolder(work.path / "scores", work.fingerprint)
         visits = walk(folder, "scoring", allocation_needs(combination))
         layers = measure(layers, combination, folder, visits, layer_of)

@@ -39,10 +39,12 @@ def made_with() -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The sha256 of each weight file of a checkpoint or a model's folder, by name."""
+    """The sha256 of each file of a checkpoint, or of a model's folder that of its configuration and of each
+    weight file, by name."""
     if is_checkpoint(folder):
         return {name: entry.sha256 for name, entry in open_checkpoint(folder).manifest.files.items()}
-    return {path.name: checksums_of(path).sha256 for path in WeightFiles(folder).paths}
+    paths = (folder / "config.json", *WeightFiles(folder).paths)
+    return {path.name: checksums_of(path).sha256 for path in paths}
 
 
 def sha256_of(*tokens: Tensor) -> str:

@@ -106,7 +106,7 @@ def gpusq(
         raise CalibrationError("GPUSQ-ViT tunes on batches, and there are none")
     pair = _Pair(model, copy.deepcopy(model).eval(), tuple(features), loss or Mixed(), logits)
     inputs = [x for x, _ in batches]
-    found = sparsify(model, inputs, method=method, pattern=pattern, skip=skip)
+    found = sparsify(model, inputs, method=method, pattern=pattern, skip=skip, seed=seed)
     losses: dict[str, list[float]] = {}
     total = epochs * len(batches)
     shares = dict.fromkeys(features, 1.0)

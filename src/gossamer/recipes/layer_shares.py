@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram, InputNorm, Statistic
@@ -22,7 +24,7 @@ def allocation_needs(combination: Combination) -> Needs:
         "owl": (InputNorm,),
         "sensitivity": tuple(dict.fromkeys((*method, Gram, Gradient))),
     }
-    return found.get(combination.allocation, ()) if combination.prunes else ()
+    return found.get(combination.allocation, ())
 
 
 def competing_scores(layer: Layer, combination: Combination) -> Tensor:
@@ -32,9 +34,10 @@ def competing_scores(layer: Layer, combination: Combination) -> Tensor:
 
 
 def outlier_scores(layer: Layer) -> Tensor:
-    """``owl``: Wanda's |W_ij| ||x_j||, whose outliers are counted over a block's layers."""
+    """``owl``: Wanda's |W_ij| ||x_j||, whose outliers are counted over a block's layers; a root of the mean
+    square stands for the norm, since layers do not all read the same number of tokens."""
     check_finite(layer)
-    return method("wanda").scores(layer)
+    return method("wanda").scores(layer) / math.sqrt(layer[InputNorm].tokens)
 
 
 def curve(layer: Layer, combination: Combination) -> list[tuple[float, float]]:

@@ -9,18 +9,26 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from gossamer.bench.machine import read_bandwidth
 from gossamer.bench.memory import resident_bytes
 from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
+from gossamer.engine import why_not
+from gossamer.models.skeleton import stored_dtype
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.layer_shares import allocation_needs, levels
 from gossamer.recipes.prepare import Prepared
-from gossamer.recipes.rates import Bench, parameters_of
+from gossamer.recipes.rates import Bench, input_widths, parameters_of
+from gossamer.recipes.sample import SampleSettings
 from gossamer.recipes.shrink import ShrinkSettings
+from gossamer.shrink import block_count
 from gossamer.tune.blockwise import Blockwise
+
+MOST_GAINED = 4  # times the speed of one text by itself, where several are written at once (docs/figures.md)
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,7 @@ def predict(prepared: Prepared) -> Prediction:
         compress = recipe.compress
         add("compress", _compress_seconds(bench, compress, blocks), _compress_bytes(sizes, compress))
         if recipe.sample is not None:
-            # the native decoder reads all weights for every token; the model is there twice
-            held = sizes.model(sizes.all_blocks, sizes.item)
-            add("sample", recipe.sample.tokens * held / read_bandwidth(), sizes.base + 3 * held)
+            add("sample", *_sample(prepared, recipe.sample, sizes))
         if (tune := recipe.tune) is not None:
             add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), _tune_bytes(sizes, tune))
     return Prediction(tuple(found))
@@ -85,7 +91,9 @@ class _Sizes:
         self.block = parameters_of(block)
         shapes = [tuple(weight_of(layer).shape) for layer in prunable(block).values()]
         self.linear = sum(out * features for out, features in shapes)
-        self.gram = sum(features**2 for features in {features for _, features in shapes})
+        grams = sorted(width**2 for width in input_widths(prunable(block)))
+        self.grams = sum(grams)
+        self.solved = sum(grams[-torch.get_num_threads() :])  # of the inputs of the layers solved at once
         self.edge = int(config.vocab_size) * int(config.hidden_size)
         self.edges = self.edge * (1 if parts.tied else 2)
         self.vocabulary, self.hidden = int(config.vocab_size), int(config.hidden_size)
@@ -101,7 +109,7 @@ def _shrink_seconds(bench: Bench, settings: ShrinkSettings, blocks: int) -> floa
     forward = bench.rates(settings.seqlen).forward * windows
     if settings.method != "loss":
         return blocks * forward
-    count = int(settings.blocks) if settings.blocks >= 1 else round(settings.blocks * blocks)
+    count = block_count(settings.blocks, blocks)
     heads = bench.head() * settings.seqlen * windows
     return sum(left * left / 2 * forward + left * heads for left in range(blocks, blocks - count, -1))
 
@@ -139,8 +147,8 @@ def _compress_bytes(sizes: _Sizes, settings: CompressSettings) -> int:
     block = sizes.block * sizes.item + 16 * sizes.linear + activations
     combination = settings.combination()
     needs = (*combination.method.needs, *allocation_needs(combination))
-    if Gram in needs:
-        block += 3 * 4 * sizes.gram
+    if Gram in needs:  # and two matrices, derived from one while layers that read it are solved
+        block += 4 * (sizes.grams + 2 * sizes.solved)
     if Gradient in needs:  # sums of one block; what a window leaves for the way back, and its logits
         back = 2 * settings.seqlen * sizes.wide * sizes.item
         block = max(block, (sizes.block + sizes.linear) * sizes.item + 8 * sizes.linear + back)
@@ -149,6 +157,19 @@ def _compress_bytes(sizes: _Sizes, settings: CompressSettings) -> int:
     before = sizes.edges * sizes.item + activations
     packing = 4 * sizes.edge * 4
     return sizes.base + max(block, before, packing)
+
+
+def _sample(prepared: Prepared, settings: SampleSettings, sizes: _Sizes) -> tuple[float, int]:
+    """Seconds and bytes. All weights are read for every token, by the native decoder once for several texts;
+    it has a copy of its own, of numbers that are bfloat16 or float32."""
+    name, parameter = next(iter(prepared.bare.named_parameters()))
+    stored = stored_dtype(parameter, name, prepared.files)
+    native = why_not(prepared.bare) is None
+    item = stored.itemsize if stored == torch.bfloat16 or not native else torch.float32.itemsize
+    held = sizes.model(sizes.all_blocks, item)
+    gain = min(settings.together, MOST_GAINED) if native else 1
+    loaded = sizes.model(sizes.all_blocks, stored.itemsize)
+    return settings.tokens * held / read_bandwidth() / gain, sizes.base + loaded + 2 * held
 
 
 def _tune_seconds(bench: Bench, settings: FinetuneSettings, blocks: int, teacher_blocks: int) -> float:

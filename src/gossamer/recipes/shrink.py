@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.calibrate import WorkFolder
 from gossamer.matrices.atomic import check_free
-from gossamer.matrices.checksums import checksums_of
 from gossamer.models.shorter import write_shorter
 from gossamer.models.skeleton import WeightFiles, skeleton
 from gossamer.models.sources import resolve
@@ -19,7 +18,7 @@ from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
-from gossamer.recipes.fingerprint import sha256_of, surroundings
+from gossamer.recipes.fingerprint import files_of, sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.settings import checked
 from gossamer.shrink import DepthMethod, Subject, block_count, depth_method
@@ -84,7 +83,7 @@ def remove_blocks(
     )
     fingerprint = {
         "settings": chosen.model_dump(),
-        "model": {path.name: checksums_of(path).sha256 for path in files.paths},
+        "model": files_of(source.folder),
         "calibration tokens": sha256_of(windows),
         **surroundings(),
     }

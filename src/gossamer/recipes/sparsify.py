@@ -223,7 +223,7 @@ class _Job:
         c = self.combination
         infos = {v.name: LayerInfo(v.name, v.kernel_shape, block=_block(v.name)) for v in self.views}
         measures = {"global": self._scored, "owl": self._outlying, "sensitivity": self._curved}
-        if c.prunes and c.allocation in measures:
+        if c.allocation in measures:
             measures[c.allocation](infos)
         return list(infos.values())
 
