@@ -16,12 +16,12 @@ MIB = 1 << 20
 def test_resident_and_peak_see_an_allocation() -> None:
     before = resident_bytes()
     can_reset = reset_peak()
-    block = torch.ones(100 * MIB, dtype=torch.uint8)
+    block = torch.ones(400 * MIB, dtype=torch.uint8)  # far more than what the system takes back meanwhile
     held = resident_bytes()
-    assert 90 * MIB < held - before < 200 * MIB
+    assert 300 * MIB < held - before < 500 * MIB
     del block
-    assert resident_bytes() < before + 50 * MIB
+    assert resident_bytes() < before + 100 * MIB
     assert peak_bytes() >= held - MIB
     if can_reset:
         assert reset_peak()
-        assert peak_bytes() < held - 40 * MIB
+        assert peak_bytes() < held - 200 * MIB

@@ -408,7 +408,7 @@ def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
     documented = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
     line = next(line for line in documented.splitlines() if line.startswith("- `eval --tasks`: "))
     assert all(f"`{key}`" in line for key in (*told, *told["tasks"]["own"]))
-    assert set(told) == {"model", "against", "accuracy", "against_accuracy", "lm_eval", "tasks"}
+    assert set(told) == {"model", "against", "accuracy", "against_accuracy", "lm_eval", "engines", "tasks"}
     own = told["tasks"]["own"]
     assert (own["items"], own["of"], len(own["correct"])) == (4, 6, 4)
     assert own["accuracy"] == told["accuracy"] == sum(own["correct"]) / 4
