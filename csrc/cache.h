@@ -45,7 +45,6 @@ class Cache {
     double token_bytes() const { return double(chunk_bytes_) / kChunk; }  // of one position, but for the tail
     bool packed() const { return type_ == kCachePacked; }
     Compression how(int64_t layer, int64_t head) const;
-    CacheType type_of_rows() const { return packed() ? kCacheBF16 : type_; }  // in which positions are placed
 
     // Makes room for `length` positions; throws std::bad_alloc, and is as before then.
     void grow(int64_t length);

@@ -130,11 +130,12 @@ std::string DecoderModel::check() const {
 class DecoderRun {
   public:
     DecoderRun(const DecoderModel& model, Cache* const* caches, bool each, const Tier& tier, int threads,
-               const Gates* gates, Policy* policy)
+               const Gates* gates, Policy* policy, bool step)
         : m_(model),
           caches_(caches),
           cache_(*caches[0]),
           each_(each),
+          step_(step),
           policy_(policy),
           tier_(tier),
           ops_(*tier.decoder),
@@ -154,7 +155,7 @@ class DecoderRun {
         start_ = cache_.length();
         const int64_t caches = each_ ? count : 1, more = each_ ? 1 : count;
         for (int64_t i = 0; i < caches; i++) caches_[i]->grow(caches_[i]->length() + more);
-        if (policy_) policy_->begin(cache_, count, threads_);
+        if (policy_) policy_->begin(cache_, count, step_, threads_);
         lay_out();
         cache_.stage(stages() ? reinterpret_cast<uint8_t*>(staged_) : nullptr);
         if (rows_ > 1) {
@@ -816,7 +817,7 @@ class DecoderRun {
     const DecoderModel& m_;
     Cache* const* const caches_;
     Cache& cache_;  // the first, or the only one
-    const bool each_;
+    const bool each_, step_;
     Policy* const policy_;
     const Tier& tier_;
     const DecoderOps& ops_;
@@ -839,12 +840,13 @@ class DecoderRun {
 };
 
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
-            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates, Policy* policy) {
+            bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates, Policy* policy,
+            bool step) {
     for (int64_t done = 0; done < count;) {
         const int64_t some = std::min(count - done, kMostRows - cache.length() % kMostRows);
         float* wanted = all ? logits + done * model.vocabulary : done + some == count ? logits : nullptr;
         Cache* caches[] = {&cache};
-        DecoderRun(model, caches, false, tier, threads, gates, policy)
+        DecoderRun(model, caches, false, tier, threads, gates, policy, step)
             .run(tokens + done, some, all, wanted, times);
         done += some;
     }
@@ -854,7 +856,7 @@ void decode_each(const DecoderModel& model, Cache* const* caches, const Tier& ti
                  int64_t count, float* logits, int threads, const Gates* gates) {
     for (int64_t done = 0; done < count;) {
         const int64_t some = std::min<int64_t>(count - done, kFewRows);
-        DecoderRun(model, caches + done, true, tier, threads, gates, nullptr)
+        DecoderRun(model, caches + done, true, tier, threads, gates, nullptr, true)
             .run(tokens + done, some, true, logits + done * model.vocabulary, nullptr);
         done += some;
     }

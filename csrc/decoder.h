@@ -62,10 +62,12 @@ struct DecoderTimes {
 
 // Appends `count` tokens to the cache. Logits, float32 (vocabulary) a row: of the last token, or of all.
 // Tokens must lie in the vocabulary. `gates`: of as many layers, or null; `policy`: what is looked at, of
-// this model and this cache; null: all. Throws std::bad_alloc, and leaves the cache as it was then.
+// this model and this cache; null: all; `step`: whether the tokens are one that comes by itself, where
+// policies may look at something else than in a prompt. Throws std::bad_alloc, and leaves the cache as it was
+// then.
 void decode(const DecoderModel& model, Cache& cache, const Tier& tier, const int64_t* tokens, int64_t count,
             bool all, float* logits, int threads, DecoderTimes* times, const Gates* gates = nullptr,
-            Policy* policy = nullptr);
+            Policy* policy = nullptr, bool step = false);
 
 // Appends one token to each of `count` caches of this model, all different and of one type. Logits, float32
 // (vocabulary) a row, have the bits of as many calls of `decode`: so many go through the layers together as

@@ -238,7 +238,7 @@ NB_MODULE(_native, m) {
             "decode",
             [](const gossamer::DecoderModel& self, gossamer::Cache& cache, int tier, uintptr_t tokens,
                int64_t count, bool all, uintptr_t logits, int threads, bool timed,
-               const gossamer::Gates* gates, gossamer::Policy* policy) {
+               const gossamer::Gates* gates, gossamer::Policy* policy, bool step) {
                 const gossamer::Tier& chosen = tier_of(tier);
                 check_fit(self, cache, gates);
                 if (policy &&
@@ -250,7 +250,7 @@ NB_MODULE(_native, m) {
                     nb::gil_scoped_release release;
                     gossamer::decode(self, cache, chosen, reinterpret_cast<const int64_t*>(tokens), count,
                                      all, reinterpret_cast<float*>(logits), threads, timed ? &times : nullptr,
-                                     gates, policy);
+                                     gates, policy, step);
                 }
                 nb::dict parts;
                 parts["attention_products"] = times.attention_products;
@@ -262,9 +262,9 @@ NB_MODULE(_native, m) {
             },
             nb::arg("cache"), nb::arg("tier"), nb::arg("tokens"), nb::arg("count"), nb::arg("all"),
             nb::arg("logits"), nb::arg("threads"), nb::arg("timed"), nb::arg("gates").none() = nb::none(),
-            nb::arg("policy").none() = nb::none(),
+            nb::arg("policy").none() = nb::none(), nb::arg("step") = false,
             "Appends tokens; logits of the last one, or of all. Returns seconds of the parts by name, zeros "
-            "if not timed. policy: what is looked at, or None: all.")
+            "if not timed. policy: what is looked at, or None: all; step: a token that comes by itself.")
         .def(
             "decode_each",
             [](const gossamer::DecoderModel& self, const std::vector<gossamer::Cache*>& caches, int tier,

@@ -50,10 +50,10 @@ std::string Policy::check() const {
     return labels_.check();
 }
 
-void Policy::begin(const Cache& cache, int64_t rows, int threads) {
+void Policy::begin(const Cache& cache, int64_t rows, bool step, int threads) {
     const int64_t start = cache.length(), end = start + rows;
     threads_ = threads;
-    step_ = rows == 1;
+    step_ = step;
     row_blocks_ = (end - 1) / kBlock - start / kBlock + 1;
     room_ = blocks_of(end);
     known_ = std::min(known_, start / kBlock);

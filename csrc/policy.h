@@ -66,8 +66,9 @@ class Policy {
     }
     int64_t bytes() const { return labels_.bytes(); }  // of what it keeps of keys besides the cache
 
-    // Makes room before `rows` tokens are appended; throws std::bad_alloc.
-    void begin(const Cache& cache, int64_t rows, int threads);
+    // Makes room before `rows` tokens are appended; `step`: they are one that comes by itself, not what is
+    // left of a prompt. Throws std::bad_alloc.
+    void begin(const Cache& cache, int64_t rows, bool step, int threads);
     void end(const Cache& cache) {
         if (pools_act_) known_ = cache.length() / kBlock;
         if (labels_act_) labels_.end();

@@ -578,3 +578,24 @@ def test_the_real_model(smollm2: Path, values: str, layout: str) -> None:
     # Where activations are rounded, a difference in the last bit becomes one of a code, and grows from layer
     # to layer: PyTorch's two ways of attending differ as much from each other.
     assert divergence(got, want) <= 2 * divergence(other, want) + 1e-5
+
+
+@pytest.mark.parametrize(
+    "look", [Look("labels", labels=(0, 1)), Look("static", window=0, steps=False)], ids=lambda look: look.kind
+)
+def test_what_is_left_of_a_prompt_is_no_step(look: Look) -> None:
+    """Prompts are read 512 tokens at a time; one that is left by itself is looked at as those before it."""
+    model = tiny_model("llama", max_position_embeddings=2048, initializer_range=0.3)
+    decoder, ids = Decoder(model.requires_grad_(False)), tiny_tokens(1, 515)[0]
+    looks = [[look] * model.config.num_attention_heads] * model.config.num_hidden_layers
+
+    def logits(prompt: int, looks: Any) -> torch.Tensor:
+        session = NativeSession(decoder, looks=looks)
+        parts = [session.logits(ids[:prompt]), *(session.step(int(token))[None] for token in ids[prompt:])]
+        return torch.cat(parts)
+
+    if look.kind == "labels":  # chooses for steps alone
+        assert torch.equal(logits(513, looks)[:513], logits(513, None)[:513])
+        assert not torch.equal(logits(513, looks)[513:], logits(513, None)[513:])
+    else:  # for prompts alone
+        assert torch.equal(logits(513, looks)[:513], logits(514, looks)[:513])

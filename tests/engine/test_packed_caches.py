@@ -187,6 +187,8 @@ def test_bytes_are_those_of_the_format() -> None:
         (PackedCache(3), "2 or 4 bits, not 3"),
         (PackedCache(4, rank=5), "a rank of 0 to 4, not 5"),
         (PackedCache(4, rank=-1), "a rank of 0 to 4"),
+        (PackedCache(4, rank=1.0), "a rank of 0 to 4"),  # type: ignore[arg-type]
+        (PackedCache(4.0), "2 or 4 bits"),  # type: ignore[arg-type]
         (PackedCache(4, outliers=0.5), "at most 16 outliers of 64 numbers"),
         (PackedCache(4, outliers=float("nan")), "outliers"),
     ],

@@ -147,6 +147,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ((q.bfloat16(), k, v), {}, "throughout"),
         ((q.repeat(1, 1, 32), k.repeat(1, 1, 32), v.repeat(1, 1, 32)), {}, "at most 256"),
         ((q, k, v), {"window": -1}, "window"),
+        ((q, k, v.clone().requires_grad_()), {}, "no gradient"),
         ((q, k, v), {"blocks": torch.ones(4, 1, 2, dtype=torch.bool)}, "blocks must be"),
         ((q, k, v), {"blocks": torch.ones(4, 1, 1)}, "blocks must be"),
     ]

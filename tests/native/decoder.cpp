@@ -176,7 +176,7 @@ class Sequence {
         const Buffer logits((all ? count : 1) * kVocabulary * 4, random_);
         memset(logits.data(), 0xff, size_t(logits.size()));  // NaN: what is not written shows
         decode(model_, cache, tier_, tokens.data() + cache.length(), count, all, logits.as<float>(), threads_,
-               nullptr, gates_, policy);
+               nullptr, gates_, policy, count == 1);
         const float* first = logits.as<float>();
         return Rows(first, first + logits.size() / 4);
     }

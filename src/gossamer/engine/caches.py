@@ -62,9 +62,9 @@ class PackedCache:
     def new(self, shape: Shape) -> Any:
         """An empty native cache. Raises ModelError where such keys and values cannot be kept so."""
         layers, kv_heads, head_dim = shape[:3]
-        if self.bits not in (2, 4):
+        if type(self.bits) is not int or self.bits not in (2, 4):
             raise ModelError(f"a packed cache takes 2 or 4 bits, not {self.bits}")
-        if not 0 <= self.rank <= min(MOST_RANK, head_dim):
+        if type(self.rank) is not int or not 0 <= self.rank <= min(MOST_RANK, head_dim):
             most = min(MOST_RANK, head_dim)
             raise ModelError(f"a packed cache of this model takes a rank of 0 to {most}, not {self.rank}")
         if not 0 <= self.outliers <= 1 or sum(self.counts(max(BLOCK, head_dim))) > MOST_OUTLIERS:

@@ -139,13 +139,15 @@ class Decoder:
         every: bool = False,
         timed: bool = False,
         policy: Any = None,
+        step: bool | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Appends ``tokens``, int64 ``(n,)``, and gives float32 logits of the last one ``(vocab,)``, or with
         ``every`` of all ``(n, vocab)``; and seconds of the parts by name (zeros unless ``timed``):
         ``attention_products`` (q, k, v, o), ``attention``, ``mlp``, ``head``, ``rest``. ``policy``: what
-        attention looks at, the same one for all of a cache (None: everything). ``out``: where logits go,
-        contiguous.
+        attention looks at, the same one for all of a cache (None: everything); ``step``: whether this is a
+        token that comes by itself (None: where it is one), not what is left of a prompt. ``out``: where
+        logits go, contiguous.
 
         Raises ModelError as `check`.
         """
@@ -163,6 +165,7 @@ class Decoder:
             timed,
             None if self._gates is None else self._gates.handle,
             policy,
+            tokens.numel() == 1 if step is None else step,
         )
         return logits, seconds
 

@@ -136,7 +136,8 @@ class NativeSession:
                 while done < len(ids):
                     some = ids[done : done + ROWS - self._cache.length % ROWS]
                     out = logits[done : done + len(some)] if every else logits
-                    self.decoder.append(self._cache, some, every=every, policy=self._policy, out=out)
+                    asked: dict[str, Any] = {"policy": self._policy, "step": len(ids) == 1}
+                    self.decoder.append(self._cache, some, every=every, out=out, **asked)
                     done += len(some)
             except BaseException:  # Ctrl-C too: as if nothing had been appended
                 self._cache.truncate(before)

@@ -118,6 +118,8 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor | None,
         )
     if any(not one.is_cpu for one in (queries, keys, values)):
         raise KernelError("attention runs on the CPU")
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (queries, keys, values)):
+        raise KernelError("this attention has no gradient: call it under torch.no_grad()")
     if window < 0:
         raise KernelError(f"a window has at least one position (0: no window), not {window}")
     if blocks is not None:
