@@ -10,6 +10,8 @@ from activation_probes import inputs_of, logits
 
 from gossamer.dynamic.activations import calibrate, method, orthogonal_columns
 from gossamer.errors import ModelError
+from gossamer.matrices import Dense, pack
+from gossamer.nn import StructuredLinear
 from tiny import tiny_model, tiny_tokens
 
 KEY, GATE = "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.gate_proj"
@@ -85,6 +87,15 @@ def test_thresholds_of_zero_are_dense() -> None:
     prepared = orthogonal_columns(model)
     with calibrate(prepared, method("wina", prepared=True), ids).gates(0.0).attach(prepared):
         assert torch.allclose(logits(prepared, ids), logits(model, ids), atol=1e-4)
+
+
+def test_a_packed_model_is_refused_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    layer: Any = model.get_submodule(GATE)
+    model.set_submodule(GATE, StructuredLinear(pack(Dense(layer.weight.detach()), "int8")))
+    monkeypatch.setattr("copy.deepcopy", lambda _: pytest.fail("it is copied"))
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.gate_proj is a StructuredLinear"):
+        orthogonal_columns(model)
 
 
 def test_a_model_with_other_names_is_refused() -> None:

@@ -90,6 +90,12 @@ def test_it_ends_at_a_stop_token() -> None:
     assert made.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
 
 
+def test_no_tokens_are_none() -> None:
+    model = tiny_model("llama")
+    made = Sirius().generate(*sides("transformers", model, gates_of(model)), PROMPT, 0)
+    assert made.tokens == made.advances == ()
+
+
 @pytest.mark.parametrize("settings", [{"period": 0}, {"threshold": 0.0}, {"temperature": -1.0}])
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(MethodError, match="Sirius needs"):

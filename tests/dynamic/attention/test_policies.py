@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertModel
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from gossamer.dynamic.attention import POLICIES, Attend, Policy, attention
 from gossamer.dynamic.attention.block_topk import BlockTopK
 from gossamer.dynamic.attention.hip import HiP
 from gossamer.dynamic.attention.minference import MInference, VerticalSlash, candidates, search, searched
+from gossamer.dynamic.attention.plug import PAIRS, Watch, key_positions
 from gossamer.dynamic.attention.policy import block_means, causal
+from gossamer.dynamic.attention.seer import Seer
 from gossamer.dynamic.attention.sink_window import SinkWindow
 from gossamer.dynamic.attention.strided import Strided
 from gossamer.errors import MethodError
@@ -154,6 +164,32 @@ def test_search_gives_each_head_the_pattern_that_serves_it() -> None:
         assert (errors <= (other - dense).square().sum((0, 2)) + 1e-6).all()
 
 
+def test_search_compares_within_the_window() -> None:
+    queries, keys = planted()
+    options: dict[str, Any] = {"scaling": 0.25, "layer": 0, "budget": 5}
+    whole, near = (search(queries, keys, made()[2], window=window, **options) for window in (0, 128))
+    assert set(whole.values()) == {BlockTopK(5)}
+    assert set(near.values()) == {candidates(5)[0]}  # all of the window, and nothing is lost
+
+
+def test_whoever_watches_is_told_the_window() -> None:
+    class Windows(Watch):
+        def see(self, queries: Tensor, keys: Tensor, values: Tensor, **others: Any) -> None:
+            found[others["layer"]] = others["window"]
+
+    found: dict[int, int] = {}
+    Windows().read(tiny_model("gemma3"), tiny_tokens(1, 20))
+    assert found == {0: 8, 1: 0, 2: 8}
+
+
+def test_patterns_of_a_head_are_as_they_are_alone() -> None:
+    queries, keys, _ = made()
+    strided, seer = Strided(window=64, stride=4), Seer(torch.randn(1, 4, 16, 16), 3)
+    blocks = chosen(MInference({(0, 2): strided, (0, 3): seer}, BlockTopK(2)), queries, keys)
+    for head, policy in enumerate((BlockTopK(2), BlockTopK(2), strided, seer)):
+        assert torch.equal(blocks[head], chosen(policy, queries, keys)[head])
+
+
 def test_patterns_of_a_model_are_found_on_a_text_and_run() -> None:
     model, ids = tiny_model("llama").eval(), tiny_tokens(1, 500)
     policy = searched(model, ids[0], 5)
@@ -164,6 +200,19 @@ def test_patterns_of_a_model_are_found_on_a_text_and_run() -> None:
     assert 0 < attend.looked < 1
 
 
+@pytest.mark.parametrize("window", [100, 128])
+def test_what_is_looked_at_is_counted_within_the_window(window: int) -> None:
+    model, ids = tiny_model("mistral", sliding_window=window).eval(), tiny_tokens(1, 400)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
+    with torch.no_grad(), attention(model, SinkWindow(0, window)) as attend:
+        got = model.generate(ids, **options)
+    assert torch.equal(got, model.generate(ids, **options))
+    assert attend.looked == 1.0
+    with torch.no_grad(), attention(model, SinkWindow(64, 1)) as attend:
+        model(ids)
+    assert attend.looked == (1 + 2 + 2 + 4 * 1) / (1 + 2 + 5 * 3)
+
+
 def test_block_means_are_of_whole_and_part_blocks() -> None:
     x = torch.randn(2, 150, 8)
     means = block_means(x, 50)
@@ -171,7 +220,7 @@ def test_block_means_are_of_whole_and_part_blocks() -> None:
     torch.testing.assert_close(means, want)
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "starcoder2"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen3", "starcoder2", "gemma3", "opt"])
 def test_dense_attention_in_transformers_is_its_own(arch: str) -> None:
     model, ids = tiny_model(arch).eval(), tiny_tokens(2, 150)
     with torch.no_grad():
@@ -224,6 +273,53 @@ def test_generation_goes_on_from_its_cache(name: str) -> None:
     with torch.no_grad(), attention(model, SMALL[name]) as attend:
         assert model.generate(ids, **options).shape == (1, 406)
     assert attend.looked < 1
+
+
+PREFIX = or_masks(causal_mask_function, lambda text, head, q, k: (q < 9) & (k < 9))  # sees itself whole
+
+
+@pytest.mark.parametrize("length", [30, 300])
+def test_masks_of_another_form_are_refused(length: int) -> None:
+    """All of a short text's mask is looked at, and some of a long one's."""
+    assert (length**2 * 2 > PAIRS) == (length == 300)
+    packed = packed_sequence_mask_function((torch.arange(length) >= length - 9).long().expand(2, -1))
+    options: dict[str, Any] = {"batch_size": 2, "q_length": length, "kv_length": length}
+    window = sliding_window_causal_mask_function(8)
+    assert key_positions(mask_function=causal_mask_function, **options) is None
+    assert key_positions(mask_function=window, local_size=8, **options) is None
+    chunked = chunked_causal_mask_function(25, torch.zeros(2, dtype=torch.int64))
+    for mask, size in (
+        (packed, None),
+        (PREFIX, None),
+        (chunked, 25),
+        (window, None),
+        (window, 9),
+        (lambda text, head, q, k: q >= 0, None),
+        (lambda text, head, q, k: (k <= q) & ((text == 0) | (k != 4)), None),
+    ):
+        with pytest.raises(MethodError, match="this model's mask"):
+            key_positions(mask_function=mask, local_size=size, **options)
+
+
+def test_models_whose_attention_is_not_of_one_causal_text_are_refused() -> None:
+    model, ids = tiny_model("llama").eval(), tiny_tokens(1, 20)
+    positions = torch.arange(10).repeat(2)[None]
+    with torch.no_grad(), attention(model, None):
+        with pytest.raises(MethodError, match="this model's mask"):
+            model(ids, position_ids=positions, use_cache=False)
+        with pytest.raises(MethodError, match="marks padding"):
+            model(ids, attention_mask=torch.ones(1, 1, 20, 20).bool())
+        with pytest.raises(MethodError, match="room for more"):
+            model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    encoder = BertModel(BertConfig(vocab_size=384, **sizes)).eval()
+    with torch.no_grad(), attention(encoder, None), pytest.raises(MethodError, match="this model's mask"):
+        encoder(ids)
+    some = (torch.zeros(1, 2, 3, 4),) * 3
+    with pytest.raises(MethodError, match="is causal"):
+        Attend(None)(encoder.encoder.layer[0].attention.self, *some, None)
+    with pytest.raises(MethodError, match="is causal"):
+        Attend(None)(model.model.layers[0].self_attn, *some, None, is_causal=False)
 
 
 def test_names_are_known_to_transformers_and_the_model_is_as_before() -> None:

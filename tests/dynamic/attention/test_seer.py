@@ -28,6 +28,14 @@ def test_the_target_is_the_largest_weight_of_each_block() -> None:
     torch.testing.assert_close(found.keys[2, 1], keys[1, 64:128].mean(0))
 
 
+def test_the_target_knows_what_a_window_hides() -> None:
+    queries, keys = torch.randn(4, 300, 16), torch.randn(2, 300, 16)
+    target = sample(queries, keys, 0.25, window=65).target
+    assert float(target.triu(-1).sum()) == pytest.approx(4 * 5)
+    assert float(target.tril(-2).max()) == 0
+    assert float(sample(queries, keys, 0.25).target.tril(-2).min(0).values[2:, 0].min()) > 0
+
+
 def hidden(windows: int, seed: int) -> list[Sample]:
     """Blocks that are looked at for a reason that means alone do not show: queries ask in turned space."""
     turned = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
@@ -99,7 +107,13 @@ def test_what_is_wrong_is_refused(tmp_path: Path) -> None:
         policy.look(2, 0)
     with pytest.raises(MethodError, match="not of more"):
         policy.look(0, 3)
+    for heads, dim in ((2, 4), (4, 4), (3, 8)):
+        with pytest.raises(MethodError, match=r"gates of 3 heads of 4 numbers|not of more"):
+            policy.blocks(torch.zeros(heads, 70, dim), torch.zeros(1, 70, dim), scaling=1.0, layer=0)
     file = save_policy(policy, tmp_path / "gates.json")
     file.with_suffix(".safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="no attention policy"):
+        load_policy(file)
+    file.with_suffix(".safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"gates\.safetensors"):
         load_policy(file)

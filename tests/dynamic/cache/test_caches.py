@@ -285,6 +285,33 @@ def test_a_step_reads_less(model: Any) -> None:
         assert run(model, cache, ids, [420]).isfinite().all()  # without `reading` all is read
 
 
+@pytest.mark.parametrize(
+    ("pieces", "compressed"),
+    [([4, 64], 0), ([1] * 4 + [64], 0), ([100, 1, 64, 60], 80), ([100, *[64] * 9], 592)],
+)
+def test_rows_of_one_call_read_their_own_and_the_latest_keys_as_they_are(
+    model: Any, pieces: list[int], compressed: int
+) -> None:
+    method = SMALL["low_rank_keys"]
+    assert isinstance(method, LowRankKeys)
+    layer: Any = method.layer(model, 0)
+    layer.choosing = True
+    keys, values = torch.randn(2, 1, 2, sum(pieces), 16, generator=torch.Generator().manual_seed(7))
+    first = 0
+    for piece in pieces:
+        layer.update(keys[:, :, first : first + piece], values[:, :, first : first + piece])
+        lasting = max(0, first + 1 - method.local * method.chunk) if first else first + piece
+        k, v = layer.everything()
+        assert torch.equal(k[:, :, lasting:], keys[:, :, lasting : first + piece])
+        assert torch.equal(v[:, :, lasting:], values[:, :, lasting : first + piece])
+        chosen = layer.choose(torch.ones(1, 2, 2, piece, 16), 0.25)
+        if first and chosen is not None:
+            for row in range(piece):
+                assert set(range(lasting, first + row + 1)) <= set(chosen[0, 0, row].tolist())
+        first += piece
+    assert compressed == (layer.state.prompt.left.shape[1] if layer.state.prompt else 0)
+
+
 def test_what_does_not_suit_is_refused(model: Any) -> None:
     for made_wrong in (
         lambda: Gear(bits=3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -49,14 +49,31 @@ def orthogonal_columns(model: M) -> M:
     activations of that layer can give. The code moves V into the weights before it and keeps a matrix on each
     residual connection, and takes the mean from the rows of the embedding, which changes the model; here V
     stands behind the norm, which gives the same activations for as many products: hidden_size² a norm, which
-    no gate can skip. Raises ModelError for models without Llama's names, or with more norms than Llama.
+    no gate can skip. Raises ModelError for models without Llama's names, with more norms than Llama, or whose
+    layers are packed.
     """
+    list(_norms(model))  # refused before it is copied
     prepared = copy.deepcopy(model)
-    for block in find_parts(prepared).blocks:
+    for block, norm_name, layers, chosen in _norms(prepared):
+        norm = block.get_submodule(norm_name)
+        _fold(norm, layers.values())
+        weight = layers[chosen].weight
+        rotation = torch.linalg.svd(weight.detach().double(), full_matrices=True).Vh.T
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.weight.copy_((layer.weight.double() @ rotation).to(layer.weight.dtype))
+        setattr(block, norm_name, RotatedNorm(norm, rotation.to(weight.dtype)))
+    return prepared
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict[str, Any], str]]:
+    """Each block with the name of a norm in it, the layers that read it by name, and the name of the one
+    whose columns become orthogonal. Raises ModelError as `orthogonal_columns`."""
+    for block in find_parts(model).blocks:
         for norm_name, (readers, chosen) in READERS.items():
             try:
-                norm = block.module.get_submodule(norm_name)
-                layers: dict[str, Any] = {name: block.module.get_submodule(name) for name in readers}
+                block.module.get_submodule(norm_name)
+                layers = {name: block.module.get_submodule(name) for name in readers}
             except AttributeError:
                 raise ModelError(
                     f"{type(model).__name__} has no {norm_name} that {' and '.join(readers)} read: columns "
@@ -66,14 +83,13 @@ def orthogonal_columns(model: M) -> M:
                 raise ModelError(
                     f"{type(model).__name__} has {min(others)}: columns cannot be made orthogonal"
                 )
-            _fold(norm, layers.values())
-            weight = layers[chosen].weight
-            rotation = torch.linalg.svd(weight.detach().double(), full_matrices=True).Vh.T
-            with torch.no_grad():
-                for layer in layers.values():
-                    layer.weight.copy_((layer.weight.double() @ rotation).to(layer.weight.dtype))
-            setattr(block.module, norm_name, RotatedNorm(norm, rotation.to(weight.dtype)))
-    return prepared
+            for name, layer in layers.items():
+                if not isinstance(layer, nn.Linear):
+                    raise ModelError(
+                        f"{block.name}.{name} is a {type(layer).__name__}: only plain weights can be made "
+                        "orthogonal"
+                    )
+            yield block.module, norm_name, layers, chosen
 
 
 @torch.no_grad()

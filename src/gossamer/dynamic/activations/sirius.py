@@ -71,6 +71,8 @@ class Sirius:
         ``dense`` and ``sparse`` run one sequence, over one cache: the first must be empty and reads the
         prompt, the second is asked to append tokens alone.
         """
+        if max_new_tokens < 1:
+            return Corrected((), ())
         tokens = [int(dense.prompt(torch.tensor(ids)).argmax())]
         advances: list[int] = []
         while len(tokens) < max_new_tokens and tokens[-1] not in stop:

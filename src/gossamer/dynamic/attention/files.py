@@ -53,7 +53,7 @@ def load_policy(path: str | Path) -> Policy:
             return Seer(load_file(file.with_suffix(".safetensors"))["gates"], content["count"])
         return from_dict(content)
     except OSError as error:
-        raise CheckpointError(f"cannot read {file.name}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {file.name}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, MethodError, SafetensorError) as error:
         raise CheckpointError(f"{file.name} is no attention policy: {error}") from error
 

@@ -38,6 +38,10 @@ class LabelBlocks(Policy):
         channels = (channel for layer in labels for of_head in layer for channel in of_head)
         if not labels or not all(labels) or not all(whole(channel) for channel in channels):
             raise MethodError("label_blocks takes labels of each head of keys of each layer, its channels")
+        if any(len({len(of_head) for of_head in layer}) > 1 or not layer[0] for layer in labels):
+            raise MethodError(
+                "label_blocks takes as many labels for each head of keys of a layer, at least one"
+            )
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
         if queries.shape[1] > 1:

@@ -89,21 +89,15 @@ class MInference(Policy):
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor | None:
         if queries.shape[1] == 1:
             return None
-        group = len(queries) // len(keys)
         found: dict[Policy, Tensor] = {}
         of_heads = [self.heads.get((layer, head), self.other) for head in range(len(queries))]
-        chosen = []
-        for head, policy in enumerate(of_heads):
-            if policy not in found:  # once for all heads of one pattern
-                some = [i for i, other in enumerate(of_heads) if other == policy]
-                of_keys = keys[[i // group for i in some]]
-                blocks = policy.blocks(queries[some], of_keys, scaling=scaling, layer=layer)
+        for policy in of_heads:
+            if policy not in found:  # once, of all heads: a pattern may go by the number of a head
+                blocks = policy.blocks(queries, keys, scaling=scaling, layer=layer)
                 if blocks is None:
                     raise MethodError("a pattern of minference names its blocks")
-                found[policy] = torch.zeros((len(queries), *blocks.shape[1:]), dtype=torch.bool)
-                found[policy][some] = blocks
-            chosen.append(found[policy][head])
-        return torch.stack(chosen)
+                found[policy] = blocks
+        return torch.stack([found[policy][head] for head, policy in enumerate(of_heads)])
 
     def look(self, layer: int, head: int) -> Look:
         return replace(self.heads.get((layer, head), self.other).look(layer, head), steps=False)
@@ -123,18 +117,25 @@ def candidates(budget: int) -> list[Policy]:
 
 
 def search(
-    queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int, budget: int
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    layer: int,
+    budget: int,
+    window: int = 0,
 ) -> dict[tuple[int, int], Policy]:
     """For each head of a layer the candidate whose outputs are the nearest to dense attention's, on one
-    prompt (shapes of `block_attention`)."""
+    prompt (shapes and ``window`` of `block_attention`)."""
     rows, positions = queries.shape[1], keys.shape[1]
-    dense = block_attention(queries, keys, values, scaling=scaling).float()
+    dense = block_attention(queries, keys, values, scaling=scaling, window=window).float()
     policies, errors = candidates(budget), []
     for policy in policies:
         blocks = policy.blocks(queries, keys, scaling=scaling, layer=layer)
         assert blocks is not None
         chosen = causal(blocks, rows, positions)
-        got = block_attention(queries, keys, values, scaling=scaling, blocks=chosen).float()
+        got = block_attention(queries, keys, values, scaling=scaling, blocks=chosen, window=window).float()
         errors.append((got - dense).square().sum((0, 2)))
     best = torch.stack(errors).argmin(0)
     return {(layer, head): policies[int(best[head])] for head in range(len(queries))}
@@ -148,8 +149,12 @@ class _Search(Watch):
         self.budget = budget
         self.heads: dict[tuple[int, int], Policy] = {}
 
-    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
-        self.heads |= search(queries, keys, values, scaling=scaling, layer=layer, budget=self.budget)
+    def see(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> None:
+        self.heads |= search(
+            queries, keys, values, scaling=scaling, window=window, layer=layer, budget=self.budget
+        )
 
 
 @torch.no_grad()

@@ -10,13 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    TransformGetItemToIndex,
+    causal_mask_function,
+)
 
-from gossamer.dynamic.attention.policy import POLICIES, Policy, causal
+from gossamer.dynamic.attention.policy import POLICIES, Policy, causal, latest, numbers
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK, block_attention
 
 _numbers = count(1)
+
+PAIRS = 1 << 16  # of a query and a key, up to which a mask is looked at as a whole
 
 
 class Attend:
@@ -47,7 +53,7 @@ class Attend:
     ) -> tuple[Tensor, None]:
         """``query (batch, heads, rows, dim)``, ``key`` and ``value (batch, kv_heads, positions, dim)``; gives
         ``(batch, rows, heads, dim)``. ``attention_mask``: `key_positions`, with padding at either end."""
-        self.refuse(query, dropout, others)
+        self.refuse(module, query, attention_mask, dropout, others)
         rows, positions = query.shape[2], key.shape[2]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         outputs = query.new_zeros((len(query), rows, query.shape[1], query.shape[3]))
@@ -65,7 +71,13 @@ class Attend:
         return outputs, None
 
     @staticmethod
-    def refuse(query: Tensor, dropout: float, others: dict[str, Any]) -> None:
+    def refuse(
+        module: nn.Module,
+        query: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float,
+        others: dict[str, Any],
+    ) -> None:
         """Raises MethodError for what no attention of this kind can do."""
         if dropout:
             raise MethodError("sparse attention has no dropout: put the model into eval mode")
@@ -74,6 +86,11 @@ class Attend:
         )
         if unknown:
             raise MethodError(f"sparse attention cannot do what this model asks for: {', '.join(unknown)}")
+        is_causal = others.get("is_causal")
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise MethodError("sparse attention is causal, and this model's is not")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise MethodError("sparse attention takes a mask of (batch, positions), which marks padding")
         if torch.is_grad_enabled() and query.requires_grad:
             raise MethodError("sparse attention has no gradient: run the model under torch.no_grad()")
 
@@ -92,27 +109,33 @@ class Attend:
         where a cache has forgotten those before it, which lie outside the window of every query."""
         blocks = None
         if not start:
-            blocks = self._blocks(queries, keys, scaling, layer)
+            blocks = self._blocks(queries, keys, scaling, window, layer)
         elif window and self.policy is not None and self.policy.static:
             # it asks for the number of keys alone
             every = keys[:, :1].expand(-1, start + keys.shape[1], -1)
-            blocks = self._blocks(queries, every, scaling, layer)
+            blocks = self._blocks(queries, every, scaling, window, layer)
         if start and blocks is not None:
             # blocks begin at multiples of BLOCK positions; the keys put before are outside the window
             blocks = blocks[:, :, start // BLOCK :]
             keys, values = (torch.cat([x[:, :1].expand(-1, start % BLOCK, -1), x], 1) for x in (keys, values))
         return block_attention(queries, keys, values, scaling=scaling, blocks=blocks, window=window)
 
-    def _blocks(self, queries: Tensor, keys: Tensor, scaling: float, layer: int) -> Tensor | None:
+    def _blocks(
+        self, queries: Tensor, keys: Tensor, scaling: float, window: int, layer: int
+    ) -> Tensor | None:
         if self.policy is None:
             return None
         blocks = self.policy.blocks(queries, keys, scaling=scaling, layer=layer)
         if blocks is None:
             return None
         rows, positions = queries.shape[1], keys.shape[1]
-        blocks = causal(blocks, rows, positions)
+        row, column = numbers(rows, positions)
+        there = column <= row
+        if window:
+            there &= latest(row, column, window)
+        blocks = causal(blocks, rows, positions) & there
         self._looked += int(blocks.sum())
-        self._there += len(blocks) * int(causal(torch.ones_like(blocks[0]), rows, positions).sum())
+        self._there += len(blocks) * int(there.sum())
         return blocks
 
 
@@ -122,15 +145,25 @@ class Watch(Attend):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
-        """One text in one layer; shapes of `block_attention`."""
+    def see(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> None:
+        """One text in one layer; shapes and ``window`` of `block_attention`."""
         raise NotImplementedError
 
     def one(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int, **others: Any
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int,
+        layer: int,
+        **others: Any,
     ) -> Tensor:
-        self.see(queries, keys, values, scaling=scaling, layer=layer)
-        return super().one(queries, keys, values, scaling=scaling, layer=layer, **others)
+        self.see(queries, keys, values, scaling=scaling, window=window, layer=layer)
+        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer, **others)
 
     def read(self, model: Any, windows: Tensor) -> None:
         """Runs the transformers ``model`` over ``windows``, int64 ``(windows, n)``."""
@@ -194,15 +227,35 @@ def key_positions(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Any = None,
+    mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     **others: Any,
 ) -> Tensor | None:
     """What transformers hands to attention as its mask: the position in its text of every key, int64
     ``(batch, positions)``, -1 for padding; None where they are 0, 1, ...
 
-    ``kv_offset``: keys that a cache has forgotten; ``attention_mask``: bool, of these and all others.
+    ``kv_offset``: keys that a cache has forgotten; ``attention_mask``: bool, of these and all others;
+    ``local_size``: of a sliding window. Raises MethodError where the queries are not the last positions (a
+    cache that has room for more), and where ``mask_function`` hides from a query more than what lies behind
+    it or outside the window, or shows it more: packed texts, chunks, prefixes that see themselves whole.
     """
+    end = kv_offset + kv_length
+    if int(q_offset) + q_length != end:
+        raise MethodError("sparse attention takes a cache as long as the text, not one with room for more")
+    row = torch.arange(end - q_length, end)[:, None]
+    column = _some(row, kv_offset, end, local_size or 0, PAIRS // batch_size)
+    column = column.expand(q_length, -1)
+    row, column = row.expand_as(column).flatten(), column.flatten()
+    seen = column <= row
+    if not (
+        _is(mask_function, seen, batch_size, row, column)
+        or (local_size and _is(mask_function, seen & (column > row - local_size), batch_size, row, column))
+    ):
+        raise MethodError(
+            "sparse attention is causal, with a sliding window or without: it has no form of this model's "
+            "mask (packed texts, chunks, or parts that see what follows)"
+        )
     if attention_mask is None:
         if not kv_offset:
             return None
@@ -212,6 +265,27 @@ def key_positions(
     if not kv_offset and positions.shape[1] == kv_length and bool(seen.all()):
         return None
     return positions
+
+
+def _some(row: Tensor, begin: int, end: int, window: int, most: int) -> Tensor:
+    """Keys in [begin, end) to look at a mask by, for the queries ``row (rows, 1)``: all, where there are at
+    ``most`` so many pairs; else those at powers of two from each query, at its window's border and both ends.
+    """
+    if len(row) * (end - begin) <= most:
+        return torch.arange(begin, end)[None]
+    powers = [1 << i for i in range((end - begin).bit_length() + 1)]
+    away = torch.tensor([0, window - 1, window, *powers, *(-power for power in powers)])
+    return (row - away).clamp(begin, end - 1)
+
+
+def _is(mask_function: Any, seen: Tensor, batch_size: int, row: Tensor, column: Tensor) -> bool:
+    """Whether transformers' ``mask_function`` gives ``seen`` for the queries ``row`` and the keys ``column``
+    of every text."""
+    text = torch.arange(batch_size).repeat_interleave(len(row))
+    row, column = row.repeat(batch_size), column.repeat(batch_size)
+    with TransformGetItemToIndex():
+        got = torch.vmap(mask_function)(text, torch.zeros_like(text), row, column)
+    return torch.equal(got, seen.repeat(batch_size))
 
 
 def _filled(positions: Tensor) -> tuple[int, int, int]:

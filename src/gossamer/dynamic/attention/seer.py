@@ -13,6 +13,7 @@ from gossamer.dynamic.attention.policy import Policy, block_means, check_counts,
 from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
+from gossamer.kernels.attention import visible
 
 STEPS, RATE = 150, 3e-3  # of Adam, for all layers alike
 PULL = 1e-2  # towards the identity: a text of calibration has few blocks
@@ -41,7 +42,14 @@ class Seer(Policy):
 
     def blocks(self, queries: Tensor, keys: Tensor, *, scaling: float, layer: int) -> Tensor:
         rows, positions = queries.shape[1], keys.shape[1]
-        asked = block_means(queries, positions - rows) @ self._gates_of(layer, len(queries))
+        gates = self._gates_of(layer, len(queries))
+        heads, dim = gates.shape[:2]
+        if (heads, dim) != (len(queries), queries.shape[2]):
+            raise MethodError(
+                f"seer has gates of {heads} heads of {dim} numbers, and the model has {len(queries)} of "
+                f"{queries.shape[2]}"
+            )
+        asked = block_means(queries, positions - rows) @ gates
         scores = asked @ for_heads(block_means(keys, 0), len(queries)).mT
         own = torch.arange(scores.shape[2] - scores.shape[1], scores.shape[2])
         scores[:, torch.arange(len(own)), own] = torch.inf
@@ -70,16 +78,16 @@ class Sample:
     target: Tensor
 
 
-def sample(queries: Tensor, keys: Tensor, scaling: float) -> Sample:
-    """``queries (heads, n, dim)`` and ``keys (kv_heads, n, dim)`` of one window: the target is the largest
-    weight of each block, rows divided by their sums."""
+def sample(queries: Tensor, keys: Tensor, scaling: float, window: int = 0) -> Sample:
+    """``queries (heads, n, dim)`` and ``keys (kv_heads, n, dim)`` of one text: the target is the largest
+    weight of each block, rows divided by their sums. ``window`` as in `block_attention`."""
     heads, rows, _ = queries.shape
-    later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    unseen = ~visible(rows, rows, window=window)[0]
     short = -rows % BLOCK
     lasting = for_heads(keys, heads)
     found = []
     for head in range(heads):  # one map at a time
-        scores = (queries[head].float() @ lasting[head].float().T * scaling).masked_fill(later, -torch.inf)
+        scores = (queries[head].float() @ lasting[head].float().T * scaling).masked_fill(unseen, -torch.inf)
         weights = torch.nn.functional.pad(scores.softmax(-1), (0, short, 0, short))
         found.append(torch.nn.functional.max_pool2d(weights[None], BLOCK)[0])
     target = torch.stack(found)
@@ -129,8 +137,10 @@ class _Gather(Watch):
         self.samples: dict[int, list[Sample]] = {}
         self.scaling: dict[int, float] = {}
 
-    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
-        self.samples.setdefault(layer, []).append(sample(queries, keys, scaling))
+    def see(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> None:
+        self.samples.setdefault(layer, []).append(sample(queries, keys, scaling, window))
         self.scaling[layer] = scaling
 
 

@@ -133,7 +133,9 @@ class _Sizes(Watch):
         self.queries: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
 
-    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
+    def see(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> None:
         sizes = queries.float().abs().sum(1), keys.float().abs().sum(1)
         for total, size in zip((self.queries, self.keys), sizes, strict=True):
             total[layer] = total.get(layer, 0) + size

@@ -27,7 +27,9 @@ class _Grams(Watch):
         self.rotations = rotations
         self.grams: dict[int, Tensor] = {}
 
-    def see(self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, layer: int) -> None:
+    def see(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> None:
         plain = self.rotations[layer].undo(keys.float(), torch.arange(keys.shape[1]))
         rows = plain.transpose(0, 1).flatten(1)  # (n, kv_heads x dim)
         self.grams[layer] = self.grams.get(layer, 0) + (rows.mT @ rows).double()

@@ -130,8 +130,12 @@ class LowRankLayer(SelectiveLayer):
         recent = torch.cat([state.keys, keys], 2), torch.cat([state.values, values], 2)
         self.state = State(state.prompt, *recent)
         begun = self.length - recent[0].shape[2]
-        due = self.length // method.chunk * method.chunk - method.local * method.chunk
-        if due - begun >= (AGAIN if begun or keys.shape[2] == 1 else method.rank):
+        new = keys.shape[2]
+        # every row reads its own and the latest keys as they are, so that the first one bounds what is
+        # compressed, save in a prompt, which attends densely
+        whole = self.length if new == self.length else self.length - new + 1
+        due = (whole // method.chunk - method.local) * method.chunk
+        if due - begun >= (AGAIN if begun or new == 1 else method.rank):
             k, v = self.everything()
             prompt = method.compress(k[:, :, :due], v[:, :, :due], self.rotation)
             self.state = State(prompt, k[:, :, due:].clone(), v[:, :, due:].clone())

@@ -81,7 +81,7 @@ class Choose(Attend):
             if attention_mask is not None and bool((attention_mask < 0).any()):
                 raise MethodError("a cache that is read by choice knows no padding: give texts of one length")
             if query.shape[2] <= MOST_ROWS and layer.length > query.shape[2]:
-                self.refuse(query, dropout, others)
+                self.refuse(module, query, attention_mask, dropout, others)
                 scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
                 return self._chosen(layer, query, scaling), None
         return super().__call__(
