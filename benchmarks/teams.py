@@ -57,7 +57,7 @@ def measure(model: str, threads: int) -> dict[str, float]:
         for name, module in list(whole.named_modules()):
             if isinstance(module, nn.Linear):
                 packed = Packed.pack(module.weight.detach(), values="int4")
-                replace_module(whole, name, StructuredLinear.from_linear(module, packed))
+                replace_module(whole, name, StructuredLinear(packed, module.bias))
         speed = measure_speed(whole, prompt=64, decode=48)
         found["decoding, tokens/s"] = speed.decode_tokens_per_second
         found["prompt of 64, tokens/s"] = speed.prompt_tokens_per_second

@@ -103,9 +103,11 @@ def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template(tokenizer.chat_template)
 
 
-def add_to(source: Path, target: Path, *, tensors: Any = None, rotation: Any = None) -> Path:
-    """Copies a GGUF file and adds to it ``tensors`` (arrays by name) and what is told under ``ARCH.rope``
-    (strings and floats by name); returns ``target``."""
+def add_to(
+    source: Path, target: Path, *, tensors: Any = None, rotation: Any = None, ends: Any = None
+) -> Path:
+    """Copies a GGUF file and adds to it ``tensors`` (arrays by name), what is told under ``ARCH.rope``
+    (strings and floats by name), and tokens that ``ends`` names (``eot``, ``eom``); returns ``target``."""
     reader = gguf.GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, arch)
@@ -116,6 +118,8 @@ def add_to(source: Path, target: Path, *, tensors: Any = None, rotation: Any = N
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=kind)
     for name, value in (rotation or {}).items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(f"{arch}.rope.{name}", value)
+    for name, token in (ends or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, array in (tensors or {}).items():

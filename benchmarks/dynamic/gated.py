@@ -96,9 +96,9 @@ def packed_model(model_dir: str, values: str) -> Any:
         weight = module.weight.detach().float()
         mask = mask_from_scores(weight.abs(), parse_pattern(pattern)) if pattern else None
         matrix = Packed.pack(weight, number, pattern or "dense", mask=mask)
-        replace_module(model, name, StructuredLinear.from_linear(module, matrix))
+        replace_module(model, name, StructuredLinear(matrix, module.bias))
     head = rows if tied else Packed.pack(model.lm_head.weight.detach().float(), edges, "dense")
-    replace_module(model, "lm_head", StructuredLinear.from_linear(model.lm_head, head))
+    replace_module(model, "lm_head", StructuredLinear(head, model.lm_head.bias))
     replace_module(model, "model.embed_tokens", StructuredEmbedding.from_embedding(embedding, rows))
     return model
 

@@ -128,10 +128,10 @@ def large(args: argparse.Namespace, values: str) -> dict[str, Contender]:
         model: Any = empty_model(folder_of(config, Path(folder)))
     for name, module in linears(model).items():
         shape = (module.out_features, module.in_features)
-        replace_module(model, name, StructuredLinear.from_linear(module, copy(shape, "dense")))
+        replace_module(model, name, StructuredLinear(copy(shape, "dense"), module.bias))
     embedding = model.get_input_embeddings()
     rows = weight((embedding.num_embeddings, embedding.embedding_dim), "int8")
-    replace_module(model, "lm_head", StructuredLinear.from_linear(model.lm_head, rows))
+    replace_module(model, "lm_head", StructuredLinear(rows, model.lm_head.bias))
     replace_module(model, "model.embed_tokens", StructuredEmbedding.from_embedding(embedding, rows))
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":

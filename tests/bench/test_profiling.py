@@ -40,7 +40,7 @@ def sparse(model: Any) -> Any:
             matrix = rows
             if name != "lm_head":
                 matrix = Packed.pack(Sparse.fit(layer.weight.detach(), pattern="32:64"), "int4")
-            replace_module(model, name, StructuredLinear.from_linear(layer, matrix))
+            replace_module(model, name, StructuredLinear(matrix, layer.bias))
     embedding = StructuredEmbedding.from_embedding(model.model.embed_tokens, rows)
     replace_module(model, "model.embed_tokens", embedding)
     return model

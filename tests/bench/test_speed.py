@@ -129,7 +129,7 @@ def test_decode_bytes_leave_out_embeddings_but_not_a_tied_head() -> None:
     assert decode_bytes(tiny_model("llama_untied")) == 4 * (LINEAR + EDGE + NORMS) + buffers
     for name, layer in linear_layers(model).items():
         packed = Packed.pack(layer.weight.detach(), "int4", "dense")
-        replace_module(model, name, StructuredLinear.from_linear(layer, packed))
+        replace_module(model, name, StructuredLinear(packed, layer.bias))
     head = Packed.pack(model.lm_head.weight.detach(), "int8", "dense")
     replace_module(model, "lm_head", StructuredLinear(head))
     replace_module(

@@ -100,7 +100,7 @@ def packed(model: Any, values: str, layout: str = "dense") -> Any:
                 pattern = parse_pattern({"bitmap": "32:64"}.get(layout, layout))
                 mask = mask_from_scores(weight.abs(), pattern, 0.5)
             matrix = Packed.pack(weight, values=values, layout=layout, mask=mask)
-        replace_module(model, name, StructuredLinear.from_linear(module, matrix))
+        replace_module(model, name, StructuredLinear(matrix, module.bias))
     replace_module(model, "model.embed_tokens", StructuredEmbedding.from_embedding(embedding, rows))
     return model
 

@@ -38,7 +38,7 @@ def packed(model: Any, values: str, layout: str) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             matrix = Packed.pack(module.weight.detach(), values, "dense").repack(layout)
-            replace_module(model, name, StructuredLinear.from_linear(module, matrix))
+            replace_module(model, name, StructuredLinear(matrix, module.bias))
     return model
 
 

@@ -35,7 +35,7 @@ def packed_llama(layout: str = "32:64") -> nn.Module:
         assert isinstance(layer, nn.Linear)
         mask = None if layout == "dense" else half_mask(layer.weight)
         matrix = Packed.pack(layer.weight.detach(), "int4", layout, mask=mask)
-        replace_module(model, name, StructuredLinear.from_linear(layer, matrix))
+        replace_module(model, name, StructuredLinear(matrix, layer.bias))
     head = Packed.pack(model.lm_head.weight.detach(), "int8", "dense")
     replace_module(model, "lm_head", StructuredLinear(head))
     replace_module(

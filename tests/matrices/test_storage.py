@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -148,6 +150,17 @@ def test_huge_pages_hold_a_copy_of_the_same_tensors(tmp_path):
     path.write_bytes(b"")  # the copy does not need the file, which a map would
     for name, tensor in wanted.items():
         assert torch.equal(copied.tensor(name), tensor), name
+
+
+def test_huge_pages_are_asked_for_and_may_be_refused(tmp_path, monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, example_tensors())
+    monkeypatch.setattr("gossamer.matrices.storage.mmap.mmap", Refusing)
+    assert open_tensors(path, huge_pages=True).data == path.read_bytes()
 
 
 def test_unaligned_tensors_of_other_tools_are_read(tmp_path):
@@ -419,6 +432,20 @@ def test_atomic_folder(tmp_path):
         (folder / "a").write_text("2")
     assert os.listdir(tmp_path / "empty") == ["a"]
     assert sorted(os.listdir(tmp_path)) == ["empty", "out"]
+
+
+def test_the_current_folder_is_no_output(tmp_path, monkeypatch):
+    for name in ("here", "scratch"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", tmp_path / "here"):
+        with (
+            pytest.raises(OutputError, match="is the current folder"),
+            atomic.atomic_folder(path, scratch=tmp_path / "scratch"),
+        ):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "scratch").exists()
+    atomic.check_free(tmp_path / "scratch")
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):

@@ -16,7 +16,6 @@ from gossamer.matrices.values import (
     VALUES,
     ValueType,
     choose_scales,
-    integer_type,
     nearest_,
     quantize,
     quantize_codes,
@@ -278,7 +277,7 @@ def test_formats() -> None:
     assert {name: value.bits for name, value in VALUES.items()} == {
         "float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int3": 3, "nl4": 4, "nl3": 3,
     }  # fmt: skip
-    assert (integer_type(3).qmin, integer_type(3).qmax, integer_type(3).zero_code) == (-4, 3, 4)
+    assert (VALUES["int3"].qmin, VALUES["int3"].qmax, VALUES["int3"].zero_code) == (-4, 3, 4)
     assert value_type("bf16").dtype == torch.bfloat16
     with pytest.raises(MatrixError):
         _ = value_type("float32").qmin

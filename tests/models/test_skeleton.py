@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gossamer.models.folders import wanted
 from gossamer.models.skeleton import (
     SINGLE_FILE,
     WeightFiles,
+    _parameters_on_meta,
     load_model,
     materialize,
     read_parameter,
@@ -24,7 +26,7 @@ from gossamer.models.skeleton import (
     skeleton,
 )
 from gossamer.models.walk import capture_block_inputs, find_parts, finish, run_block
-from tiny import ARCHITECTURES, tiny_folder, tiny_model, tiny_tokens
+from tiny import ARCHITECTURES, tiny_folder, tiny_model, tiny_tokenizer, tiny_tokens
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -87,6 +89,31 @@ def test_load_model_converts_but_keeps_rotary_frequencies(tmp_path: Path) -> Non
         assert torch.equal(a, b.bfloat16())
     with pytest.raises(ModelError, match="int4"):
         load_model(folder, dtype="int4")
+
+
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_embeddings_are_scaled_in_the_dtype_of_the_weights(
+    stored: torch.dtype, asked: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_model("gemma3", hidden_size=40).to(stored)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found, _ = load_model(tmp_path, asked)
+    expected = type(model).from_pretrained(tmp_path, dtype=asked)
+    assert found.config.dtype == expected.config.dtype == asked
+    with torch.no_grad():
+        assert torch.equal(found(tiny_tokens()).logits, expected(tiny_tokens()).logits)
+
+
+def test_other_threads_make_modules_as_ever(tmp_path: Path) -> None:
+    made: list[torch.device] = []
+    with _parameters_on_meta():
+        thread = threading.Thread(target=lambda: made.append(torch.nn.Linear(2, 2).weight.device))
+        thread.start()
+        thread.join()
+        assert torch.nn.Linear(2, 2).weight.device.type == "meta"
+    assert made == [torch.device("cpu")]
 
 
 def test_tied_weights_stay_one_tensor(tmp_path: Path) -> None:

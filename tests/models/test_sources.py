@@ -21,6 +21,7 @@ import torch
 from gossamer.errors import ModelError
 from gossamer.models import cache as cache_module
 from gossamer.models import gguf, hub, load_model, resolve
+from gossamer.models.generate import stop_tokens
 from gossamer.recipes.describe import source_bytes, weight_bytes
 from tiny import tiny_folder, tiny_model, tiny_tokenizer, tiny_tokens
 from tiny_gguf import add_to, tiny_gguf
@@ -139,6 +140,18 @@ def test_rotary_positions_that_transformers_lacks_are_refused(
     path = add_to(tmp_path / "m.gguf", tmp_path / "n.gguf", rotation=told)
     with pytest.raises(ModelError, match=message):
         resolve(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("ends", "found"),
+    [({}, 2), ({"eot": 2}, 2), ({"eot": 7}, [2, 7]), ({"eom": 9, "eot": 7}, [2, 7, 9])],
+)
+def test_all_tokens_that_end_an_answer_are_kept(ends: dict[str, int], found: Any, tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "m.gguf")
+    path = add_to(tmp_path / "m.gguf", tmp_path / "n.gguf", ends=ends)
+    folder = resolve(path, tmp_path / "cache").folder
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == found
+    assert stop_tokens(*load_model(folder)) == {2, *ends.values()}
 
 
 def gguf_folder_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -317,10 +330,16 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
             resolve(tmp_path / name)
 
 
-@pytest.mark.parametrize("source", ["", "nothing-here", "./nothing/here", "a/b/c", "org/x.gguf", "/no/such"])
-def test_names_of_nothing_are_refused_at_once(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "source",
+    ["", "nothing-here", "./nothing/here", "a/b/c", "org/x.gguf", "/no/such", "~nobody-of-this-name/model"],
+)
+def test_names_of_nothing_are_refused_at_once(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gossamer.models.sources.from_hub", None)
-    with pytest.raises(ModelError, match=r"there is no model|holds no model"):
+    monkeypatch.chdir(tiny_folder(tmp_path / "model"))  # which no name is that of
+    with pytest.raises(ModelError, match="there is no model"):
         resolve(source)
 
 

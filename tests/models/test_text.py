@@ -89,6 +89,8 @@ def test_strings_are_documents() -> None:
     assert read_text(["a", "", "b"]) == Text(("a", "b"), "given strings")
     with pytest.raises(TextError, match="document 1 of the given text is int"):
         read_text(["a", 5])  # type: ignore[list-item]
+    with pytest.raises(TextError, match="a list of strings or None, not 5"):
+        read_text(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,15 @@ def test_no_document_is_refused(source: list[str]) -> None:
         read_text(source)
 
 
-def test_places_without_text_are_refused(tmp_path: Path) -> None:
+def test_places_without_text_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "current").mkdir()
+    (tmp_path / "current" / "a.md").write_text("x")
+    monkeypatch.chdir(tmp_path / "current")
+    for nowhere in ("", "~nobody-of-this-name/text"):
+        with pytest.raises(TextError, match="there is no text file or folder"):
+            read_text(nowhere)
+    tmp_path = tmp_path / "empty"
+    tmp_path.mkdir()
     with pytest.raises(TextError, match="holds no text"):
         read_text(tmp_path)
     with pytest.raises(TextError, match="there is no text file or folder"):

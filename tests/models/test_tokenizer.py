@@ -195,6 +195,12 @@ def test_a_failing_template_is_an_error(tmp_path: Path) -> None:
         encode_turns(tokenizer, [{"role": "system", "content": "x"}])
 
 
+@pytest.mark.parametrize("turn", [{"role": "user"}, {"role": "user", "content": None}])
+def test_turns_without_content_are_refused(turn: Any) -> None:
+    with pytest.raises(TextError, match="turn 1 of the conversation has no text"):
+        encode_turns(tiny_tokenizer(), [{"role": "user", "content": "x"}, turn])
+
+
 @pytest.mark.parametrize("content", [None, "{", "{}"])
 def test_folders_without_a_tokenizer_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:

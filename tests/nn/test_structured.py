@@ -31,10 +31,10 @@ def packed_model(model: Any, values: str, head_values: str, pattern: str | None 
             replace_module(model, name, StructuredEmbedding.from_embedding(embedding, table))
         elif module is model.lm_head:
             head = table if tied else pack(module.weight, head_values)
-            replace_module(model, name, StructuredLinear.from_linear(module, head))
+            replace_module(model, name, StructuredLinear(head, module.bias))
         elif isinstance(module, nn.Linear):
             leaf = Dense(module.weight) if pattern is None else Sparse.fit(module.weight, pattern=pattern)
-            replace_module(model, name, StructuredLinear.from_linear(module, pack(leaf, values)))
+            replace_module(model, name, StructuredLinear(pack(leaf, values), module.bias))
     return model
 
 
@@ -110,7 +110,7 @@ def test_linear_with_any_matrix(bias: bool) -> None:
         LowRank.fit(linear.weight.detach(), rank=12),
         pack(linear.weight, "float32"),
     ):
-        module = StructuredLinear.from_linear(linear, matrix)
+        module = StructuredLinear(matrix, linear.bias)
         assert (module.in_features, module.out_features) == (20, 12)
         torch.testing.assert_close(module(x), linear(x), rtol=1e-4, atol=1e-5)
     assert module.bias is linear.bias
@@ -156,6 +156,9 @@ def test_scaled_embeddings_keep_their_scale() -> None:
     module = StructuredEmbedding.from_embedding(embedding, pack(embedding.weight, "float32"))
     assert module.scale == 8.0  # the root of the width
     torch.testing.assert_close(module(TOKENS), embedding(TOKENS))
+    scaled = StructuredEmbedding(Dense(random(256, 40).bfloat16()), dtype=torch.bfloat16, scale=40**0.5)
+    rows = scaled.matrix.rows(TOKENS)
+    assert torch.equal(scaled(TOKENS), rows * torch.tensor(40**0.5).bfloat16())  # as in transformers
 
 
 def test_replace_module() -> None:
@@ -172,8 +175,6 @@ def test_replace_module() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(MatrixError, match="cannot stand in for a weight"):
-        StructuredLinear.from_linear(nn.Linear(4, 5), Dense(random(4, 5)))
     with pytest.raises(MatrixError, match="bias of 5 outputs"):
         StructuredLinear(Dense(random(5, 4)), torch.zeros(4))
     with pytest.raises(MatrixError, match="cannot stand in for an embedding"):

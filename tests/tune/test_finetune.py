@@ -325,6 +325,12 @@ def test_a_budget_below_a_step_is_a_step(sparse_int4: Path, dense: Path, tmp_pat
         )
 
 
+@pytest.mark.parametrize("name", ["tokens", "minutes", "batch", "micro", "evaluations", "patience"])
+def test_a_loop_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(MethodError, match=f"{name} is .*, got 0"):
+        Loop(**{name: 0})  # type: ignore[arg-type]
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(
     sparse_int4: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,13 +562,17 @@ def test_another_vocabulary_other_blocks_and_nan_are_refused(
     model, masks = masked()
     with pytest.raises(MethodError, match="another vocabulary"):
         SparseTuning(model, teacher=other, losses={"kl": 1}, masks=masks)
+    teacher = tiny_model(num_hidden_layers=2)
     with pytest.raises(MethodError, match="the model has 2, its teacher 3"):
         SparseTuning(model, teacher=tiny_model(), losses={"squarehead": 1}, masks=masks)
     with pytest.raises(MethodError, match="needs a teacher"):
         SparseTuning(model, losses={"kl": 1}, masks=masks)
+    with pytest.raises(MethodError, match="the weight of the loss task is at least 0, got -1"):
+        SparseTuning(model, losses={"kl": 1, "task": -1}, teacher=teacher, masks=masks)
+    with pytest.raises(MethodError, match=r"in \[0, 1\), got 1"):
+        SparseTuning(model, losses={"task": 1, "kl": 0}, masks=masks, warmup=1)
     with pytest.raises(ModelError, match="no block of the model"):
         SparseTuning(model, losses={"task": 1}, masks={"lm_head": None})
-    teacher = tiny_model(num_hidden_layers=2)
     teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan  # as a damaged file would have it
     model, masks = masked()
     with pytest.raises(ModelError, match="not finite: NaN"):

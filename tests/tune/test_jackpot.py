@@ -13,7 +13,7 @@ from tuned_models import RUN, TEXT, Toy, masked
 
 import gossamer as gs
 from gossamer.errors import MethodError
-from gossamer.matrices.values import integer_type, quantize
+from gossamer.matrices.values import quantize, value_type
 from gossamer.models import load_checkpoint
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
@@ -147,7 +147,7 @@ def test_what_it_cannot_search_is_refused() -> None:
     with pytest.raises(MethodError, match="has none"):
         JackpotWeight(dense, None)
     with pytest.raises(MethodError, match="quantize what it gives"):
-        JackpotWeight(dense, mask, quantize(dense, integer_type(4), 32, mask))
+        JackpotWeight(dense, mask, quantize(dense, value_type("int4"), 32, mask))
     for options in ({"pattern": "16x4"}, {"every": 0}, {"power": -1}):
         model, masks = masked()
         with pytest.raises(MethodError):
@@ -156,8 +156,14 @@ def test_what_it_cannot_search_is_refused() -> None:
 
 def test_a_search_without_the_dense_weights_is_refused() -> None:
     model, masks = masked()
+    layers = dict(model.named_modules())
     with pytest.raises(MethodError, match="give the dense model as the teacher"):
         SparseTuning(model, losses={"task": 1}, masks=masks, method="jackpot")
+    last = list(masks)[-1]
+    with pytest.raises(MethodError, match=last):
+        SparseTuning(model, losses={"task": 1}, masks={**masks, last: None}, method="jackpot")
+    assert dict(model.named_modules()) == layers  # as it was
+    SparseTuning(model, losses={"task": 1}, masks=masks)
     model, masks = masked()
     shorter = tiny_model(num_hidden_layers=1)
     with pytest.raises(MethodError, match="the model has 2 blocks, its teacher 1"):

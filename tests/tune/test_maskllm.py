@@ -11,7 +11,7 @@ from tuned_models import RUN, Toy, masked
 
 import gossamer as gs
 from gossamer.errors import GossamerError, MethodError, PatternError
-from gossamer.matrices.values import integer_type, quantize
+from gossamer.matrices.values import quantize, value_type
 from gossamer.models import load_checkpoint
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
@@ -92,6 +92,20 @@ def test_gradients_are_those_of_the_expected_mask() -> None:
     ((product * want).sum() - 0.25 * product.square().sum()).backward()
     for weight in weights:
         assert torch.allclose(weight.logits.grad, logits.grad, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_noise_is_let_go_when_gradients_have_settled() -> None:
+    dense = torch.randn(8, 32)
+    weight = MaskLlmWeight(dense, mask_from_scores(dense.abs(), PATTERN), None, MaskLlmOptions())
+    for defers in (True, False):
+        weight.defers = defers
+        weight().sum().backward()
+        assert weight._noise is not None
+        if defers:
+            weight.settle()
+        else:
+            weight.after_step(0.5)
+        assert weight._noise is None
 
 
 def test_noise_is_anew_each_step_and_cools_down() -> None:
@@ -199,7 +213,7 @@ def test_weights_that_do_not_suit_are_refused() -> None:
     with pytest.raises(MethodError, match="keeps 8 weights, but 2:4 keeps 16"):
         MaskLlmWeight(dense * few, few)
     with pytest.raises(MethodError, match="quantize what it gives"):
-        MaskLlmWeight(dense, mask, quantize(dense * mask, integer_type(4), 32, mask))
+        MaskLlmWeight(dense, mask, quantize(dense * mask, value_type("int4"), 32, mask))
     with pytest.raises(GossamerError):
         MaskLlmWeight(dense, torch.ones(4, 8, dtype=torch.bool))
     with pytest.raises(MethodError, match="no whole groups"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gossamer as gs
-from gossamer.errors import ModelError
+from gossamer.errors import MethodError, ModelError
 from gossamer.nn.views import weight_views
 from gossamer.tune.modules import ModuleTuning
 
@@ -133,3 +133,5 @@ def test_masks_that_do_not_belong_are_refused() -> None:
         ModuleTuning(Small(), {"nothing": None})
     with pytest.raises(ModelError, match=r"a mask \(2, 2\) for a weight \(5, 8\)"):
         ModuleTuning(Small(), {"head": torch.ones(2, 2, dtype=torch.bool)})
+    with pytest.raises(MethodError, match=r"in \[0, 1\), got 1"):
+        ModuleTuning(Small(), {"head": None}, warmup=1)

@@ -11,7 +11,7 @@ from tuned_models import RUN, masked
 
 import gossamer as gs
 from gossamer.errors import GossamerError, MethodError, PatternError
-from gossamer.matrices.values import integer_type, quantize
+from gossamer.matrices.values import quantize, value_type
 from gossamer.models import load_checkpoint
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
@@ -27,7 +27,7 @@ from tiny import tiny_folder, tiny_model, tiny_tokens
 def test_a_merged_delta_keeps_every_zero_and_moves_the_rest(bits: int | None) -> None:
     torch.manual_seed(0)
     dense, mask = torch.randn(24, 96), torch.rand(24, 96) < 0.4
-    start = None if bits is None else quantize(dense * mask, integer_type(bits), 32, mask)
+    start = None if bits is None else quantize(dense * mask, value_type(f"int{bits}"), 32, mask)
     first = dense * mask if start is None else start.to_dense()
     weight = LoraWeight(first, mask, start, LoraOptions(rank=4, alpha=8))
     assert torch.equal(weight(), first)

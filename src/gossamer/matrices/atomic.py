@@ -75,11 +75,13 @@ def atomic_folder(path: Path, *, scratch: Path | None = None) -> Iterator[Path]:
 
 
 def check_free(path: Path) -> None:
-    """Raises OutputError unless ``path`` does not exist or is an empty folder."""
+    """Raises OutputError unless ``path`` does not exist or is an empty folder, but not the current one."""
     path = Path(path)
     if not (path.exists() or path.is_symlink()):
         return
     if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+        if path.samefile("."):
+            raise OutputError(f"{path} is the current folder, which cannot be replaced: name another output")
         return
     raise OutputError(f"{path} exists already, and nothing is overwritten: name another output, or remove it")
 

@@ -15,6 +15,7 @@ import stat
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +151,8 @@ def open_tensors(path: Path, *, huge_pages: bool = False) -> TensorFile:
             if huge_pages:
                 mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 if hasattr(mmap, "MADV_HUGEPAGE"):
-                    mapped.madvise(mmap.MADV_HUGEPAGE)
+                    with suppress(OSError):  # a kernel may be built without them
+                        mapped.madvise(mmap.MADV_HUGEPAGE)
                 file.seek(0)
                 if file.readinto(mapped) != size:
                     raise CheckpointError(f"{path} was changed while it was read")

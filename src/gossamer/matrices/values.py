@@ -104,11 +104,6 @@ def value_type(name: str) -> ValueType:
     return value
 
 
-def integer_type(bits: int) -> ValueType:
-    """The integer format of ``bits`` bits; raises MatrixError where there is none."""
-    return value_type(f"int{bits}")
-
-
 @dataclass
 class Quantized:
     """Integers and scales of one weight: ``w ≈ scale * q``.

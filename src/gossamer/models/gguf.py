@@ -76,6 +76,9 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
+        ends = _ends(reader)
+        if len(ends) > 1:
+            model.generation_config.eos_token_id = ends
         model.generation_config.save_pretrained(folder)
 
     if architecture in _FROM_GGUF:
@@ -85,6 +88,12 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     write_tensors(folder / SINGLE_FILE, tensors, metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(path.parent, **place).save_pretrained(folder)
     _forget_how_loaded(folder / "tokenizer_config.json")
+
+
+def _ends(reader: Any) -> list[int]:
+    """The tokens that end a text, a turn and a message, each once, of which transformers reads the first."""
+    fields = [reader.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(int(field.contents()) for field in fields if field is not None))
 
 
 def _read_rotary(config: Any, reader: Any, architecture: str) -> None:

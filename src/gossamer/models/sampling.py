@@ -7,8 +7,9 @@ the cores from a decoder that has threads of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,6 +19,15 @@ from torch import Tensor
 from gossamer.errors import ModelError, SamplingError
 
 Floats = NDArray[np.floating[Any]]
+
+_RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (Real, lambda x: 0 <= x < math.inf, "0 (always the likeliest token) or more"),
+    "top_k": (Integral, lambda x: x >= 0, "a whole number, 0 (all) or more"),
+    "top_p": (Real, lambda x: 0 < x <= 1, "in (0, 1]"),
+    "min_p": (Real, lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "repetition_penalty": (Real, lambda x: 0 < x < math.inf, "above 0 (1: no penalty)"),
+    "seed": (Integral, lambda x: x >= 0, "a whole number, 0 or more"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,16 +55,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fits, range_ in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (always the likeliest token) or more"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1: no penalty)"),
-            ("seed", self.seed >= 0 and self.seed == int(self.seed), "a whole number, 0 or more"),
-        ):
-            if not fits:
-                raise SamplingError(f"{name} must be {range_}, got {getattr(self, name)}")
+        for name, (kind, fits, range_) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not fits(value):
+                raise SamplingError(f"{name} must be {range_}, got {value}")
 
 
 class SamplingOptions(TypedDict, total=False):

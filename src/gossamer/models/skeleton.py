@@ -6,6 +6,7 @@ import ctypes
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 22  # elements converted at once, so that a change of dtype needs no second copy of a tensor
 SINGLE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ONE_AT_A_TIME = threading.Lock()  # of the swap of a method of all modules
 # buffers that older releases of transformers saved and that are computed today
 _OLD_BUFFERS = re.compile(r"(^|\.)(inv_freq|masked_bias|rotary_emb\..*|(attn|attention)\.bias)$")
 
@@ -126,20 +128,22 @@ def _read_into(file: Any, flat: Tensor) -> None:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, every parameter that a module registers goes to the meta device, while buffers stay real:
-    rotary frequencies are computed by constructors and are in no file."""
-    original = nn.Module.register_parameter
+    """Inside, every parameter that a module registers in this thread goes to the meta device, while buffers
+    stay real: rotary frequencies are computed by constructors and are in no file."""
+    owner = threading.get_ident()
+    with _ONE_AT_A_TIME:
+        original = nn.Module.register_parameter
 
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        original(self, name, param)
+        def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if threading.get_ident() == owner and param is not None and param.device.type != "meta":
+                param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            original(self, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -158,6 +162,9 @@ def empty_model(folder: Path) -> PreTrainedModel:
         ) from error
     if unknown := [key for key, value in _numbers(config.to_dict()) if value != value]:
         raise ModelError(f"the config of {name} is damaged: {unknown[0]} is no number (NaN)")
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):  # made in the config's dtype, but meant for the weight's
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float32)
     model.tie_weights()
     model.eval()
     return model

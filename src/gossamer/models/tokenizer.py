@@ -55,9 +55,11 @@ def format_exchange(tokenizer: PreTrainedTokenizerBase, prompt: str, response: s
 def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the model answers; each turn has a ``role`` ("system", "user",
     "assistant") and its ``content``. Raises ModelError where the chat template refuses them, and TextError
-    for what is no UTF-8."""
-    for turn in turns:
-        check_utf8(turn["content"])
+    for a turn without content, and what is no UTF-8."""
+    for i, turn in enumerate(turns):
+        if not isinstance(content := turn.get("content"), str):
+            raise TextError(f"turn {i} of the conversation has no text as its content: {content!r}")
+        check_utf8(content)
     text = _format(tokenizer, turns)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

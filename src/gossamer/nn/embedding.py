@@ -12,8 +12,8 @@ from gossamer.matrices.matrix import Matrix
 class StructuredEmbedding(nn.Module):
     """Rows of a matrix ``(num_embeddings, embedding_dim)``.
 
-    ``padding_idx`` is kept for code that asks for it; ``dtype``: of the output; ``scale`` multiplies it
-    (some models scale their embeddings by the root of the width). Pass the same matrix to a
+    ``padding_idx`` is kept for code that asks for it; ``dtype``: of the output; ``scale``, rounded to it,
+    multiplies it (some models scale their embeddings by the root of the width). Pass the same matrix to a
     StructuredLinear for a tied head: the bytes are held once.
     """
 
@@ -57,7 +57,7 @@ class StructuredEmbedding(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """``index``: integers ``(...)``; returns ``(..., embedding_dim)`` in ``dtype``."""
         rows = self.matrix.rows(index).to(self.dtype)
-        return rows if self.scale == 1.0 else rows * self.scale
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -27,15 +27,6 @@ class StructuredLinear(nn.Module):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, matrix: Matrix) -> StructuredLinear:
-        """``matrix`` in place of ``linear``'s weight, with its bias; raises MatrixError on another shape."""
-        if matrix.shape != tuple(linear.weight.shape):
-            raise MatrixError(
-                f"a matrix {matrix.shape} cannot stand in for a weight {tuple(linear.weight.shape)}"
-            )
-        return cls(matrix, linear.bias).train(linear.training)
-
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             raise AttributeError(

@@ -23,7 +23,7 @@ class Loop:
     over such parts). ``evaluations``: how often, evenly over the run, the held-out loss is measured and the
     state saved, and the best state is the result; after ``patience`` of them without a better loss the run
     ends (None: never, since losses that rise while the rate is high fall again with it). ``seed``: of the
-    order of the windows."""
+    order of the windows. Raises MethodError for a budget of nothing and counts below 1."""
 
     tokens: int | None = None
     minutes: float | None = None
@@ -32,6 +32,16 @@ class Loop:
     evaluations: int = 10
     patience: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "minutes"):
+            given = getattr(self, name)
+            if given is not None and not given > 0:
+                raise MethodError(f"a budget in {name} is above 0, got {given}")
+        for name in ("batch", "micro", "evaluations", "patience"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise MethodError(f"{name} is at least 1, got {given}")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from gossamer.matrices import Dense, Sparse
 from gossamer.matrices.values import value_type
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.tune.formats import Format
-from gossamer.tune.weights import SHARE, TunedWeight, adamw, set_rates
+from gossamer.tune.weights import SHARE, TunedWeight, adamw, check_warmup, set_rates
 
 
 class ModuleTuning:
@@ -35,7 +35,7 @@ class ModuleTuning:
     share ``warmup`` of the run and falls to zero by a straight line.
 
     Raises ModelError for masks of weights that are not there or have another shape, and MethodError for
-    ``values`` that are no integers.
+    ``values`` that are no integers and a ``warmup`` outside [0, 1).
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class ModuleTuning:
     ) -> None:
         if values is not None and not value_type(values).is_integer:
             raise MethodError(f"weights of a module are rounded to integers, not to {values}")
+        check_warmup(warmup)
         self.model, self.share, self.warmup, self.clip = model, share, warmup, clip
         views = {view.name: view for view in weight_views(model)[0]}
         if unknown := masks.keys() - views.keys():

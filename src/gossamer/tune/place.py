@@ -48,11 +48,11 @@ class Stored(nn.Module):
         return value.to(self.dtype)
 
 
-def place_weights(
+def make_weights(
     model: PreTrainedModel, make: Make, masks: Mapping[str, Tensor | None] | None = None
 ) -> dict[str, TunedWeight]:
-    """Puts what ``make`` gives in the place of every linear layer's matrix in the blocks of ``model``; by the
-    names of the layers.
+    """What ``make`` gives for every linear layer's matrix in the blocks of ``model``, by the names of the
+    layers. The model stays as it is.
 
     ``masks``: of layers that are plain ``nn.Linear``, by name (None: all is kept). Raises ModelError where
     there is nothing to tune, and for masks of layers that are not there.
@@ -60,7 +60,7 @@ def place_weights(
     masks = dict(masks or {})
     found: dict[str, TunedWeight] = {}
     for block in find_parts(model).blocks:
-        for inner, module in list(block.module.named_modules()):
+        for inner, module in block.module.named_modules():
             name = f"{block.name}.{inner}"
             if isinstance(module, StructuredLinear):
                 matrix: Matrix = module.matrix
@@ -73,12 +73,17 @@ def place_weights(
                 found[name] = make(name, matrix)
             except GossamerError as error:
                 raise type(error)(f"{name}: {error}") from error
-            replace_module(model, name, TunedLinear(found[name], module.bias))
     if masks:
         raise ModelError(f"no block of the model has a linear layer {next(iter(masks))!r}")
     if not found:
         raise ModelError("the model has no packed linear layers: give a Gossamer checkpoint, or masks")
     return found
+
+
+def place_weights(model: PreTrainedModel, weights: Mapping[str, TunedWeight]) -> None:
+    """Puts ``weights`` in the place of those of the layers that they are named by."""
+    for name, weight in weights.items():
+        replace_module(model, name, TunedLinear(weight, model.get_submodule(name).bias))
 
 
 @torch.no_grad()

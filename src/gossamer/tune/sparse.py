@@ -18,8 +18,15 @@ from gossamer.tune.formats import Format
 from gossamer.tune.forward import run
 from gossamer.tune.logits import LogitHead, LogitLosses
 from gossamer.tune.losses import LogitLoss, Loss, StateLoss, loss
-from gossamer.tune.place import dense_weight, place_norms, place_weights, remove_norms, remove_weights
-from gossamer.tune.weights import WEIGHTS, TunedWeight, adamw, set_rates
+from gossamer.tune.place import (
+    dense_weight,
+    make_weights,
+    place_norms,
+    place_weights,
+    remove_norms,
+    remove_weights,
+)
+from gossamer.tune.weights import WEIGHTS, TunedWeight, adamw, check_warmup, set_rates
 from gossamer.tune.windows import IGNORED
 
 if TYPE_CHECKING:
@@ -50,7 +57,7 @@ class SparseTuning:
     norm ``clip``.
 
     The model is in evaluation mode throughout: no dropout. Raises ModelError or MethodError for what does not
-    fit together.
+    fit together, and leaves the layers of the model as they were then.
     """
 
     def __init__(
@@ -74,10 +81,12 @@ class SparseTuning:
         gradient_checkpointing: bool = False,
         dense: PreTrainedModel | None = None,
     ) -> None:
-        named = losses.items() if isinstance(losses, Mapping) else ()
-        self.losses = (
-            [(loss(n), w) for n, w in named if w > 0] if isinstance(losses, Mapping) else list(losses)
-        )
+        check_warmup(warmup)
+        pairs = [(loss(n), w) for n, w in losses.items()] if isinstance(losses, Mapping) else losses
+        for one, weight in pairs:
+            if not 0 <= weight < math.inf:
+                raise MethodError(f"the weight of the loss {one.name} is at least 0, got {weight}")
+        self.losses = [(one, weight) for one, weight in pairs if weight > 0]
         self.model, self.teacher = model.eval().requires_grad_(False), teacher
         dtype = (
             model.get_input_embeddings().dtype
@@ -95,9 +104,10 @@ class SparseTuning:
             self._formats[name] = Format.of(matrix, values, group)
             return self._formats[name].begin(matrix, kind, chosen, zeros_stay=name in pruned)
 
-        self.weights = place_weights(model, make, masks)
+        self.weights = make_weights(model, make, masks)
         if kind.brings_back(chosen):
             self._fill(method, dense or teacher)
+        place_weights(model, self.weights)  # nothing is refused from here on
         if not any(one.needs_teacher for one, _ in self.losses):
             self.teacher = self.teacher_head = None  # no longer held in memory
         self.norms = place_norms(model) if norms else {}

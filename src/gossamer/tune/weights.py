@@ -302,6 +302,12 @@ def adamw(groups: Iterable[dict[str, Any]]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
+def check_warmup(warmup: float) -> None:
+    """Raises MethodError unless ``warmup`` is a share that leaves some of a run."""
+    if not 0 <= warmup < 1:
+        raise MethodError(f"the warmup is a share of the run in [0, 1), got {warmup}")
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's rate: ``factor`` times its own."""
     for group in optimizer.param_groups:

@@ -106,7 +106,7 @@ def test_structured_linears_are_gated_as_plain_ones() -> None:
     for name, site in sites.items():
         parent, _, last = name.rpartition(".")
         packed = pack(Dense(site.module.weight.detach()), values="float32")
-        setattr(model.get_submodule(parent), last, StructuredLinear.from_linear(site.module, packed))
+        setattr(model.get_submodule(parent), last, StructuredLinear(packed, site.module.bias))
     structured = calibrate(model, method("wina"), ids)
     assert list(structured.sites) == list(plain.sites)
     assert all(structured.sites[name].bytes >= site.bytes for name, site in sites.items())

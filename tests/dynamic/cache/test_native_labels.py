@@ -134,6 +134,9 @@ def test_what_does_not_fit_is_refused(model: Any) -> None:
     for labels in ((), ((), ()), [[[0, 1]], []]):
         with pytest.raises(MethodError, match="takes labels"):
             LabelBlocks(labels)
+    for labels in ([[[], []]], [[[0, 1], [0]]]):
+        with pytest.raises(MethodError, match="as many labels"):
+            LabelBlocks(labels)
     with pytest.raises(MethodError, match="another model"):
         LabelBlocks([[[0, 1]]]).native(3, 4)
     other = LabelBlocks([[[0, 1]]] * 3)

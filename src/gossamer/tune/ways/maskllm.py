@@ -140,8 +140,10 @@ class MaskLlmWeight(MaskSearch):
     def settle(self) -> None:
         self._learns = True  # as in the passes whose gradients these are
         super().settle()
+        self._noise = None
 
     def after_step(self, fraction: float) -> None:
+        self._noise = None
         self.steps += 1
         self.done.fill_(min(max(fraction, 0.0), 1.0))
 
