@@ -16,7 +16,8 @@ from benchmarks import protocol
 from benchmarks.compress import GOSSAMER, limited
 from benchmarks.decode_protocol import Contender, Job
 
-LEVELS = ("one-shot", "blockwise", "distilled")
+LEVELS = ("one-shot", "blockwise", "distilled", "longer")
+LONGER = (4, 2)  # times the windows and the epochs of "blockwise", and no distillation
 CELLS = {
     "int8": "--sparsity 0 --values int8",
     "int4": "--sparsity 0 --values int4",
@@ -76,9 +77,11 @@ def make(args: argparse.Namespace, cell: Cell) -> dict[str, Any] | None:
     else:
         source = shrunk(args, cell) if cell.name in SHRUNK else Path(args.model)
         command = ["compress", str(source), *CELLS[cell.name].split(), "--calibration", str(text)]
-        command += ["--seqlen", str(protocol.CALIBRATION_SEQLEN), "--windows", str(args.calibration)]
-        if cell.level == "blockwise":
-            command += ["--tune", "blockwise", "--tune-option", f"epochs={args.epochs}"]
+        windows, epochs = LONGER if cell.level == "longer" else (1, 1)
+        command += ["--seqlen", str(protocol.CALIBRATION_SEQLEN)]
+        command += ["--windows", str(windows * args.calibration)]
+        if cell.level != "one-shot":
+            command += ["--tune", "blockwise", "--tune-option", f"epochs={epochs * args.epochs}"]
     return _run(args, [*command, "--out", str(out), "--json"])
 
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             "sha256": sha,
             "predicted": told["predicted"],
             "seconds": None if told["resumed"] else told["stages"],
-            "peak_memory_bytes": told["peak_memory_bytes"],
+            "peak_memory_bytes": None if told["resumed"] else told["peak_memory_bytes"],
             **record_of(args.work / recipe),
             **measured(args, recipe),
             "isa": told["made"]["with"]["instruction set"],
