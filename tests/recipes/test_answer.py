@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import gossamer as gs
 from gossamer.engine import Decoder, NativeSession
 from gossamer.errors import ModelError, SamplingError, TextError
 from gossamer.kernels import native_available
@@ -226,3 +227,11 @@ def test_what_a_session_cannot_take_is_refused(loaded: LoadedModel) -> None:
         face(ids, attention_mask=torch.zeros_like(ids))
     with pytest.raises(ModelError, match="take tokens back"):
         face.generate(ids, max_new_tokens=5, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("place", ["~no-such-user/model", "~no-such-user/a/b"])
+def test_a_home_that_is_not_there_is_a_clear_error(place: str) -> None:
+    with pytest.raises(ModelError, match="there is no model"):
+        gs.load(place)
+    with pytest.raises(TextError, match="there is no"):
+        gs.quality("no-such-model", text=place)

@@ -17,6 +17,7 @@ from gossamer.errors import CheckpointError, ModelError
 from gossamer.kernels import BLOCK
 from gossamer.kernels.native import native
 from gossamer.matrices.atomic import atomic_file
+from gossamer.paths import expanded
 
 CACHES = (torch.float32, torch.bfloat16, torch.int8)  # in the order of csrc/attention.h
 MOST_RANK, MOST_OUTLIERS, MOST_KEY_RANK = 4, 16, 1024  # csrc/compression.h
@@ -139,8 +140,8 @@ def cache_of(asked: CacheKind | Path) -> torch.dtype | PackedCache:
     found = plain.get(name) or PACKED.get(name)
     if found is not None:
         return found
-    if not isinstance(asked, torch.dtype) and Path(asked).expanduser().is_file():
-        return PackedCache.load(Path(asked).expanduser())
+    if not isinstance(asked, torch.dtype) and expanded(asked).is_file():
+        return PackedCache.load(expanded(asked))
     raise ModelError(f"unknown cache {name!r}; there are: {', '.join([*plain, *PACKED])}, and files of one")
 
 

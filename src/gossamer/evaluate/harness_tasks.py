@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
 
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.task_files import spread
+from gossamer.paths import expanded
 
 PREFIX = "harness:"
 OUTPUTS = ("multiple_choice", "loglikelihood")
@@ -55,7 +55,7 @@ def harness_tasks(names: Sequence[str], items: int | None) -> dict[str, HarnessT
 def _spec(manager: TaskManager, name: str) -> str:
     """What the manager knows the task ``name`` as; refused here is what its YAML alone shows."""
     if not name.startswith(PREFIX):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise EvaluationError(f"there is no task file {path.name}")
         return str(path)

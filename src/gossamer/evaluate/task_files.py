@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import EvaluationError
+from gossamer.paths import expanded
 
 ITEMS = 200
 ANSWER = "\nAnswer:"
@@ -89,7 +90,7 @@ def _label(path: Path) -> str:
 
 def _find(name: str) -> Path:
     if name.endswith((".jsonl", ".jsonl.gz")):
-        path = Path(name).expanduser()
+        path = expanded(name)
         if not path.is_file():
             raise EvaluationError(f"there is no task file {path.name}")
         return path

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from gossamer.paths import expanded
 from gossamer.progress import Progress
 
 FORMAT = 2  # of the folders: another number makes them anew
@@ -21,7 +22,7 @@ _STALE_SECONDS = 24 * 3600
 def cache_folder() -> Path:
     """Where the folders lie: ``GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder."""
     if chosen := os.environ.get("GOSSAMER_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "gossamer"
 

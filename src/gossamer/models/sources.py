@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from gossamer.models.folders import PICKLES, is_model, pickle_refusal, read_abou
 from gossamer.models.hub import from_hub, is_hub_name
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.wheels import PREFIX, convert, from_wheel
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 
 
@@ -50,11 +50,10 @@ def resolve(source: str | Path, cache: Path | None = None, progress: Progress = 
     text = str(source)
     if text.startswith(PREFIX):
         return _described(from_wheel(text, cache, progress), text)
-    place = os.path.expanduser(text)  # where there is no such user it stays as it is
-    path = Path(place)
-    if os.path.isdir(place):  # "" is none, though a Path of it is
+    path = expanded(text)
+    if text and path.is_dir():  # "" is none, though a Path of it is
         return _from_folder(path, path.resolve().name, cache, progress)
-    if os.path.exists(place):
+    if text and path.exists():
         return _from_file(path, path.name, cache, progress)
     if is_hub_name(text) and not text.endswith(".gguf"):
         return _from_hub(text, cache, progress)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gossamer.errors import ModelError, TextError
 from gossamer.models.tokenizer import check_utf8, format_exchange
+from gossamer.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,10 +89,9 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
                 kind = type(document).__name__
                 raise TextError(f"document {i} of the given text is {kind}, not a string or an Exchange")
     else:
-        place = os.path.expanduser(source)  # where there is no such user it stays as it is
-        path = Path(place)
+        path = expanded(source)
         label = path.resolve().name
-        if os.path.isdir(place):  # "" is none, though a Path of it is
+        if str(source) and path.is_dir():  # "" is none, though a Path of it is
             documents = [document for file in _text_files(path) for document in _read_file(file)]
         elif path.is_file():
             documents = list(_read_file(path))

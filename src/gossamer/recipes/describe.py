@@ -12,6 +12,7 @@ from gossamer.matrices.tensor_header import DTYPES
 from gossamer.models.folders import read_about
 from gossamer.models.manifest import MANIFEST, Manifest, is_checkpoint, read_manifest
 from gossamer.models.verify import misfits
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 
 
@@ -100,7 +101,7 @@ class ModelFacts:
 def describe(source: str | Path, progress: Progress = silent) -> CheckpointFacts | ModelFacts:
     """The facts of a Gossamer checkpoint or of any model that can be compressed. Raises CheckpointError,
     ModelError where it cannot be walked, or TextError."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return describe_checkpoint(path) if is_checkpoint(path) else describe_model(str(source), progress)
 
 

@@ -27,6 +27,7 @@ from gossamer.models.sources import resolve
 from gossamer.models.text import Text, TextSource, learned_tokens, read_text, tuning_windows
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.outputs import work_of
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
@@ -78,7 +79,7 @@ def finetune(
     chosen = checked(FinetuneSettings, settings)
     chosen.check()
     check_free(Path(out))
-    return _Job(Path(checkpoint).expanduser(), Path(out), chosen, text, teacher, progress).run()
+    return _Job(expanded(checkpoint), Path(out), chosen, text, teacher, progress).run()
 
 
 class _Job:
@@ -184,7 +185,7 @@ class _Job:
         if source is None:
             raise ModelError("the checkpoint does not say which model it was made from: name the teacher")
         try:
-            path = Path(source).expanduser()
+            path = expanded(source)
             if is_checkpoint(path):
                 model, label, folder = load_checkpoint(path, dtype=dtype), path.resolve().name, path
             else:

@@ -29,6 +29,7 @@ from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, calibration_windows, read_text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.load import check_context
 from gossamer.sparse.masks import check_sparsity
@@ -140,7 +141,7 @@ def gate(
 
 
 def _open(model: str | Path, progress: Progress) -> _Source:
-    path = Path(model).expanduser()
+    path = expanded(model)
     if is_checkpoint(path):
         progress(f"loading {path.resolve().name}", 0, 1)
         contents = open_checkpoint(path, "none")  # loading checks the bytes

@@ -22,6 +22,7 @@ from gossamer.models.skeleton import load_model
 from gossamer.models.sources import resolve
 from gossamer.models.stops import StopStrings
 from gossamer.models.tokenizer import StreamDecoder, encode_prompt, load_tokenizer
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.answer import Answer, AnswerStream, Timing
 
@@ -255,7 +256,7 @@ def load(
     cache_of(cache)  # says what is wrong with it, in any engine
     policy = None if attention is None else _policy(attention)
     looks = None if policy is None else policy.name
-    path = Path(source).expanduser()
+    path = expanded(source)
     if is_checkpoint(path):
         label = path.resolve().name
         progress(f"loading {label}", 0, 1)

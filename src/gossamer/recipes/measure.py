@@ -22,6 +22,7 @@ from gossamer.models.session import SessionFactory
 from gossamer.models.skeleton import skeleton
 from gossamer.models.sources import resolve
 from gossamer.models.text import Text, evaluation_windows, read_text
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.load import Engine, LoadedModel, check_context, load
 
@@ -208,7 +209,7 @@ def _planned(model: str | Path | LoadedModel, progress: Progress) -> nn.Module:
     found: nn.Module
     if isinstance(model, LoadedModel):
         found = model.model
-    elif is_checkpoint(Path(model).expanduser()):
+    elif is_checkpoint(expanded(model)):
         found = load(model, engine="transformers", progress=progress).model
     else:
         found = skeleton(resolve(str(model), progress=progress).folder)

@@ -16,6 +16,7 @@ from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, learned_tokens, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune import windows_to_tune
 from gossamer.recipes.layer_shares import allocation_needs
@@ -76,7 +77,7 @@ def prepare(
     named = str(model) if model is not None else recipe.model
     if named is None:
         raise RecipeError(f"the recipe {recipe.name} names no model: give one")
-    if is_checkpoint(Path(named).expanduser()):
+    if is_checkpoint(expanded(named)):
         raise ModelError(f"{named} is a checkpoint already: a recipe starts from a dense model")
     given = text if text is not None else recipe.text
     if given is None and recipe.tune is not None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gossamer.errors import MethodError, RecipeError
 from gossamer.matrices.values import value_type
+from gossamer.paths import expanded
 from gossamer.prune.method import Combination
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
@@ -155,7 +156,7 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
 
 
 def _find(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return path
     inside = SHIPPED / f"{source}.yaml"

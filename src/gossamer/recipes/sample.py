@@ -24,6 +24,7 @@ from gossamer.models.sampling import Sampling
 from gossamer.models.sources import resolve
 from gossamer.models.text import Exchange, Text, TextSource, read_text, tokenize
 from gossamer.outputs import work_of
+from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import LoadedModel, load_native
@@ -164,7 +165,7 @@ def sample(
 
 def read_pairs(path: str | Path) -> list[Exchange]:
     """The pairs of ``prompt`` and ``response`` of a jsonl file; raises TextError naming the line."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -237,7 +238,7 @@ def _fingerprint(
     model: str | Path, loaded: LoadedModel, settings: SampleSettings, prompts: str
 ) -> dict[str, Any]:
     """All that the result depends on, so that resumed work is never mixed with other work."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     files = files_of(path if is_checkpoint(path) else resolve(str(model)).folder)
     return {
         "settings": settings.model_dump(exclude={"together"}),  # which changes nothing but the speed

@@ -16,6 +16,7 @@ from gossamer.dynamic.attention.policy import POLICIES, Policy, whole
 from gossamer.dynamic.attention.seer import Seer
 from gossamer.errors import CheckpointError, MethodError
 from gossamer.matrices.atomic import atomic_file
+from gossamer.paths import expanded
 
 FILE = "attention.json"  # beside a checkpoint
 
@@ -27,7 +28,7 @@ def policy_of(asked: str | Path | Policy) -> Policy:
     """
     if isinstance(asked, Policy):
         return asked
-    path = Path(asked).expanduser()
+    path = expanded(asked)
     if str(asked) not in POLICIES and path.exists():
         return load_policy(path)
     return POLICIES[str(asked)]()

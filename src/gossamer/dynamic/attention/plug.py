@@ -65,10 +65,18 @@ class Attend:
                 continue
             q, k, v = query[i, :, first:last], key[i, :, begin:end], value[i, :, begin:end]
             layer = int(getattr(module, "layer_idx", 0) or 0)
+            window = sliding_window or 0
+            self.see(q, k, v, scaling=scaling, window=window, layer=layer)
             outputs[i, first:last] = self.one(
-                q, k, v, scaling=scaling, window=sliding_window or 0, layer=layer, start=start
+                q, k, v, scaling=scaling, window=window, layer=layer, start=start
             )
         return outputs, None
+
+    def see(
+        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
+    ) -> None:
+        """One text in one layer before it is attended to, for those that watch; shapes and ``window`` of
+        `block_attention`."""
 
     @staticmethod
     def refuse(
@@ -140,30 +148,11 @@ class Attend:
 
 
 class Watch(Attend):
-    """Dense attention that shows queries, keys and values of every layer on its way, for calibration."""
+    """Dense attention that shows queries, keys and values of every layer on its way (`see`), for
+    calibration."""
 
     def __init__(self) -> None:
         super().__init__(None)
-
-    def see(
-        self, queries: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int, layer: int
-    ) -> None:
-        """One text in one layer; shapes and ``window`` of `block_attention`."""
-        raise NotImplementedError
-
-    def one(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int,
-        layer: int,
-        **others: Any,
-    ) -> Tensor:
-        self.see(queries, keys, values, scaling=scaling, window=window, layer=layer)
-        return super().one(queries, keys, values, scaling=scaling, window=window, layer=layer, **others)
 
     def read(self, model: Any, windows: Tensor) -> None:
         """Runs the transformers ``model`` over ``windows``, int64 ``(windows, n)``."""
