@@ -84,14 +84,14 @@ def run(args: argparse.Namespace) -> None:
 
 def page(recipes: dict[str, Any]) -> str:
     """Costs and results in Markdown, the shipped order kept."""
-    head = ["recipe", "minutes (predicted)", "GB of memory (predicted)", "MB", "tuned on"]
+    head = ["recipe", "threads", "minutes (predicted)", "GB of memory (predicted)", "MB", "tuned on"]
     head += ["perplexity", "KL", "top-1", "novel", "novel KL"]
     rows = []
     for name in (name for name in ORDER if name in recipes):
         one = recipes[name]
         seconds = None if one["seconds"] is None else sum(one["seconds"].values())
         predicted = one["predicted"]
-        row = [f"`{name}`", _of(seconds, predicted["seconds"], 60)]
+        row = [f"`{name}`", str(one["threads"]), _of(seconds, predicted["seconds"], 60)]
         row += [_of(one["peak_memory_bytes"], predicted["bytes"], 1e9)]
         row += [f"{one['weight_bytes'] / 1e6:.1f}", f"{one['tuned_tokens']:,}"]
         for text in TEXTS:

@@ -55,6 +55,15 @@ def test_compress_says_what_it_made(model: Path, text: Path, tmp_path: Path) -> 
     assert told["resumed"] is False
 
 
+def test_compress_takes_several_texts(model: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Of another kind altogether. " * 40)
+    both = ("--calibration", text, "--calibration", other)
+    done = run("compress", model, "-o", tmp_path / "out", *both, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert done.document["made"]["calibration"]["text"] == f"{text.name} + other.txt"
+
+
 def test_compress_prints_a_table_and_the_next_command(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("compress", model, "-o", out, *SMALL, "--method", "magnitude", "--sparsity", "0.25")

@@ -64,7 +64,7 @@ def test_settings_that_cannot_be(
     assert not out.exists()
 
 
-def test_calibration_that_cannot_be(model: Path, tmp_path: Path) -> None:
+def test_calibration_that_cannot_be(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty.txt").write_text("  \n")
     (tmp_path / "short.txt").write_text("A few words only.")
@@ -80,6 +80,10 @@ def test_calibration_that_cannot_be(model: Path, tmp_path: Path) -> None:
         refused(run("compress", model, "-o", out, "--calibration", tmp_path / name, *SMALL), *words)
         assert not out.exists()
         assert not out.with_name("out.work").exists()
+    both = ("--calibration", text, "--calibration", tmp_path / "short.txt")
+    refused(run("compress", model, "-o", out, *both, *SMALL), "short.txt", "13 tokens", "49")
+    refused(run("compress", model, "-o", out, *both, *SMALL, "--windows", "1"), "1 windows", "2 texts")
+    assert "an empty name is no text" in run("compress", model, "-o", out, "--calibration", "").err
     refused(run("eval", model, "--text", tmp_path / "short.txt", "--seqlen", "256"), "short.txt", "256")
 
 

@@ -89,7 +89,7 @@ def test_strings_are_documents() -> None:
     assert read_text(["a", "", "b"]) == Text(("a", "b"), "given strings")
     with pytest.raises(TextError, match="document 1 of the given text is int"):
         read_text(["a", 5])  # type: ignore[list-item]
-    with pytest.raises(TextError, match="a list of strings or None, not 5"):
+    with pytest.raises(TextError, match="a list of strings or paths, or None, not 5"):
         read_text(5)  # type: ignore[arg-type]
 
 
@@ -155,6 +155,40 @@ def test_calibration_windows_follow_the_protocol() -> None:
     assert windows.dtype == torch.int64
     assert windows.tolist() == [ids[start : start + 40] for start in starts]
     assert not torch.equal(windows, calibration_windows(text, tokenizer, seqlen=40, windows=5, seed=8))
+
+
+def test_several_texts_give_as_many_windows_each(tmp_path: Path) -> None:
+    tokenizer, paths = tiny_tokenizer(), [tmp_path / "a.txt", tmp_path / "b.txt"]
+    paths[0].write_text("an apple a day " * 60)
+    paths[1].write_text("bees be busy " * 700)  # ten times as long, and drawn from as often
+    text = read_text(paths)
+    assert text == Text.of([read_text(paths[0]), Text.of([read_text(paths[1])])]) == read_text(text)
+    assert text.label == "a.txt + b.txt"
+    assert text.joined == f"{paths[0].read_text()}\n\n{paths[1].read_text()}"
+    windows = calibration_windows(text, tokenizer, seqlen=16, windows=5, seed=3)
+    apart = [
+        calibration_windows(read_text(path), tokenizer, seqlen=16, windows=count, seed=3)
+        for path, count in zip(paths, (3, 2), strict=True)
+    ]
+    assert torch.equal(windows[::2], apart[0])
+    assert torch.equal(windows[1::2], apart[1])
+    (tmp_path / "one").mkdir()
+    for path in paths:
+        path.rename(tmp_path / "one" / path.name)
+    folder = read_text(tmp_path / "one")
+    assert folder.documents == text.documents
+    assert folder.sha256 != text.sha256
+
+
+def test_several_texts_need_a_window_of_each(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path in paths:
+        path.write_text(PROSE)
+    with pytest.raises(TextError, match="1 windows cannot be drawn from 2 texts alike"):
+        calibration_windows(read_text(paths), tiny_tokenizer(), seqlen=4, windows=1)
+    paths[1].write_text("short")
+    with pytest.raises(TextError, match=r"the text b\.txt has .* tokens, but one window needs 65"):
+        calibration_windows(read_text(paths), tiny_tokenizer(), seqlen=64, windows=2)
 
 
 @settings(max_examples=25, deadline=None)

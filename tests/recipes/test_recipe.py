@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram
-from gossamer.errors import GossamerError, RecipeError
+from gossamer.errors import GossamerError, RecipeError, TextError
 from gossamer.models.text import Exchange
 from gossamer.prune import obs
 from gossamer.recipes.predict import _sample, _shrink_seconds, _Sizes, predict
@@ -181,6 +181,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
             {"text": ["word " * 20]},
             "sample: the text .* a window of 99",
         ),
+        ({}, {"text": [Path("there.txt"), Path("nowhere.txt")]}, "there is no text file or folder"),
         ({"compress.seqlen": 4096}, {}, "compress: windows of 4096 tokens are longer"),
         ({"shrink.blocks": 3}, {}, "3 of 3 blocks cannot be removed"),
     ],
@@ -192,6 +193,17 @@ def test_what_is_missing_is_said_before_any_work(
     with pytest.raises(GossamerError, match=says):
         prepare(read_recipe(SMALL, changes), tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_names_several_texts(folder: Path, tmp_path: Path) -> None:
+    names = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for name in names:
+        name.write_text(TEXT[0])
+    recipe = read_recipe({**SMALL, "text": [str(name) for name in names]})
+    assert prepare(recipe, tmp_path / "out", model=folder).record["text"] == "a.txt + b.txt"
+    few = recipe.model_copy(update={"compress": recipe.compress.model_copy(update={"windows": 1})})
+    with pytest.raises(TextError, match="compress: 1 windows cannot be drawn from 2 texts"):
+        prepare(few, tmp_path / "out", model=folder)
 
 
 def test_outputs_and_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:

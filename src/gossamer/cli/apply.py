@@ -36,12 +36,9 @@ def apply(
         Path | None, typer.Option("--out", "-o", help="The checkpoint folder to make; must not exist.")
     ] = None,
     text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            metavar="FILE",
-            help="Text file, folder or jsonl to calibrate and tune on.",
-            show_default="the recipe's; else prose inside Python, a smoke test",
+        list[Path] | None,
+        options.text_option(
+            "--text", verb="calibrate and tune", default=f"the recipe's; else {options.BUILT_IN}"
         ),
     ] = None,
     changes: Annotated[
@@ -79,7 +76,7 @@ def apply(
 
     chosen = read_recipe(recipe, parse_changes(changes or []))
     with progress() as report:
-        prepared = prepare(chosen, out, model=model, text=text, progress=report)
+        prepared = prepare(chosen, out, model=model, text=text or None, progress=report)
         predicted = predict(prepared)
     if not anyway:
         check_memory(predicted.bytes, psutil.virtual_memory().total)

@@ -106,7 +106,7 @@ def compress(
         made = run(
             model,
             out,
-            calibration=calibration,
+            calibration=calibration or None,
             progress=report,
             method=method,
             sparsity=sparsity,
@@ -152,7 +152,7 @@ def compress(
     following = shlex.join(["gossamer", "eval", str(made.path), "--against", model])
     calibrated = found.made.get("calibration") or {}
     notes = [SMOKE] if calibrated.get("smoke_test") else []
-    if calibration is not None and not calibrated:
+    if calibration and not calibrated:
         notes.append(f"{method} reads no text: --calibration had no effect")
     show.facts(f"{made.path}", rows, [*notes, f"next: {following}"])
 

@@ -54,7 +54,7 @@ def gate(
             method=method,
             sparsity=sparsity,
             allocation=allocation.value,
-            text=text,
+            text=text or None,
             seqlen=seqlen,
             windows=windows,
             seed=seed,

@@ -78,11 +78,22 @@ Dtype = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The checkpoint folder to make; must not exist.")]
 BUILT_IN = "prose inside Python, a smoke test"
-_CALIBRATION = "Text file, folder or jsonl to calibrate on."
-Calibration = Annotated[
-    str | None, typer.Option("--calibration", metavar="TEXT", help=_CALIBRATION, show_default=BUILT_IN)
-]
-Text = Annotated[str | None, typer.Option("--text", metavar="TEXT", help=_CALIBRATION, show_default=BUILT_IN)]
+
+
+def text_option(*names: str, verb: str = "calibrate", default: str = BUILT_IN) -> Any:
+    """The option of texts to ``verb`` on: none, one or several."""
+
+    def named(value: str) -> Path:
+        if not value:
+            raise typer.BadParameter("an empty name is no text")
+        return Path(value)
+
+    about = f"Text file, folder or jsonl to {verb} on; repeatable: as many windows of each calibrate."
+    return typer.Option(*names, metavar="TEXT", parser=named, help=about, show_default=default)
+
+
+Calibration = Annotated[list[Path] | None, text_option("--calibration")]
+Text = Annotated[list[Path] | None, text_option("--text")]
 Seqlen = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens a calibration window.")]
 Windows = Annotated[int, typer.Option("--windows", min=1, help="Calibration windows.")]
 WindowSeed = Annotated[int, typer.Option("--seed", help="Of the windows' places, and of methods that draw.")]

@@ -26,14 +26,7 @@ def shrink(
     blocks: Annotated[
         float, typer.Option(help="Blocks to remove: a number, or below 1 a share of them.")
     ] = 0.25,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text file, folder or jsonl to choose on.",
-            show_default=options.BUILT_IN,
-        ),
-    ] = None,
+    calibration: Annotated[list[Path] | None, options.text_option("--calibration", verb="choose")] = None,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens a calibration window.")] = 512,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Calibration windows.", show_default="64; 8 for loss")
@@ -57,7 +50,7 @@ def shrink(
         made = run(
             model,
             out,
-            calibration=calibration,
+            calibration=calibration or None,
             progress=report,
             method=method,
             blocks=blocks,

@@ -36,8 +36,6 @@ class Exchange:
 
 
 Document = str | Exchange
-TextSource = str | Path | Sequence[Document] | None
-"""What `read_text` takes: a file or folder, documents, or None for the built-in prose."""
 
 SEPARATOR = "\n\n"
 BUILT_IN = "python-topics"
@@ -48,11 +46,21 @@ _TEXT_NAMES = (".txt", ".txt.gz", ".md", ".jsonl", ".jsonl.gz")
 @dataclass(frozen=True)
 class Text:
     """Documents, and how reports name them. ``smoke``: the prose built into Python, on which a figure is no
-    measurement but a smoke test, and is labelled so."""
+    measurement but a smoke test, and is labelled so. ``sources``: where it is several texts, each of them."""
 
     documents: tuple[Document, ...]
     label: str
     smoke: bool = False
+    sources: tuple[Text, ...] = ()
+
+    @classmethod
+    def of(cls, texts: Iterable[Text]) -> Text:
+        """Several texts as one, of which windows of calibration are drawn from each alike."""
+        flat = tuple(one for text in texts for one in text.sources or (text,))
+        if len(flat) == 1:
+            return flat[0]
+        documents = tuple(document for text in flat for document in text.documents)
+        return cls(documents, " + ".join(text.label for text in flat), any(t.smoke for t in flat), flat)
 
     @property
     def joined(self) -> str:
@@ -61,9 +69,16 @@ class Text:
 
     @property
     def sha256(self) -> str:
-        """Of the documents, which differs where an exchange and a text that read alike do."""
+        """Of the documents, which differs where an exchange and a text that read alike do, and where the same
+        ones are one text or several."""
+        if self.sources:
+            return hashlib.sha256("".join(text.sha256 for text in self.sources).encode()).hexdigest()
         told = [document if isinstance(document, str) else asdict(document) for document in self.documents]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+TextSource = str | Path | Text | Sequence[Document] | Sequence[Path] | None
+"""What `read_text` takes: a file or folder, several of them, documents, or None for the built-in prose."""
 
 
 def read_text(source: TextSource, part: str = "calibrate") -> Text:
@@ -74,16 +89,21 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
       ``prompt`` and ``response`` (an `Exchange`), else the string under ``query``, else the line's first;
     - a folder: its .txt, .md and .jsonl files (and .gz of them), also in folders below, sorted by path;
     - a sequence of strings or exchanges: those documents;
+    - a sequence of paths: the text of each, from each of which as many windows of calibration are drawn;
     - None: `default_text` of ``part``.
 
     Empty documents are left out. Raises TextError: nothing there, not UTF-8, binary, no document.
     """
     if source is None:
         return default_text(part)
+    if isinstance(source, Text):
+        return source
     if not isinstance(source, (Path, Iterable)):
-        raise TextError(f"a text is a path, a list of strings or None, not {source!r}")
+        raise TextError(f"a text is a path, a list of strings or paths, or None, not {source!r}")
     if not isinstance(source, (str, Path)):
         documents, label = list[Any](source), "given strings"
+        if documents and all(isinstance(document, Path) for document in documents):
+            return Text.of(read_text(path) for path in documents)
         for i, document in enumerate(documents):
             if not isinstance(document, Document):
                 kind = type(document).__name__
@@ -189,14 +209,28 @@ def calibration_windows(
 
     The text is tokenised once without special tokens; windows start at Python's
     ``random.Random(seed).randint(0, tokens - seqlen - 1)``, one draw each, as in the calibration of the
-    SparseGPT and Wanda repositories. Raises TextError where the text is shorter than one window.
+    SparseGPT and Wanda repositories. Of several texts each gives every n-th window, so that as many windows
+    of each are there, the first ones one more where they do not divide. Raises TextError where a text is
+    shorter than one window, or there are fewer windows than texts.
     """
     _check_positive(seqlen=seqlen, windows=windows)
-    ids = tokenize(text, tokenizer)
-    _check_length(text, len(ids), seqlen + 1)
-    draw = random.Random(seed)
-    starts = [draw.randint(0, len(ids) - seqlen - 1) for _ in range(windows)]
-    return torch.stack([ids[start : start + seqlen] for start in starts])
+    sources = text.sources or (text,)
+    check_shares(len(sources), windows)
+    found = torch.empty(windows, seqlen, dtype=torch.int64)
+    for i, source in enumerate(sources):
+        ids = tokenize(source, tokenizer)
+        _check_length(source, len(ids), seqlen + 1)
+        draw = random.Random(seed)
+        for window in found[i :: len(sources)]:
+            start = draw.randint(0, len(ids) - seqlen - 1)
+            window.copy_(ids[start : start + seqlen])
+    return found
+
+
+def check_shares(texts: int, windows: int) -> None:
+    """Raises TextError where ``windows`` are too few for each of so many texts to give one."""
+    if windows < texts:
+        raise TextError(f"{windows} windows cannot be drawn from {texts} texts alike: take more windows")
 
 
 def evaluation_windows(

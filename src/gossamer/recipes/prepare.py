@@ -13,7 +13,7 @@ from gossamer.models.manifest import is_checkpoint
 from gossamer.models.place import check_layers
 from gossamer.models.skeleton import WeightFiles, skeleton
 from gossamer.models.sources import ModelFolder, resolve
-from gossamer.models.text import Text, TextSource, learned_tokens, read_text, tokenize
+from gossamer.models.text import Text, TextSource, check_shares, learned_tokens, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.models.walk import find_parts
 from gossamer.paths import expanded
@@ -79,7 +79,8 @@ def prepare(
         raise RecipeError(f"the recipe {recipe.name} names no model: give one")
     if is_checkpoint(expanded(named)):
         raise ModelError(f"{named} is a checkpoint already: a recipe starts from a dense model")
-    given = text if text is not None else recipe.text
+    named_text = [Path(one) for one in recipe.text] if isinstance(recipe.text, list) else recipe.text
+    given = text if text is not None else named_text
     if given is None and recipe.tune is not None:
         raise RecipeError(
             f"the recipe {recipe.name} tunes the whole model, for which the prose inside Python is too "
@@ -115,11 +116,12 @@ def _check_windows(prepared: Prepared) -> None:
     recipe, label = prepared.recipe, prepared.source.label
     if not needs_text(recipe):
         return
-    needed: dict[str, int] = {}  # tokens of a window, by stage
-    if recipe.shrink is not None:
-        needed["shrink"] = recipe.shrink.seqlen
+    drawn: dict[str, tuple[int, int]] = {}  # windows and their tokens, by stage
+    if (shrink := recipe.shrink) is not None:
+        drawn["shrink"] = (shrink.windows or shrink.chosen().windows, shrink.seqlen)
     if _compress_reads(recipe):
-        needed["compress"] = recipe.compress.seqlen
+        drawn["compress"] = (recipe.compress.windows, recipe.compress.seqlen)
+    needed = {stage: seqlen for stage, (_, seqlen) in drawn.items()}
     if recipe.sample is not None:
         needed["sample"] = recipe.sample.prompt_tokens
     tunes = recipe.tune if recipe.sample is None else None
@@ -131,13 +133,20 @@ def _check_windows(prepared: Prepared) -> None:
             raise ModelError(f"{stage}: {error}") from None
     tokenizer = load_tokenizer(prepared.source.folder)
     learned = None if tunes is None else learned_tokens(prepared.read, tokenizer)
-    tokens = len(tokenize(prepared.read, tokenizer) if learned is None else learned[0])
-    for stage, seqlen in needed.items():
-        if tokens < seqlen + 1:
-            raise TextError(
-                f"{stage}: the text {prepared.read.label} has {tokens:,} tokens, but a window of {seqlen:,} "
-                f"needs {seqlen + 1:,}: give more text, or shorter windows"
-            )
+    for stage, (count, _) in drawn.items():
+        try:
+            check_shares(len(prepared.read.sources), count)
+        except TextError as error:
+            raise TextError(f"{stage}: {error}") from None
+    for source in prepared.read.sources or (prepared.read,):
+        known = learned if source is prepared.read else None
+        tokens = len(tokenize(source, tokenizer) if known is None else known[0])
+        for stage, seqlen in needed.items():
+            if tokens < seqlen + 1:
+                raise TextError(
+                    f"{stage}: the text {source.label} has {tokens:,} tokens, but a window of {seqlen:,} "
+                    f"needs {seqlen + 1:,}: give more text, or shorter windows"
+                )
     if tunes is not None and learned is not None:
         try:
             windows_to_tune(prepared.read, learned, tunes)

@@ -38,14 +38,14 @@ STAGES = ("shrink", "compress", "sample", "tune")
 
 class Recipe(BaseModel):
     """``model`` and ``text`` may be left to whoever applies it: the dense model, and what is calibrated and
-    tuned on."""
+    tuned on, one text or several."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     about: str = ""
     model: str | None = None
-    text: str | None = None
+    text: str | list[str] | None = None
     shrink: ShrinkSettings | None = None
     compress: CompressSettings
     sample: SampleSettings | None = None
