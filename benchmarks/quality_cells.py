@@ -16,14 +16,16 @@ from benchmarks import protocol
 from benchmarks.compress import GOSSAMER, limited
 from benchmarks.decode_protocol import Contender, Job
 
-LEVELS = ("one-shot", "blockwise", "distilled", "longer")
-LONGER = (4, 2)  # times the windows and the epochs of "blockwise", and no distillation
+LEVELS = ("one-shot", "blockwise", "distilled", "longer", "longest")
+TIMES = {"one-shot": (1, 0), "blockwise": (1, 1), "longer": (4, 2), "longest": (8, 1.5)}
+"""Of levels without distillation: times the windows, and times the epochs of tuning block by block."""
 CELLS = {
     "int8": "--sparsity 0 --values int8",
     "int4": "--sparsity 0 --values int4",
     "int4 by 32": "--sparsity 0 --values int4 --group 32",
     "int3": "--sparsity 0 --values int3",
     "nl4": "--sparsity 0 --values nl4",
+    "nl4 by 32": "--sparsity 0 --values nl4 --group 32",
     "nl3": "--sparsity 0 --values nl3",
     "32:64 bf16": "--pattern 32:64 --values bf16",
     "32:64 int4": "--pattern 32:64 --values int4",
@@ -77,11 +79,11 @@ def make(args: argparse.Namespace, cell: Cell) -> dict[str, Any] | None:
     else:
         source = shrunk(args, cell) if cell.name in SHRUNK else Path(args.model)
         command = ["compress", str(source), *CELLS[cell.name].split(), "--calibration", str(text)]
-        windows, epochs = LONGER if cell.level == "longer" else (1, 1)
+        windows, epochs = TIMES[cell.level]
         command += ["--seqlen", str(protocol.CALIBRATION_SEQLEN)]
         command += ["--windows", str(windows * args.calibration)]
-        if cell.level != "one-shot":
-            command += ["--tune", "blockwise", "--tune-option", f"epochs={epochs * args.epochs}"]
+        if epochs:
+            command += ["--tune", "blockwise", "--tune-option", f"epochs={round(epochs * args.epochs)}"]
     return _run(args, [*command, "--out", str(out), "--json"])
 
 
