@@ -26,6 +26,9 @@ CELLS = {
     "int3": "--sparsity 0 --values int3",
     "nl4": "--sparsity 0 --values nl4",
     "nl4 by 32": "--sparsity 0 --values nl4 --group 32",
+    "nl4 all": "--sparsity 0 --values nl4 --head-values nl4",
+    "nl4 all by 32": "--sparsity 0 --values nl4 --head-values nl4 --group 32",
+    "nl3, head nl4": "--sparsity 0 --values nl3 --head-values nl4",
     "nl3": "--sparsity 0 --values nl3",
     "32:64 bf16": "--pattern 32:64 --values bf16",
     "32:64 int4": "--pattern 32:64 --values int4",
@@ -34,7 +37,8 @@ CELLS = {
     "70 % int4": "--sparsity 0.7 --values int4",
     "3/4 of blocks int4": "--sparsity 0 --values int4",
 }
-"""Options of `gossamer compress` by name; of the last one a quarter of the blocks is removed first."""
+"""Options of `gossamer compress` by name (*all*: embedding and head, too); of the last one a quarter of the blocks
+is removed first."""
 SHRUNK = {"3/4 of blocks int4": "--blocks 0.25"}
 RIVALS = (
     *(

@@ -15,6 +15,7 @@ from gossamer.models.walk import (
     capture_block_inputs,
     find_parts,
     finish,
+    head_inputs,
     prunable,
     run_block,
     set_weight,
@@ -51,6 +52,22 @@ def test_keyword_arguments_of_one_window_serve_a_batch(arch: str) -> None:
             hidden = run_block(block, hidden, given)
         expected = model(input_ids=ids).logits
     torch.testing.assert_close(finish(model, hidden), expected)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_the_head_reads_is_what_the_model_gives_it(arch: str) -> None:
+    model, ids = tiny_model(arch), tiny_tokens(windows=2, seqlen=24)
+    parts, seen = find_parts(model), list[torch.Tensor]()
+    assert parts.head is not None
+    handle = model.get_submodule(parts.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        hidden = capture_block_inputs(model, ids, batch=2)
+        states = hidden.hidden
+        for block, kwargs in zip(parts.blocks, hidden.kwargs, strict=True):
+            states = run_block(block, states, kwargs)
+        model(input_ids=ids)
+    handle.remove()
+    assert torch.equal(head_inputs(model, states), seen[0])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "opt", "gemma2"])

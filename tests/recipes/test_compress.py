@@ -34,6 +34,8 @@ from gossamer.errors import (
 )
 from gossamer.matrices import Packed
 from gossamer.models import find_parts, load_checkpoint, load_model, prunable, weight_of
+from gossamer.models.text import calibration_windows, read_text
+from gossamer.models.tokenizer import load_tokenizer
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
 from gossamer.sparse import check_mask, count_pruned, parse_pattern
@@ -127,6 +129,60 @@ def test_walks_architectures_without_drivers(arch: str, tmp_path: Path) -> None:
     assert (reference - logits(model)).norm() / reference.norm() < 0.05
 
 
+@pytest.mark.parametrize(
+    ("arch", "tied"), [("llama", False), ("qwen2", True), ("opt", True), ("gpt_neox", False)]
+)
+def test_a_head_of_few_bits_is_rounded_by_what_it_reads(
+    arch: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_folder(tmp_path / arch, arch, tie_word_embeddings=tied)
+    whole = compress(source, tmp_path / "whole", sparsity=0.0, head_values="int4", **SMALL)
+    monkeypatch.setattr("gossamer.recipes.prune_layer.EDGE_ROWS", 100)
+    parts = compress(source, tmp_path / "parts", sparsity=0.0, head_values="int4", **SMALL)
+    assert digests(whole.path) == digests(parts.path)  # rows do not depend on each other
+    assert whole.made["head_rounded"] == "by what it reads"
+    model, (plain, _) = load_checkpoint(whole.path), load_model(source, torch.float32)
+    for record in whole.made["layers"]:
+        packed = model.get_submodule(record["name"]).matrix.to_dense().float()
+        weight_of(plain.get_submodule(record["name"])).copy_(packed)
+    head, dense = model.get_output_embeddings().matrix, plain.get_output_embeddings().weight.detach()
+    nearest = Packed.pack(dense, "int4", "dense", 64)
+
+    windows = calibration_windows(read_text(SMALL["calibration"]), load_tokenizer(source), 48, 4)
+    seen: list[torch.Tensor] = []
+    handle = plain.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        plain(windows)
+    handle.remove()
+    gram = (rows := seen[0].flatten(0, 1)).T @ rows
+
+    def error(matrix: Packed) -> float:
+        off = matrix.to_dense().float() - dense
+        return float(((off @ gram) * off).sum())
+
+    assert error(head) < 0.9 * error(nearest)
+    table = model.get_input_embeddings().matrix
+    if tied:
+        assert torch.equal(table.to_dense(), head.to_dense())
+    else:
+        embedding = Packed.pack(plain.get_input_embeddings().weight, "int4", "dense", 64)
+        assert torch.equal(table.to_dense(), embedding.to_dense())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"head_values": "int8"}, {"method": "magnitude", "head_values": "int4"}]
+)
+def test_heads_of_many_bits_or_without_text_are_rounded_to_the_nearest(
+    settings: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    done = compress(source, tmp_path / "out", sparsity=0.5, **SMALL, **settings)
+    assert done.made["head_rounded"] == "to the nearest"
+    plain, _ = load_model(source, torch.float32)
+    nearest = Packed.pack(plain.lm_head.weight, settings["head_values"], "dense", 64)
+    head = load_checkpoint(done.path).lm_head.matrix
+    assert torch.equal(head.to_dense(), nearest.to_dense())
+
+
 def test_the_sweep_beats_magnitude_on_its_own_statistics(source: Path, tmp_path: Path) -> None:
     def mean_error(method: str) -> float:
         made = compress(
@@ -169,7 +225,14 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "wanda", "sparsity": 0.5, "allocation": "global"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "wanda", "sparsity": 0.5, "allocation": "global"},
+        {"head_values": "nl4", "tune": "blockwise"},
+    ],
+)
 def test_resumes_from_every_stage_to_the_same_bytes(
     settings: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:

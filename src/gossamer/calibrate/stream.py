@@ -20,6 +20,7 @@ from gossamer.models.walk import (
     ModelParts,
     each_block_inputs,
     find_parts,
+    head_inputs,
     prunable,
     run_block,
     set_weight,
@@ -85,11 +86,13 @@ def walk(
     windows: Tensor | None = None,
     targets: bool = False,
     unchanged: bool = False,
+    head: tuple[type[Statistic], ...] = (),
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
     stage: str = "blocks",
 ) -> Iterator[Visit]:
-    """Visits each decoder block from ``work.next_block`` on, with statistics of ``needs``.
+    """Visits each decoder block from ``work.next_block`` on, with statistics of ``needs``, and with ``head``
+    at last the model's head, with those statistics of what it reads behind the blocks as they were left.
 
     ``model`` is a skeleton on the meta device; ``windows`` are token ids ``(windows, seqlen)``, and may
     be None only where nothing is needed. With ``targets`` the dense model's hidden states are kept beside,
@@ -102,7 +105,7 @@ def walk(
     """
     parts = find_parts(model)
     total = len(parts.blocks)
-    if not needs and not targets:
+    if not (needs or targets or head):
         for index in range(work.next_block, total):
             block = parts.blocks[index]
             progress(stage, index, total)
@@ -144,12 +147,15 @@ def walk(
         following = None
         if unchanged:
             following, dense = dense, None
-        elif index + 1 < total:
+        elif index + 1 < total or head:
             outputs = _run(block.module, inputs, batch, call)
             following = Inputs(work.inputs_file(index + 1), shape, dtype).written(outputs)
         release(block.module)
         work.block_done(index, inputs=following, dense=dense)
     progress(stage, total, total)
+    if head:
+        with outside_blocks(model, parts, files, dtype):
+            yield _visit_head(model, parts, files, work.open_inputs(shape, dtype), head, batch)
 
 
 def batch_size(windows: int, seqlen: int) -> int:
@@ -192,6 +198,28 @@ def _run(module: nn.Module, inputs: Inputs, batch: int, kwargs: dict[str, Any]) 
 def _visit(index: int, name: str, module: nn.Module, files: WeightFiles) -> Visit:
     layers = {f"{name}.{inner}": layer for inner, layer in prunable(module).items()}
     return Visit(index, name, module, layers, files)
+
+
+def _visit_head(
+    model: PreTrainedModel,
+    parts: ModelParts,
+    files: WeightFiles,
+    inputs: Inputs,
+    needs: tuple[type[Statistic], ...],
+    batch: int,
+) -> Visit:
+    """The head as what follows the last block, whose outputs are ``inputs``."""
+    assert parts.head is not None
+    name, module = parts.head, model.get_submodule(parts.head)
+    found: Statistics = {}
+    for at in range(0, inputs.shape[0], batch):
+        read = head_inputs(model, inputs.read(at, at + batch), parts=parts).flatten(0, 1)
+        found = found or {kind: kind(read.shape[1]) for kind in needs}
+        for statistic in found.values():
+            statistic.update(read)
+    for statistic in found.values():
+        statistic.finish()
+    return Visit(len(parts.blocks), name, module, {name: module}, files, {name: found})
 
 
 def _collect(

@@ -50,7 +50,11 @@ def compress(
     ] = None,
     values: Annotated[str, typer.Option(help=f"Kept weights as {_VALUES}.")] = "int4",
     head_values: Annotated[
-        str, typer.Option(help=f"Embeddings and head (never pruned) as {_VALUES}.")
+        str,
+        typer.Option(
+            help=f"Embeddings and head (never pruned) as {_VALUES}. With text, a head of fewer than 8 bits "
+            "is rounded by what it reads."
+        ),
     ] = "int8",
     group: Annotated[int, typer.Option(help="Inputs that share a scale: 64 or 32.")] = 64,
     outliers: Annotated[

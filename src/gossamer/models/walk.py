@@ -224,6 +224,28 @@ def finish(
     return logits
 
 
+def head_inputs(model: PreTrainedModel, hidden: Tensor, *, parts: ModelParts | None = None) -> Tensor:
+    """What the head multiplies (batch, seqlen, width) of hidden states that the last block gave: behind the
+    model's own last norm and projections. Blocks, embeddings and the head may be on the meta device."""
+    parts = parts or find_parts(model)
+    if parts.head is None:
+        raise ModelError(_unknown(model, "it has no head"))
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].shape[:2] != hidden.shape[:2]:
+            raise _StyleError
+        seen.append(args[0])
+        raise _StopError
+
+    handle = model.get_submodule(parts.head).register_forward_pre_hook(see)
+    try:
+        finish(model, hidden, parts=parts)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 class _StopError(Exception):
     """The walk has seen what it wanted."""
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from gossamer.calibrate import Gradient, WorkFolder, gather, gradient_file, walk
+from gossamer.calibrate import Gradient, Gram, Statistic, WorkFolder, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
 from gossamer.errors import CheckpointError, ModelError, ResumeError
-from gossamer.matrices import Matrix, Packed
+from gossamer.matrices import Matrix
 from gossamer.matrices.atomic import check_free
+from gossamer.matrices.values import value_type
 from gossamer.models.checkpoint_writer import CheckpointWriter
 from gossamer.models.parts import read_part, write_part
 from gossamer.models.place import check_layers
@@ -40,7 +41,14 @@ from gossamer.recipes.compress_shares import allocate, layers_of
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.layer_shares import Needs, allocation_needs
 from gossamer.recipes.load import check_context
-from gossamer.recipes.prune_layer import form_of, mean_sparsity, pack_layer, prune_layer, record_of
+from gossamer.recipes.prune_layer import (
+    form_of,
+    mean_sparsity,
+    pack_edge,
+    pack_layer,
+    prune_layer,
+    record_of,
+)
 from gossamer.recipes.settings import checked
 from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
@@ -158,15 +166,23 @@ class _Job:
         layer_of = partial(self._layer, allocation_needs(self.combination))
         self.shares = allocate(self.layers, self.combination, self.work, self._walk, layer_of, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
-        for visit in self._walk(self.work, stage, self.layer_needs, targets=self.tuner is not None):
-            self._prune_block(visit)
-        self._pack_edges()
+        head = (Gram,) if self.sweeps_head and not self._edges_file.exists() else ()
+        for visit in self._walk(
+            self.work, stage, self.layer_needs, targets=self.tuner is not None, head=head
+        ):
+            if visit.index < len(self.parts.blocks):
+                self._prune_block(visit)
+            else:
+                self._pack_edges(visit.statistics[visit.name])
+        self._pack_edges({})
         made = self._made()
         self._write(made)
         self.work.remove()
         return Compressed(self.out, made, resumed)
 
-    def _walk(self, work: WorkFolder, stage: str, needs: Needs, *, targets: bool = False) -> Iterator[Visit]:
+    def _walk(
+        self, work: WorkFolder, stage: str, needs: Needs, *, targets: bool = False, head: Needs = ()
+    ) -> Iterator[Visit]:
         return walk(
             self.model,
             self.files,
@@ -174,6 +190,7 @@ class _Job:
             work,
             windows=self.windows,
             targets=targets,
+            head=head,
             progress=self.progress,
             stage=stage,
         )
@@ -266,19 +283,30 @@ class _Job:
             return {names[0]: names + head}
         return {name: [name] for name in names + head}
 
-    def _pack_edges(self) -> None:
-        """Embedding and head, dense in ``head_values``, into the work folder."""
-        path = self.work.path / "edges.safetensors"
-        if path.exists():
+    @property
+    def sweeps_head(self) -> bool:
+        """Whether the head is rounded by what it reads: to few bits, where there is text."""
+        values = value_type(self.settings.head_values)
+        return self.windows is not None and self.parts.head is not None and values.bits < 8
+
+    @property
+    def _edges_file(self) -> Path:
+        return self.work.path / "edges.safetensors"
+
+    def _pack_edges(self, read: dict[type[Statistic], Statistic]) -> None:
+        """Embedding and head, dense in ``head_values``, into the work folder. ``read``: of what the head
+        multiplies."""
+        if self._edges_file.exists():
             return
         matrices: dict[str, Matrix] = {}
         edges = self._edges()
-        for index, name in enumerate(edges):
+        for index, (name, names) in enumerate(edges.items()):
             self.progress("packing embeddings and head", index, len(edges))
             weight = read_parameter(self.model.get_parameter(name), name, self.files, torch.float32)
-            check_finite(Layer(name, weight))
-            matrices[name] = Packed.pack(weight, self.settings.head_values, "dense", self.settings.group)
-        write_part(path, matrices)
+            layer = Layer(name, weight, read if f"{self.parts.head}.weight" in names else {})
+            check_finite(layer)
+            matrices[name] = pack_edge(layer, self.settings.head_values, self.settings.group)
+        write_part(self._edges_file, matrices)
         self.progress("packing embeddings and head", len(edges), len(edges))
 
     def _made(self) -> dict[str, Any]:
@@ -306,6 +334,7 @@ class _Job:
                 "seqlen": self.settings.seqlen,
             },
             "layers": layers,
+            "head_rounded": "by what it reads" if self.sweeps_head else "to the nearest",
             "with": made_with(),
         }
         if self.prices is not None:
@@ -327,7 +356,7 @@ class _Job:
             for name, matrix in self._part(self.work.block_file(index)).items():
                 writer.add_matrix(name, matrix)
                 packed.add(name)
-        edges = self._part(self.work.path / "edges.safetensors")
+        edges = self._part(self._edges_file)
         for first, names in self._edges().items():
             for name in names:
                 writer.add_matrix(name, edges[first])

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from gossamer.calibrate import Gram
 from gossamer.errors import GossamerError, MethodError
 from gossamer.evaluate import reconstruction_error
 from gossamer.matrices import Matrix, Packed
+from gossamer.matrices.values import Quantized, value_type
 from gossamer.prune import Combination, Layer, Pruned
+from gossamer.prune.obs import OBS
 from gossamer.prune.outliers import OutlierColumns, pack_apart
+from gossamer.sparse import Unstructured
+
+EDGE_ROWS = 8192  # of an embedding or head that are swept at once
 
 
 def prune_layer(
@@ -71,6 +79,21 @@ def form_of(matrix: Matrix) -> dict[str, Any]:
         "values": leaf.values_name,
         "bits_per_weight": matrix.bits_per_weight,
     }
+
+
+def pack_edge(layer: Layer, values: str, group: int) -> Packed:
+    """An embedding or head, dense in ``values``: rounded by the OBS sweep where it is known what it
+    multiplies, ``EDGE_ROWS`` at a time, else to the nearest."""
+    if Gram not in layer.statistics:
+        return Packed.pack(layer.weight, values, "dense", group)
+    parts: list[Quantized] = []
+    for rows in torch.split(layer.weight, EDGE_ROWS):
+        pruned = OBS().prune(replace(layer, weight=rows), Unstructured(), 0.0, value_type(values), group)
+        assert pruned.quantized is not None
+        parts.append(pruned.quantized)
+    codes, scales = (torch.cat(both) for both in zip(*((one.q, one.scales) for one in parts), strict=True))
+    clamped = sum(one.clamped for one in parts)
+    return Packed.pack(Quantized(codes, scales, group, value_type(values), clamped), layout="dense")
 
 
 def pack_pruned(pruned: Pruned, combination: Combination) -> Packed:
