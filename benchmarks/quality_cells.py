@@ -16,8 +16,8 @@ from benchmarks import protocol
 from benchmarks.compress import GOSSAMER, limited
 from benchmarks.decode_protocol import Contender, Job
 
-LEVELS = ("one-shot", "blockwise", "distilled", "longer", "longest")
-TIMES = {"one-shot": (1, 0), "blockwise": (1, 1), "longer": (4, 2), "longest": (8, 1.5)}
+LEVELS = ("one-shot", "blockwise", "distilled", "longer")
+TIMES = {"one-shot": (1, 0), "blockwise": (1, 1), "longer": (4, 2)}
 """Of levels without distillation: times the windows, and times the epochs of tuning block by block."""
 CELLS = {
     "int8": "--sparsity 0 --values int8",
@@ -28,7 +28,7 @@ CELLS = {
     "nl4 by 32": "--sparsity 0 --values nl4 --group 32",
     "nl4 all": "--sparsity 0 --values nl4 --head-values nl4",
     "nl4 all by 32": "--sparsity 0 --values nl4 --head-values nl4 --group 32",
-    "nl3, head nl4": "--sparsity 0 --values nl3 --head-values nl4",
+    "nl3 with head nl4": "--sparsity 0 --values nl3 --head-values nl4",
     "nl3": "--sparsity 0 --values nl3",
     "32:64 bf16": "--pattern 32:64 --values bf16",
     "32:64 int4": "--pattern 32:64 --values int4",
@@ -37,8 +37,8 @@ CELLS = {
     "70 % int4": "--sparsity 0.7 --values int4",
     "3/4 of blocks int4": "--sparsity 0 --values int4",
 }
-"""Options of `gossamer compress` by name (*all*: embedding and head, too); of the last one a quarter of the blocks
-is removed first."""
+"""Options of `gossamer compress` by name (*all*: embedding and head, too); of the last one a quarter of the
+blocks is removed first."""
 SHRUNK = {"3/4 of blocks int4": "--blocks 0.25"}
 RIVALS = (
     *(
@@ -87,7 +87,7 @@ def make(args: argparse.Namespace, cell: Cell) -> dict[str, Any] | None:
         command += ["--seqlen", str(protocol.CALIBRATION_SEQLEN)]
         command += ["--windows", str(windows * args.calibration)]
         if epochs:
-            command += ["--tune", "blockwise", "--tune-option", f"epochs={round(epochs * args.epochs)}"]
+            command += ["--tune", "blockwise", "--tune-option", f"epochs={epochs * args.epochs}"]
     return _run(args, [*command, "--out", str(out), "--json"])
 
 
