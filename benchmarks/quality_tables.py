@@ -24,8 +24,8 @@ weights, the embedding and head among them (int8 in ours; llama.cpp's and OpenVI
 *front*: no contender that is measured has fewer bytes and a lower KL (B), or more tokens a second and a
 lower KL (S). Tuned rows saw so many tokens of the calibration text, counted each time; the dense model that
 they are held against saw none of them. *longer*: tuned block by block like *blockwise*, on four times the
-windows and for twice the epochs (of `nl4` the recipe `balanced`, of `nl4 by 32`, with a scale for 32 inputs in
-place of 64, the recipe `best`). *all*: embedding and head, too.
+windows and for twice the epochs (of `nl4` the recipe `balanced`, of `nl4 by 32`, which has a scale for 32
+inputs in place of 64, the recipe `best`). *all*: embedding and head, too.
 """
 
 
