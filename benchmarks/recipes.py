@@ -20,7 +20,7 @@ from benchmarks.quality_cells import record_of
 from gossamer.bench.machine import cpu_name
 from gossamer.recipes.recipe import shipped
 
-ORDER = ("fast", "balanced", "best", "sparse")
+ORDER = ("fast", "balanced", "best", "small", "sparse")
 TEXTS = {"wikitext": protocol.TEST_TEXT, "novel": NOVEL}
 KEPT = ("perplexity", "perplexity_ratio", "kl", "agreement", "windows", "intervals", "reference_perplexity")
 

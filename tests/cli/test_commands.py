@@ -496,10 +496,10 @@ def test_apply_says_what_is_wrong_before_any_work(model: Path, text: Path, tmp_p
     done = run("apply", "fast", model, "-o", tmp_path / "out", "--set", "compress.value=int3")
     assert (done.code, "compress.value: there is no such setting" in done.err) == (2, True)
     listed = run("apply", "--list")
-    for word in ("balanced", "best", "fast", "sparse", "compress, tune"):
+    for word in ("balanced", "best", "fast", "small", "sparse", "compress, tune"):
         assert word in listed.out
     assert [recipe["name"] for recipe in run("apply", "--list", "--json").document] == [
-        "balanced", "best", "fast", "sparse",
+        "balanced", "best", "fast", "small", "sparse",
     ]  # fmt: skip
 
 

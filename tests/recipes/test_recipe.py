@@ -67,7 +67,7 @@ def test_what_is_no_yaml_is_placed(text: str, says: str) -> None:
 
 def test_shipped_recipes_are_whole() -> None:
     found = shipped()
-    assert list(found) == ["balanced", "best", "fast", "sparse"]
+    assert list(found) == ["balanced", "best", "fast", "small", "sparse"]
     for name, recipe in found.items():
         assert recipe.name == name
         assert recipe.about.endswith(".")
@@ -148,7 +148,7 @@ def test_settings_that_are_wrong_alone_or_together(changes: dict[str, Any], says
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="name a YAML file, or one of balanced, best, fast, sparse"):
+    with pytest.raises(RecipeError, match="name a YAML file, or one of balanced, best, fast, small, sparse"):
         read_recipe("fats")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match=r"list\.yaml is no recipe"):

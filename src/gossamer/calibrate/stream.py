@@ -155,7 +155,8 @@ def walk(
     progress(stage, total, total)
     if head:
         with outside_blocks(model, parts, files, dtype):
-            yield _visit_head(model, parts, files, work.open_inputs(shape, dtype), head, batch)
+            visit = _visit_head(model, parts, files, work.open_inputs(shape, dtype), head, batch)
+        yield visit
 
 
 def batch_size(windows: int, seqlen: int) -> int:

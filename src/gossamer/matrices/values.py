@@ -53,9 +53,9 @@ class ValueType:
         """uint8 codes of integers in [qmin, qmax]; raises MatrixError for one that is no level."""
         if not self.levels:
             return (q.to(torch.int16) + self.zero_code).to(torch.uint8)
-        levels = torch.tensor(self.levels)
-        codes = torch.searchsorted(levels, q.long())
-        if not torch.equal(levels[codes], q.long()):
+        levels = torch.tensor(self.levels, dtype=q.dtype)
+        codes = torch.bucketize(q, levels, out_int32=True).clamp_max_(len(levels) - 1)
+        if not torch.equal(levels[codes], q):
             raise MatrixError(f"{self.name} integers are {', '.join(map(str, self.levels))}")
         return codes.to(torch.uint8)
 
@@ -63,7 +63,7 @@ class ValueType:
         """int8 integers of uint8 codes."""
         if not self.levels:
             return (codes.to(torch.int16) - self.zero_code).to(torch.int8)
-        return torch.tensor(self.levels, dtype=torch.int8)[codes.long()]
+        return torch.tensor(self.levels, dtype=torch.int8)[codes.int()]
 
     @property
     def dtype(self) -> torch.dtype:

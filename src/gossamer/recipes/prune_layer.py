@@ -18,7 +18,7 @@ from gossamer.prune.obs import OBS
 from gossamer.prune.outliers import OutlierColumns, pack_apart
 from gossamer.sparse import Unstructured
 
-EDGE_ROWS = 8192  # of an embedding or head that are swept at once
+EDGE_ROWS = 2048  # of an embedding or head that are swept at once
 
 
 def prune_layer(
