@@ -70,6 +70,18 @@ def test_what_the_head_reads_is_what_the_model_gives_it(arch: str) -> None:
     assert torch.equal(head_inputs(model, states), seen[0])
 
 
+def test_a_head_that_is_no_module_at_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    hidden = capture_block_inputs(model, tiny_tokens()).hidden
+
+    def product(*args: Any, **kwargs: Any) -> Any:
+        return SimpleNamespace(logits=model.model(*args, **kwargs).last_hidden_state @ model.lm_head.weight.T)
+
+    monkeypatch.setattr(model, "forward", product)
+    with pytest.raises(ModelError, match="its head does not run as a module"):
+        head_inputs(model, hidden)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "opt", "gemma2"])
 def test_one_block_is_enough(arch: str) -> None:
     depth = {"n_layer": 1} if arch == "gpt2" else {"num_hidden_layers": 1}

@@ -124,6 +124,8 @@ def walk(
                 one = given.kwargs
         batches = each_block_inputs(model, windows, batch=batch, parts=parts)
         first = next(batches)
+        if head:  # or says now, and not behind the last block, that it cannot be seen
+            head_inputs(model, first.hidden[:1], parts=parts)
         shape = (*windows.shape, first.hidden.shape[-1])
         if work.next_block == 0:
             states = (given.hidden for given in chain([first], batches))

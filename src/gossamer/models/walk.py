@@ -243,6 +243,8 @@ def head_inputs(model: PreTrainedModel, hidden: Tensor, *, parts: ModelParts | N
         finish(model, hidden, parts=parts)
     finally:
         handle.remove()
+    if not seen:
+        raise ModelError(_unknown(model, "its head does not run as a module"))
     return seen[0]
 
 
