@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -87,4 +88,5 @@ class Claim:
     bound: str = "at_most"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values as JSON gives them back: lists for tuples."""
+        return dict(json.loads(json.dumps(asdict(self))))

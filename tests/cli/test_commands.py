@@ -129,6 +129,11 @@ def test_eval_labels_the_built_in_text(model: Path) -> None:
     assert run("eval", model, "--windows", "2", "--seqlen", "32", "--json").document["smoke_test"] is True
 
 
+def test_eval_reads_windows_as_long_as_the_context(checkpoint: Path, model: Path, text: Path) -> None:
+    done = run("eval", checkpoint, "--against", model, "--text", text, "--windows", "1", "--json")
+    assert done.document["seqlen"] == 512
+
+
 def test_eval_of_all_windows(model: Path, text: Path) -> None:
     few = run("eval", model, "--text", text, "--seqlen", "256", "--windows", "1", "--json").document
     assert few["windows"] == 1

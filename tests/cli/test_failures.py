@@ -52,6 +52,7 @@ def digests(folder: Path) -> dict[str, str]:
         (("--head-values", "int5"), ("int5",)),
         (("--group", "48"), ("48", "64")),
         (("--option", "damping"), ("KEY=VALUE", "damping")),
+        (("--tune-option", "epochs"), ("--tune-option is written KEY=VALUE", "epochs")),
         (("--option", "speed=3"), ("speed",)),
         (("--option", "order=random"), ("random", "natural")),
     ],
@@ -91,7 +92,7 @@ def test_windows_longer_than_the_context(model: Path, text: Path, tmp_path: Path
     refused(run("eval", model, "--text", text, "--seqlen", "1024"), "1024", "512")
     refused(run("bench", model, "--prompt", "500", "--decode", "50"), "512 positions")
     long = run("compress", model, "-o", tmp_path / "out", "--calibration", text, "--seqlen", "1024")
-    refused(long, "1024", "512")
+    refused(long, "1024", "512", "--seqlen", "--set compress.seqlen=512")
 
 
 def test_models_that_cannot_be(text: Path, tmp_path: Path) -> None:
@@ -365,6 +366,12 @@ def test_what_is_refused_leaves_nothing_that_blocks_the_right_command(
     sampled = ("sample", model, "-o", written, "--text", text, "--tokens", 8)
     assert run(*sampled, "--prompt-tokens", 5000).code == 2
     assert run(*sampled, "--prompt-tokens", 4, "--max-new-tokens", 4).code == 0
+
+
+def test_options_of_losses_name_theirs(checkpoint: Path, tmp_path: Path) -> None:
+    for given in ("temperature", "kl.temperature"):
+        done = run("tune", checkpoint, "-o", tmp_path / "out", "--tokens", "64", "--loss-option", given)
+        refused(done, "--loss-option is written LOSS.KEY=VALUE")
 
 
 def test_options_that_are_not_there_are_followed_by_those_that_are(model: Path, tmp_path: Path) -> None:

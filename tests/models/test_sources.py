@@ -310,7 +310,7 @@ def test_local_folders_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest
     ("files", "message"),
     [
         (["config.json", "pytorch_model.bin"], "pickle format"),
-        (["model.pt"], "can run code"),
+        (["model.pt"], r"can run code.*from_pretrained\('MODEL'\)\.save_pretrained\('OUT'\)"),
         (["config.json"], "holds no model"),
         ([], "holds no model"),
         (["a.gguf", "b.gguf"], r"2 GGUF files.*a\.gguf, b\.gguf"),

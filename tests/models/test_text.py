@@ -48,23 +48,30 @@ def test_jsonl_gives_one_document_a_line(tmp_path: Path) -> None:
     lines = [
         {"id": "x", "text": "one"},
         {"query": "two", "other": "no"},
-        {"n": 3, "title": "three", "body": "no"},
+        {"id": "3", "role": "user", "content": "three"},
         "four \u2028 still four",
         {"text": "  "},
+        {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]},
+        {"messages": [{"role": role, "content": role} for role in ("user", "assistant")]},
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text(
         "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8"
     )
     text = read_text(path)
-    assert text.documents == ("one", "two", "three", "four \u2028 still four")
-    assert text.joined == "one\n\ntwo\n\nthree\n\nfour \u2028 still four"
+    several, pair = "system\n\nuser\n\nassistant", Exchange("user", "assistant")
+    assert text.documents == ("one", "two", "three", "four \u2028 still four", several, pair)
+    assert text.joined == f"one\n\ntwo\n\nthree\n\nfour \u2028 still four\n\n{several}\n\n{pair}"
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": 5}', "line 2 of d.jsonl holds no text"),
+        ('{"text": 5}', "line 2 of d.jsonl holds no text.* text, prompt and response, messages, query or"),
+        ('{"id": "x7", "title": "not read"}', "line 2 of d.jsonl holds no text"),
+        ('{"prompt": "unanswered"}', "line 2 of d.jsonl holds no text"),
+        ('{"messages": []}', "line 2 of d.jsonl holds no text"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2 of d.jsonl holds no text"),
         ("[1]", "line 2 of d.jsonl holds no text"),
         ('{"text": ', "line 2 of d.jsonl is no JSON"),
         ("[" * 100_000, "line 2 of d.jsonl is no JSON"),
@@ -91,6 +98,15 @@ def test_strings_are_documents() -> None:
         read_text(["a", 5])  # type: ignore[list-item]
     with pytest.raises(TextError, match="a list of strings or paths, or None, not 5"):
         read_text(5)  # type: ignore[arg-type]
+
+
+def test_strings_that_name_files_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a text").write_text("x")
+    for names in (["a.txt", "more/b.jsonl.gz"], [str(tmp_path / "a text")]):
+        with pytest.raises(TextError, match=r"these strings are names of files.* give pathlib.Path"):
+            read_text(names)
+    prose = ["a.txt", "what it says is in a.txt"]
+    assert read_text(prose).documents == tuple(prose)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +270,7 @@ def test_an_instruction_set_is_read_in_the_chat_form(tmp_path: Path) -> None:
         {"prompt": "Hi", "response": "Ho", "own": True},
         {"prompt": "x", "response": "y", "text": "text"},
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "alone"}]))
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"query": "alone"}]))
     read = read_text(path)
     assert read.documents == (Exchange("Hi", "Ho"), "text", "alone")
     assert read.joined == "Hi\nHo\n\ntext\n\nalone"

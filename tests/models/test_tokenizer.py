@@ -201,12 +201,22 @@ def test_turns_without_content_are_refused(turn: Any) -> None:
         encode_turns(tiny_tokenizer(), [{"role": "user", "content": "x"}, turn])
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_folders_without_a_tokenizer_are_refused(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelError, match="has no tokenizer that can be loaded"):
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, r"it lacks tokenizer\.json and tokenizer_config\.json, which the original model has: copy"),
+        ({"tokenizer_config.json": "{}"}, r"it lacks tokenizer\.json, which"),
+        ({"tokenizer.json": "{"}, "line 1 column 2"),
+        ({"tokenizer.json": "{}"}, "added_tokens"),
+        ({"tokenizer.model": "x"}, "."),
+    ],
+)
+def test_folders_without_a_tokenizer_are_refused(tmp_path: Path, files: dict[str, str], says: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=rf"has no tokenizer that can be loaded: .*{says}") as raised:
         load_tokenizer(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_smollm2_chats(smollm2: Path) -> None:

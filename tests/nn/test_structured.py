@@ -90,6 +90,34 @@ def test_state_dict_and_deepcopy_of_a_model() -> None:
     assert not torch.equal(first(TOKENS).logits, wanted)
 
 
+def sparse_layer(values: str, sparsity: float = 0.5) -> StructuredLinear:
+    return StructuredLinear(pack(Sparse.fit(random(50, 70), sparsity=sparsity), values, "bitmap"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [
+        (sparse_layer("int8"), sparse_layer("float32")),
+        (sparse_layer("float32"), sparse_layer("int8")),
+        (sparse_layer("int4"), sparse_layer("int8")),
+        (sparse_layer("int8"), sparse_layer("int8", 0.75)),
+        (sparse_layer("int8"), StructuredLinear(pack(random(50, 70), "int8"))),
+        (
+            StructuredEmbedding(pack(random(50, 70), "int8")),
+            StructuredEmbedding(pack(random(50, 70), "int4")),
+        ),
+    ],
+)
+def test_a_state_of_another_format_is_refused_as_such(layer: nn.Module, other: nn.Module) -> None:
+    model, before = nn.Sequential(layer), copy.deepcopy(layer.state_dict())
+    with pytest.raises(MatrixError, match=r"^0\.matrix is .* another format"):
+        model.load_state_dict(nn.Sequential(other).state_dict())
+    after = layer.state_dict()
+    assert all(torch.equal(after[name], section) for name, section in before.items())  # nothing was loaded
+    model.load_state_dict({}, strict=False)
+    model.load_state_dict(nn.Sequential(copy.deepcopy(layer)).state_dict())
+
+
 @torch.no_grad()
 def test_bfloat16_model_keeps_its_dtype() -> None:
     model = tiny_model().bfloat16()

@@ -121,11 +121,18 @@ def test_states_of_recurrent_layers(
     views = of(module)
     assert len(views) == 2 * layers * directions
     last, own = layers - 1, dict(module.named_parameters())
+
+    def in_steps(rows: Tensor) -> Tensor:
+        """Rows in the order of ``x`` as those of each sequence, in the order of the direction's steps."""
+        each = rows.reshape(*x.shape[:2], -1)
+        each = each if batch_first else each.transpose(0, 1)
+        return (each.flip(1) if direction else each).reshape(batch * steps, -1)
+
     for direction in range(directions):
         suffix = f"_l{last}" + ("_reverse" if direction else "")
-        read = product(views[f"weight_ih{suffix}"], *args) + own[f"bias_ih{suffix}"]
-        kept = product(views[f"weight_hh{suffix}"], *args) + own[f"bias_hh{suffix}"]
-        before = views[f"weight_hh{suffix}"].inputs(module, args)
+        read = in_steps(product(views[f"weight_ih{suffix}"], *args)) + own[f"bias_ih{suffix}"]
+        kept = in_steps(product(views[f"weight_hh{suffix}"], *args)) + own[f"bias_hh{suffix}"]
+        before = in_steps(views[f"weight_hh{suffix}"].inputs(module, args))
         start = cells[last * directions + direction] if given_states else torch.zeros(batch, hidden)
         want = out[..., direction * hidden : (direction + 1) * hidden]
         want = want.flip(1) if direction else want
@@ -205,10 +212,55 @@ def test_what_is_left_is_said() -> None:
     assert "stacks of matrices" in left["7"]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_modules_with_a_computed_weight_are_left() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    norm: Any = nn.utils.parametrizations.weight_norm
+    attention = nn.MultiheadAttention(4, 2)
+    norm(attention.out_proj)
+    model = nn.Sequential(
+        norm(nn.LSTM(4, 4), "weight_hh_l0"),
+        nn.utils.weight_norm(nn.GRU(4, 4), "weight_hh_l0"),
+        norm(nn.MultiheadAttention(4, 2), "in_proj_weight"),
+        attention,
+        norm(nn.Linear(4, 4)),
+        norm(Conv1D(4, 4)),
+        nn.Linear(4, 4),
+    )
+    found, left = weight_views(model)
+    assert [view.name for view in found] == ["6"]
+    assert list(left) == ["0", "1", "2", "3", "4", "5"]
+    assert all("computed from other parameters" in why for why in left.values())
+
+
+def test_parameters_by_themselves_and_expanded_ones_are_left() -> None:
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.low, self.scale = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(1, 4))
+            self.inner = nn.Linear(4, 4)
+            self.same = self.inner.weight
+
+    model = nn.Sequential(Own(), nn.Linear(4, 3), nn.LayerNorm((2, 4)), nn.Embedding(4, 4))
+    model[1].weight = nn.Parameter(torch.randn(1, 4).expand(3, 4))
+    found, left = weight_views(model)
+    assert [view.name for view in found] == ["0", "0.inner"]
+    assert list(left) == ["1", "0.low"]
+    assert "expanded" in left["1"]
+    assert "by itself" in left["0.low"]
+
+
 def test_a_shared_weight_is_seen_once() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    assert [view.name for view in weight_views(model)[0]] == ["0"]
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Conv1D(4, 4))
+    model[1].weight = model[2].weight = model[0].weight
+    (view,), left = weight_views(model)
+    assert view.name == "0"
+    assert [(one.name, one.module) for one in view.tied] == [("0", model[1])]
+    assert "stands for both" in left["1"]
+    assert "transposed" in left["2"]  # of its inputs the matrix is another one
 
 
 def test_matrices_are_put_back() -> None:

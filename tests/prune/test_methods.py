@@ -136,6 +136,14 @@ def test_bad_combinations_are_refused_before_any_work(
         check_combination(name, **settings)
 
 
+@pytest.mark.parametrize("pattern", ["16x4", "unstructured:row", "channel:in"])
+def test_a_pattern_that_says_no_sparsity_needs_one(pattern: str) -> None:
+    with pytest.raises(MethodError, match=f"{pattern} says no sparsity: give one"):
+        check_combination("wanda", pattern=pattern)
+    assert not check_combination("wanda", pattern=pattern, sparsity=0).prunes
+    assert check_combination("wanda", pattern="2:4").sparsity == 0.5
+
+
 def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(MethodError, match="did you mean 'wanda'"):
         method("wnda")
@@ -156,7 +164,7 @@ def test_plain_unstructured_takes_the_papers_comparison_group() -> None:
 
 def test_where_nothing_is_pruned_the_allocation_is_uniform() -> None:
     for name in ("global", "owl", "sensitivity"):
-        assert check_combination("wanda", values="int4", allocation_name=name).allocation == "uniform"
+        assert check_combination("wanda", sparsity=0, allocation_name=name).allocation == "uniform"
         assert check_combination("wanda", sparsity=0.1, allocation_name=name).allocation == name
     c = check_combination("wanda", budget="60MB", allocation_name="sensitivity")
     assert c.allocation == "sensitivity"

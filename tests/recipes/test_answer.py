@@ -205,6 +205,19 @@ def test_as_transformers_over_sessions(loaded: LoadedModel, kind: type[Native]) 
             assert calls == [8, 12] + [1] * 14  # each token once
 
 
+@pytest.mark.skipif(not native_available(), reason="no compiled extension here")
+def test_as_transformers_of_experts_in_the_native_decoder() -> None:
+    mixture = tiny_model("mixtral")
+    mixture.set_experts_implementation("grouped_mm")  # as transformers chooses for what it loads
+    face = LoadedModel(
+        mixture, tiny_tokenizer(), "x", partial(NativeSession, Decoder(mixture), torch.float32)
+    ).as_transformers()
+    ids = tiny_tokens(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(face(ids).logits, mixture(ids).logits, rtol=1e-4, atol=1e-4)
+    assert mixture.config._experts_implementation == "grouped_mm"
+
+
 def test_equal_rows_have_a_session_each(loaded: LoadedModel) -> None:
     calls: list[int] = []
     start = lambda: Native(loaded.model, calls)  # noqa: E731

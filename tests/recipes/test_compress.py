@@ -299,6 +299,20 @@ def test_gradients_are_read_once_and_only_where_somebody_asks(
     assert read == {"gradients": 2 * layers, "weights": 4 * layers}
 
 
+def test_an_output_that_was_made_meanwhile_leaves_no_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*arguments: Any) -> torch.Tensor:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "gossamer.json").touch()
+        return calibration_windows(*arguments)
+
+    monkeypatch.setattr("gossamer.recipes.compress.calibration_windows", other)
+    with pytest.raises(OutputError, match="exists already"):
+        compress(source, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out.work").exists()
+
+
 def test_another_run_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int) -> None:
         if done == 2:

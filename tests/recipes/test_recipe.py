@@ -136,7 +136,10 @@ def test_changes_reach_into_settings() -> None:
         ({"sample": {"temperature": -1}}, "temperature"),
         ({"sample": {}, "tune": None}, "there is no tune"),
         ({"tune.micro": 3}, "do not split"),
-        ({"tune.method": "ast", "compress.pattern": "16x4"}, "ast moves masks within N:M"),
+        (
+            {"tune.method": "ast", "compress.pattern": "16x4", "compress.sparsity": 0.5},
+            "ast moves masks within N:M",
+        ),
         ({"tune.method": "maskllm"}, "maskllm tunes floats, and compress makes int4"),
         ({"tune.method": "scales", "compress.values": "bf16"}, "scales tunes integers, and compress makes"),
         ({"tune.method": "jackpot", "compress": {"values": "bf16", "sparsity": 0.0}}, "prunes nothing"),

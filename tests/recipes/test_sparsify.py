@@ -485,6 +485,35 @@ def test_a_layer_that_is_called_twice_leaves_others_their_own_inputs(order: str)
     assert (other.tokens, shared.tokens) == (32, 64)
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_layers_with_one_weight_are_pruned_on_what_all_of_them_read(names: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            for name in names:
+                setattr(self, name, nn.Linear(6, 6))
+            self.a.weight = self.b.weight
+            self.unused, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.unused.weight = self.b.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) * torch.linspace(0.1, 9, 6)) + self.other(x)
+
+    x, model = torch.randn(16, 6), Tied()
+    between = model.a(x).detach() * torch.linspace(0.1, 9, 6)
+    found = norms(model, [x, x])
+    assert set(found) == {names[0], "other"}
+    torch.testing.assert_close(found["other"].norm, torch.cat([x, x]).norm(dim=0))
+    want = torch.cat([x, x, between, between]).norm(dim=0)
+    torch.testing.assert_close(found[names[0]].norm, want)
+    layer = Layer("", model.a.weight.detach().clone(), {InputNorm: found[names[0]]})
+    told = gs.sparsify(model, [x, x], method="wanda", sparsity=0.5, skip="other")
+    pruned = method("wanda").prune(layer, parse_pattern("unstructured:row"), 0.5, value_type("float32"), 64)
+    torch.testing.assert_close(model.b.weight.detach(), pruned.weight)
+    assert set(told.left) == {names[1], "unused", "other"}
+
+
 def test_a_tensor_that_is_changed_in_place_is_read_anew() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -565,6 +594,50 @@ def test_padding_does_not_count() -> None:
     torch.testing.assert_close(hidden.norm, plain.norm, rtol=1e-4, atol=1e-4)
 
 
+class Laid(nn.Module):
+    """Modules that read tokens laid out as ``how`` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        first = how == "batch first"
+        options = {"dim_feedforward": 4, "dropout": 0.0, "batch_first": first}
+        self.linear = nn.Linear(4, 4)
+        self.rnn = nn.LSTM(4, 4, bidirectional=True, batch_first=first)
+        self.block = nn.TransformerEncoderLayer(4, 2, **options)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if self.how == "flat":
+            return self.linear(x.flatten(0, 1))
+        x = x if self.how == "batch first" else x.transpose(0, 1)
+        hides = None if attention_mask is None else attention_mask == 0
+        return self.linear(x) + self.rnn(x)[0][..., :4] + self.block(x, src_key_padding_mask=hides)
+
+
+@pytest.mark.parametrize("windows", [3, 5])
+@pytest.mark.parametrize("how", ["batch first", "sequence first", "flat"])
+def test_padding_is_found_where_tokens_lie(how: str, windows: int) -> None:
+    """5 tokens a window: of 5 windows only what is known to be so can be told to be sequence first."""
+    x = torch.randn(windows, 5, 4)
+    mask = torch.ones(windows, 5)
+    mask[:, 3:] = 0
+    x[:, 3:] = 9
+    model = Laid(how).eval()
+    known = ("linear",) if how == "flat" else ("linear", "rnn", "block")
+    if how == "sequence first" and windows == 5:
+        known = ("rnn", "block")
+    views = [view for view in weight_views(model)[0] if view.name.startswith(known)]
+    # the states of the backward direction have run over padding before
+    views = [view for view in views if view.name != "rnn.weight_hh_l0_reverse"]
+    plain = gather_inputs(model, views, [{"x": x[:, :3]}], [InputNorm], {})
+    hidden = gather_inputs(model, views, [{"x": x, "attention_mask": mask}], [InputNorm], {})
+    for name, one in plain.items():
+        want, got = one[InputNorm], hidden[name][InputNorm]
+        assert got.tokens == want.tokens == 3 * windows, name
+        torch.testing.assert_close(got.norm, want.norm, msg=name)  # type: ignore[attr-defined]
+
+
 def test_one_mapping_is_one_batch_and_lists_are_arguments() -> None:
     x = batches()[0]
     one, two, three = Mixed(), Mixed(), Mixed()
@@ -588,6 +661,8 @@ def test_weights_that_are_no_parameters_are_left() -> None:
     assert [layer["name"] for layer in found.layers] == ["1"]
     assert "computed from other parameters" in found.left["0"]
     assert "no shape yet" in found.left["2"]
+    net[1].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))
+    refused(ModelError, "expanded, many places over one number", net[:2], method="magnitude", sparsity=0.5)
 
 
 def test_packing_keeps_modes_and_every_name() -> None:
@@ -625,6 +700,10 @@ def test_more_that_is_refused() -> None:
             loss=lambda model, x: model(x))  # fmt: skip
     tiny = nn.Sequential(nn.Linear(9, 16))
     refused(MethodError, "keep a weight", tiny, method="magnitude", sparsity=0.95, pattern="unstructured:row")
+    labelled = [(x, torch.zeros(4)) for x in batches()]
+    with pytest.raises(CalibrationError, match=r"the items of a tuple or list one by one.*labels") as told:
+        gs.sparsify(nn.Sequential(nn.Linear(4, 4)), labelled, sparsity=0.5)
+    assert isinstance(told.value.__cause__, TypeError)
     nested = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
     batch = {"src": torch.randn(2, 5, 16), "src_key_padding_mask": torch.arange(5).repeat(2, 1) > 2}
     refused(CalibrationError, "enable_nested_tensor", nested, [batch])

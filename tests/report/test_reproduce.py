@@ -117,8 +117,12 @@ def test_figures_are_kept_and_shared(model: str, tmp_path: Path, monkeypatch: py
         raise AssertionError("compressed again")
 
     monkeypatch.setattr("gossamer.report.one_shot.compress", never)
-    second = reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS)
+    told = []
+    second = reproduce(
+        "magnitude", tmp_path, claim=claim(model), texts=TEXTS, progress=lambda stage, *_: told.append(stage)
+    )
     assert second.figures == first.figures
+    assert told == [f"{name}: figures as kept in {tmp_path.name}" for name in first.figures]
     turned = Claim("the other way", claim(model).experiment, "perplexity", "magnitude")
     assert reproduce("random", tmp_path, claim=turned, texts=TEXTS).ratio == pytest.approx(1 / first.ratio)
     with pytest.raises(AssertionError, match="compressed again"):
@@ -128,6 +132,30 @@ def test_figures_are_kept_and_shared(model: str, tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == ["notes-of-mine.txt"]
     with pytest.raises(AssertionError, match="compressed again"):
         reproduce("magnitude", tmp_path, claim=claim(model), texts=TEXTS)
+
+
+def test_figures_are_of_the_code_of_their_methods(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, last = tuned_claim(model).experiment, dict[str, str]()
+
+    def anew() -> set[str]:
+        """Contenders whose figures are no longer those that were asked for last."""
+        nonlocal last
+        names = ("ast", "full", "magnitude", "random", "dense")
+        before, last = last, {one: texts.label(one_shot._asked(one, experiment, TEXTS)) for one in names}
+        return {name for name in names if last[name] != before.get(name)}
+
+    assert anew() == {"ast", "full", "magnitude", "random", "dense"}
+    assert anew() == set()
+    changed = tmp_path / "changed.py"
+    changed.write_text("it does something else")
+    monkeypatch.setattr(import_module("gossamer.tune.ways.ast"), "__file__", str(changed))
+    assert anew() == {"ast"}
+    monkeypatch.setattr(import_module("gossamer.prune.magnitude"), "__file__", str(changed))
+    assert anew() == {"ast", "full", "magnitude"}  # the first two begin with the third
+    monkeypatch.setattr(METHODS["random"].__init__, "__defaults__", (7,))
+    assert anew() == {"random"}
 
 
 def test_seconds_are_those_of_a_contender_that_was_made_in_one_go(model: str, tmp_path: Path) -> None:
@@ -398,6 +426,18 @@ def test_the_page_says_which_verdicts_are_of_an_earlier_claim(model: str, tmp_pa
     assert "an earlier form" not in page({name: found})
     experiment["sparsity"] = 0.75
     assert "an earlier form" in page({name: found})
+
+
+def test_a_verdict_just_run_is_of_todays_claim(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS["magnitude"], "claim", claim(model))
+    found = reproduce("magnitude", tmp_path, texts=TEXTS)
+    row = next(
+        line for line in page({"magnitude": found.to_dict()}).splitlines() if "| `magnitude` |" in line
+    )
+    assert f"{found.ratio:.3g}" in row
+    assert "an earlier form" not in row
 
 
 def test_the_page_in_the_docs_has_every_method() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from decimal import ROUND_FLOOR, Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ from gossamer.sparse import (
     count_pruned,
     mask_from_scores,
 )
-from gossamer.sparse.masks import most_kept
+from gossamer.sparse.masks import most_kept, unit_scores
 
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 150))
 sparsities = st.floats(0, 0.999, allow_nan=False).map(lambda s: round(s, 3))
@@ -40,6 +42,13 @@ def scores_of(shape: tuple[int, int], seed: int, levels: int = 0) -> torch.Tenso
 )
 def test_count_is_rounded_half_up(n: int, sparsity: float, pruned: int) -> None:
     assert count_pruned(n, sparsity) == pruned
+
+
+def test_any_real_number_is_a_sparsity() -> None:
+    scores = scores_of((4, 8), 0)
+    for sparsity in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        mask = mask_from_scores(scores, Unstructured(), sparsity)  # type: ignore[arg-type]
+        assert torch.equal(mask, mask_from_scores(scores, Unstructured(), 0.5))
 
 
 @given(st.integers(0, 10**9), sparsities)
@@ -98,6 +107,18 @@ def test_blocks_go_whole(shape: tuple[int, int], sparsity: float, r: int, c: int
     blocks = mask[::r, ::c]
     assert blocks.numel() - int(blocks.sum()) == count_pruned(blocks.numel(), sparsity)
     check_mask(mask, Block(r, c))
+
+
+def test_blocks_that_a_border_cuts_off_compare_by_their_mean() -> None:
+    scores = torch.ones(5, 5)
+    scores[4] = torch.tensor([2.0, 2.0, 0.5, 0.5, 0.25])
+    scores[:4, 4] = 3.0
+    pattern = Block(4, 2)
+    assert unit_scores(scores, pattern).tolist() == [[8.0, 8.0, 24.0], [16.0, 4.0, 2.0]]
+    kept = mask_from_scores(scores, pattern, 0.5)[::4, ::2]
+    assert kept.tolist() == [[False, True, True], [True, False, False]]
+    by_row = mask_from_scores(scores, Block(4, 2, "row"), 0.3)[::4, ::2]
+    assert by_row.tolist() == [[False, True, True], [True, True, False]]
 
 
 @given(shapes, sparsities, st.sampled_from([0, 1]), st.integers(0, 99))

@@ -571,8 +571,6 @@ def test_another_vocabulary_other_blocks_and_nan_are_refused(
         SparseTuning(model, losses={"kl": 1, "task": -1}, teacher=teacher, masks=masks)
     with pytest.raises(MethodError, match=r"in \[0, 1\), got 1"):
         SparseTuning(model, losses={"task": 1, "kl": 0}, masks=masks, warmup=1)
-    with pytest.raises(ModelError, match="no block of the model"):
-        SparseTuning(model, losses={"task": 1}, masks={"lm_head": None})
     teacher.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan  # as a damaged file would have it
     model, masks = masked()
     with pytest.raises(ModelError, match="not finite: NaN"):
@@ -586,6 +584,28 @@ def test_another_vocabulary_other_blocks_and_nan_are_refused(
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="another vocabulary"):
         gs.finetune(sparse_int4, tmp_path / "out", teacher=folder, **BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "says"),
+    [
+        ("llama_untied", "lm_head", "lm_head lies outside of the blocks"),
+        ("llama", "model.layers.0.mlp.up", "no layer 'model.layers.0.mlp.up'"),
+        ("gpt2", "transformer.h.0.attn.c_attn", "is a Conv1D, and what is tuned here is nn.Linear"),
+    ],
+)
+def test_masks_of_what_cannot_be_tuned_are_refused(arch: str, name: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        SparseTuning(tiny_model(arch, num_hidden_layers=1), losses={"task": 1}, masks={name: None})
+
+
+def test_models_and_losses_of_another_kind_are_refused() -> None:
+    with pytest.raises(ModelError, match="not a Sequential: other modules are tuned by ModuleTuning"):
+        SparseTuning(nn.Sequential(nn.Linear(8, 8)), losses={"task": 1})  # type: ignore[arg-type]
+    model, masks = masked()
+    for losses in ("task", ["task"], [("task", 1)]):
+        with pytest.raises(MethodError, match="losses are weights by name"):
+            SparseTuning(model, losses=losses, masks=masks)  # type: ignore[arg-type]
 
 
 def test_every_loss_says_what_it_needs() -> None:
@@ -615,6 +635,39 @@ def test_what_was_pruned_stays_zero_in_a_layout_that_keeps_no_masks(
         assert not bool((new[old == 0] != 0).any())
         moved += int((old != new).sum())
     assert moved
+
+
+@pytest.mark.parametrize(
+    ("values", "sparsity", "layout"),
+    [("bfloat16", 0.05, "dense"), ("int4", 0.2, "dense"), ("bfloat16", 0.5, "bitmap")],
+)
+def test_masks_of_packed_layers_hold_in_every_layout(values: str, sparsity: float, layout: str) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    made = gs.sparsify(model, method="magnitude", sparsity=sparsity, values=values, skip="lm_head", pack=True)
+    assert {m.matrix.layout for m in model.modules() if isinstance(m, StructuredLinear)} == {layout}
+    tuning = SparseTuning(model, losses={"task": 1}, masks=made.masks, rate=0.05)
+    tuning.loss(tiny_tokens(2, 16)).backward()
+    tuning.step(0.3)
+    tuned = tuning.merge()
+    for name, mask in made.masks.items():
+        assert not tuned[f"{name}.weight"].to_dense()[~mask].any()  # type: ignore[operator]
+        assert tuned[f"{name}.weight"].describe()["layout"] == layout  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("sparsity", [0.05, 0.5])
+def test_masks_that_are_not_those_of_packed_layers_are_refused(sparsity: float) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    made = gs.sparsify(
+        model, method="magnitude", sparsity=sparsity, values="bfloat16", skip="lm_head", pack=True
+    )
+    name = next(iter(made.masks))
+    for mask, says in (
+        (~made.masks[name], "another one" if sparsity == 0.5 else "not zero in the packed layer"),
+        (made.masks[name][1:], r"is bool, got torch.bool \(63, 64\)"),
+        (made.masks[name].float(), "is bool, got torch.float32"),
+    ):
+        with pytest.raises(ModelError, match=f"{name}: the mask .*{says}"):
+            SparseTuning(model, losses={"task": 1}, masks={**made.masks, name: mask})
 
 
 def test_the_dense_weight_of_any_linear_layer() -> None:

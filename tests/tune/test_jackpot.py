@@ -20,6 +20,7 @@ from gossamer.recipes.compress import compress
 from gossamer.sparse import mask_from_scores, parse_pattern
 from gossamer.sparse.masks import check_mask
 from gossamer.tune import SparseTuning
+from gossamer.tune.formats import pattern_of
 from gossamer.tune.ways.jackpot import JackpotOptions, JackpotWeight, swapped
 from tiny import tiny_folder, tiny_model, tiny_tokens
 
@@ -152,6 +153,45 @@ def test_what_it_cannot_search_is_refused() -> None:
         model, masks = masked()
         with pytest.raises(MethodError):
             SparseTuning(model, losses={"task": 1}, masks=masks, method="jackpot", options=options)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("pattern", ["2:4", "16:32"])
+def test_a_search_stays_within_the_pattern_of_the_masks(pattern: str, packed: bool) -> None:
+    model, teacher = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
+    made = gs.sparsify(model, method="magnitude", pattern=pattern, skip="lm_head", pack=packed)
+    given = None if packed else made.masks
+    tuning = SparseTuning(
+        model, teacher=teacher, losses={"task": 1}, masks=given, method="jackpot", options={"every": 1}
+    )
+    for step in range(3):
+        tuning.loss(tiny_tokens(2, 16, seed=step)).backward()
+        tuning.step(step / 3)
+    assert {str(weight.options.pattern) for weight in tuning.weights.values()} == {pattern}
+    found = {name: weight.final_mask() for name, weight in tuning.weights.items()}
+    for mask in found.values():
+        check_mask(mask, parse_pattern(pattern))  # type: ignore[arg-type]
+    assert any(not torch.equal(mask, made.masks[name]) for name, mask in found.items())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pattern", ["16x4", "32x32", "channel:out", "channel:in"])
+def test_a_search_does_not_leave_other_patterns(pattern: str) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    made = gs.sparsify(model, method="magnitude", pattern=pattern, sparsity=0.25, skip="lm_head")
+    with pytest.raises(MethodError, match=r"masks of N:M or unstructured, not (16x4|channel)"):
+        SparseTuning(model, teacher=model, losses={"task": 1}, masks=made.masks, method="jackpot")
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (8, 70), (3, 96)])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:5", "32:64", "unstructured"])
+def test_the_pattern_of_a_mask_is_told(pattern: str, shape: tuple[int, int]) -> None:
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    sparsity = 0.4 if pattern == "unstructured" else None
+    found = pattern_of(
+        mask_from_scores(scores, parse_pattern("unstructured:tensor" if sparsity else pattern), sparsity)
+    )
+    assert found == (None if sparsity else parse_pattern(pattern))
+    assert pattern_of(torch.ones(shape, dtype=torch.bool)) is None
 
 
 def test_a_search_without_the_dense_weights_is_refused() -> None:

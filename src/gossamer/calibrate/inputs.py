@@ -60,7 +60,8 @@ class InputSums:
 
     def next_batch(self, batch: Any = None) -> None:
         """Ends a pass; ``batch`` is what the next one is called with: tokens that its ``attention_mask``
-        ``(windows, seqlen)`` hides are padding, and do not count."""
+        ``(windows, seqlen)`` hides are padding, and do not count where a module reads one row for each of
+        the mask's places (`_real_rows`)."""
         for view in self.views:
             leader = self._leaders.get(view.name, view.name)
             if self._read.get(view.name) != self._read.get(leader):
@@ -73,7 +74,7 @@ class InputSums:
     def see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = first_input(module, args)
         for view in self.by_module[module]:
-            name, key = view.name, (*identity(x), *view.reads)
+            name, key = view.name, (*identity(x), view.sequence_first, *view.reads)
             if not self.share:
                 key = (name, *key)
             first = self._seen.setdefault(key, (x, self._leaders.get(name, name)))[1]
@@ -91,9 +92,8 @@ class InputSums:
                     rows = view.inputs(module, args)
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from error
-                real = self._real
-                if real is not None and x.shape[:2] == real.shape and len(rows) == real.numel():
-                    rows = rows[real.flatten()]
+                if self._real is not None and len(rows) == self._real.numel():
+                    rows = rows[_real_rows(self._real, x, view.sequence_first)]
                 for statistic in self._found[name].values():
                     statistic.update(rows)
 
@@ -123,11 +123,19 @@ class InputSums:
 
 
 def by_module(views: Sequence[WeightView]) -> dict[nn.Module, list[WeightView]]:
-    """Views by the modules that hold their weights."""
+    """Views by the modules that hold their weights, those of tied modules among them."""
     found: dict[nn.Module, list[WeightView]] = {}
     for view in views:
-        found.setdefault(view.module, []).append(view)
+        for one in (view, *view.tied):
+            found.setdefault(one.module, []).append(one)
     return found
+
+
+def _real_rows(real: Tensor, x: Tensor, sequence_first: bool) -> Tensor:
+    """The mask ``real`` ``(windows, seqlen)`` in the order of the rows of ``x``: transposed where the axes of
+    ``x`` are (seqlen, windows), which where both are as long must be known."""
+    turned = x.shape[:2] == real.T.shape and (sequence_first or x.shape[:2] != real.shape)
+    return (real.T if turned else real).flatten()
 
 
 def first_input(module: nn.Module, args: tuple[Any, ...]) -> Tensor:

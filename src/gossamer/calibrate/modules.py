@@ -22,10 +22,17 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """``model`` on a batch: one argument, several (a tuple or list), or named ones (a mapping)."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    """``model`` on a batch: one argument, several (a tuple or list), or named ones (a mapping). Raises
+    CalibrationError where they are not what it takes."""
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except TypeError as error:
+        raise CalibrationError(
+            "the model is called with all that is in a batch, the items of a tuple or list one by one, those "
+            f"of a mapping by their names; leave out what it does not take, such as labels: {error}"
+        ) from error
 
 
 class _StopError(Exception):
@@ -49,19 +56,19 @@ def waves(model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch
     found: list[list[WeightView]] = []
     of_tensor: dict[tuple[int, int], tuple[Tensor, list[WeightView]]] = {}
     modules = by_module(views)
-    reached: set[nn.Module] = set()
+    unreached = {view.name: view for view in views}
     calls: Counter[nn.Module] = Counter()
 
     def see(module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[module] += 1
-        if module in reached:
+        names = dict.fromkeys(view.name for view in modules[module] if view.name in unreached)
+        if not names:
             return
-        reached.add(module)
         x = first_input(module, args)
         if identity(x) not in of_tensor:
             of_tensor[identity(x)] = x, []  # held, so that no other tensor takes its place in memory
             found.append(of_tensor[identity(x)][1])
-        of_tensor[identity(x)][1].extend(modules[module])
+        of_tensor[identity(x)][1].extend(unreached.pop(name) for name in names)
 
     each: list[dict[nn.Module, int]] = []
     with _hooked(modules, see):
@@ -70,9 +77,8 @@ def waves(model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch
             call(model, batch)
             of_tensor.clear()
             each.append(dict(calls))
-    for module, its in modules.items():
-        if module not in reached:
-            raise CalibrationError(f"no calibration input reached {its[0].name}: name it in `skip`")
+    for name in unreached:
+        raise CalibrationError(f"no calibration input reached {name}: name it in `skip`")
     return Waves(found, each[0] if all(one == each[0] for one in each) else {})
 
 
@@ -86,9 +92,10 @@ def gather_inputs(
 ) -> dict[str, Statistics]:
     """Statistics ``needs`` of what each of ``views`` multiplies, by name. ``calls``: those of `Waves`; where
     they are known, a batch runs no further than to the last of the views. Those that always read the same
-    tensors share theirs; padding (an ``attention_mask`` among a batch's named arguments) does not count."""
+    tensors share theirs; padding (an ``attention_mask`` among a batch's named arguments, `InputSums`) does
+    not count."""
     modules = by_module(views)
-    wanted = {module: calls[module] for module in modules} if calls else {}
+    wanted = Counter({module: calls.get(module, 0) for module in modules})
 
     def walked(share: bool) -> dict[str, Statistics]:
         sums = InputSums(views, needs, share=share)
@@ -117,7 +124,8 @@ def gather_gradients(
     model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch], loss: Loss
 ) -> dict[str, Gradient]:
     """A `Gradient` of each of ``views`` by name: ``loss(model, batch)`` is a scalar, and a batch counts as a
-    window. Its ``outputs`` are not seen here."""
+    window: one sample of the gradient, whose square is that of its mean over what the batch holds. Its
+    ``outputs`` are not seen here."""
     sums = {view.name: (torch.zeros(view.shape), torch.zeros(view.shape)) for view in views}
     weights = [view.weight for view in views]
     was = [weight.requires_grad for weight in weights]

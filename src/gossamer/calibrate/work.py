@@ -5,6 +5,7 @@
         inputs-007.bin    the next block's inputs: windows x seqlen x hidden, raw
         dense-007.bin     the same as the dense model has them, where somebody asks for them
         block-000.*       results of finished blocks, written by whoever walks
+        lock              empty; locked by the run at work
 
 Every file is written beside and renamed, ``state.json`` last: a run killed at any moment either has
 finished a block or has not.
@@ -12,13 +13,15 @@ finished a block or has not.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,16 +29,23 @@ from torch import Tensor
 
 from gossamer.errors import GossamerError, OutputError, ResumeError
 
+if sys.platform != "win32":
+    import fcntl
+
 CHUNK = 16 << 20
 _STATE = "state.json"
+_LOCK = "lock"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 class WorkFolder:
     """A folder that one run owns. ``fingerprint`` is all that the result depends on, JSON-able: settings,
-    model, tokens, versions, threads, instruction set. As a context it leaves nothing behind where work is
-    refused by a GossamerError before any result was kept, so that the mended command may begin.
+    model, tokens, versions, threads, instruction set. As a context it is locked against other runs, and
+    leaves nothing behind where work is refused by a GossamerError before any result was kept, so that the
+    mended command may begin.
 
-    Raises ResumeError where the folder belongs to another run, or is no work folder at all.
+    Raises ResumeError where the folder belongs to another run, one is at work in it, or it is no work folder
+    at all.
     """
 
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
@@ -44,6 +54,7 @@ class WorkFolder:
         self.resumed = False
         self.next_block = 0
         self._crcs: dict[str, int | None] = {}  # of the next block's inputs, by stream
+        self._lock: BinaryIO | None = None
         if path.exists():
             self._resume()
         else:
@@ -60,6 +71,8 @@ class WorkFolder:
                 raise ResumeError(f"{self.path.name} exists and is no work folder of gossamer; move it away")
             self._save()
             return
+        self._acquire()  # nothing is read or swept away while another run writes
+        self._release()
         try:
             state = json.loads(state_file.read_text())
             theirs, self.next_block = state["fingerprint"], int(state["next_block"])
@@ -92,7 +105,7 @@ class WorkFolder:
         self.write(_STATE, data)
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes ``data`` to the file ``name`` atomically; raises OutputError where the disk is full."""
+        """Writes ``data`` to the file ``name`` atomically; raises OutputError where that cannot be."""
         beside = self.path / (name + ".tmp")
         try:
             with open(beside, "wb") as file:
@@ -102,10 +115,7 @@ class WorkFolder:
             os.replace(beside, self.path / name)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            raise OutputError(
-                f"cannot write {name} in {self.path.name}: {error.strerror}. Finished blocks are kept; "
-                "make room and run the same command again"
-            ) from error
+            raise _unwritten(f"{name} in {self.path.name}", error) from error
 
     def block_file(self, index: int, suffix: str = ".safetensors") -> Path:
         return self.path / f"block-{index:03d}{suffix}"
@@ -140,19 +150,46 @@ class WorkFolder:
         return inputs
 
     def __enter__(self) -> WorkFolder:
+        self._acquire()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, GossamerError) and not self._holds_results():
             self.remove()
+        self._release()
+
+    def _acquire(self) -> None:
+        """Locks the folder until `_release` or the end of this process; on Windows nothing is locked."""
+        if sys.platform == "win32":
+            return
+        try:
+            self._lock = (self.path / _LOCK).open("ab")
+        except OSError as error:
+            raise _unwritten(f"{_LOCK} in {self.path.name}", error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._release()
+            raise ResumeError(
+                f"another run is at work in {self.path.name}: wait for it, or stop it"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _holds_results(self) -> bool:
         """Whether more lies there than the first block's inputs, which cost one pass to have again."""
         return self.next_block > 0 or any(
-            file.name != _STATE and file.suffix not in (".bin", ".tmp") for file in self.path.iterdir()
+            file.name not in (_STATE, _LOCK) and file.suffix not in (".bin", ".tmp")
+            for file in self.path.iterdir()
         )
 
     def remove(self) -> None:
+        self._release()  # some network file systems keep files that are open
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -201,12 +238,17 @@ class Inputs:
             os.replace(beside, self.path)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            raise OutputError(
-                f"cannot write {self.path.name}: {error.strerror}. Finished blocks are kept; make room and "
-                "run the same command again"
-            ) from error
+            raise _unwritten(self.path.name, error) from error
         self.crc = crc
         return self
+
+
+def _unwritten(what: str, error: OSError) -> OutputError:
+    again = "make room and run" if error.errno in _NO_ROOM else "run"
+    return OutputError(
+        f"cannot write {what}: {error.strerror or error}. Finished blocks are kept; {again} the same command "
+        "again"
+    )
 
 
 def _changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

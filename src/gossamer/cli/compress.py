@@ -98,7 +98,8 @@ def compress(
 
     Ctrl-C keeps finished blocks in OUT.work; the same command goes on from there, with the same result.
     """
-    chosen, tune_options = options.parse_options(option or ()), options.parse_options(tune_option or ())
+    chosen = options.parse_options(option or ())
+    tune_options = options.parse_options(tune_option or (), option="--tune-option")
     options.use_threads(threads)
     start = time.perf_counter()
     with resumable(work_of(out)), progress() as report:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gossamer.recipes.measure_probes import MeasuredProbes
     from gossamer.recipes.measure_tasks import MeasuredTasks
 
-WINDOWS, SEQLEN, ITEMS = 20, 2048, 200
+WINDOWS, ITEMS = 20, 200
 SMOKE = "SMOKE TEST: measured on the prose inside Python; give --text FILE for a figure that means something"
 
 
@@ -42,7 +42,10 @@ def evaluate(
         typer.Option("--windows", min=0, help="Windows to measure on; 0: all.", show_default=str(WINDOWS)),
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option("--seqlen", min=2, help="Tokens a window.", show_default=str(SEQLEN))
+        int | None,
+        typer.Option(
+            "--seqlen", min=2, help="Tokens a window.", show_default="2048, or the model's context if shorter"
+        ),
     ] = None,
     first: Annotated[
         int | None,
@@ -116,7 +119,7 @@ def evaluate(
             against=against,
             text=text,
             windows=WINDOWS if windows is None else windows or None,
-            seqlen=seqlen or SEQLEN,
+            seqlen=seqlen,
             first=first or 0,
             attention=attention,
             dtype=dtype.value,

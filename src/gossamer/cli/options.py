@@ -139,14 +139,16 @@ def given(context: typer.Context, *names: str) -> dict[str, object]:
     return {name: True for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_options(
+    pairs: Sequence[str], *, option: str = "--option", form: str = "KEY=VALUE"
+) -> dict[str, Any]:
     """``KEY=VALUE`` pairs as a method's options: numbers and true/false where they look like it, else text.
-    Raises MethodError."""
+    Raises MethodError, which says in what ``form`` the command's ``option`` is written."""
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise MethodError(f"--option is written KEY=VALUE, got {pair!r}")
+            raise MethodError(f"{option} is written {form}, got {pair!r}")
         found[key.strip().replace("-", "_")] = _typed(value.strip())
     return found
 

@@ -213,5 +213,6 @@ def parse_loss_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         name, dot, rest = pair.partition(".")
         if not dot:
             raise MethodError(f"--loss-option is written LOSS.KEY=VALUE, got {pair!r}")
-        found.setdefault(name.strip(), {}).update(options.parse_options([rest]))
+        parsed = options.parse_options([rest], option="--loss-option", form="LOSS.KEY=VALUE")
+        found.setdefault(name.strip(), {}).update(parsed)
     return found

@@ -27,7 +27,8 @@ class SessionModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     def __init__(self, config: PreTrainedConfig, start: SessionFactory, settings: Any = None) -> None:
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # there is no attention here that another could replace
+        config._attn_implementation = "eager"  # there is no attention here that another could replace,
+        config._experts_implementation = "eager"  # nor experts
         super().__init__(config)
         if settings is not None:
             self.generation_config = copy.deepcopy(settings)

@@ -11,6 +11,10 @@ from typing import Any
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _WANTED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_CONVERT = (
+    "import transformers as t; [kind.from_pretrained('MODEL').save_pretrained('OUT') "
+    "for kind in (t.AutoModelForCausalLM, t.AutoTokenizer)]"
+)
 _ABOUT = "gossamer_source.json"
 
 
@@ -33,10 +37,11 @@ def wanted(names: Collection[str]) -> list[str]:
 
 
 def pickle_refusal(where: str) -> str:
-    """Why weights in ``.bin`` and the like are not read."""
+    """Why weights in ``.bin`` and the like are not read, and what makes safetensors of them."""
     return (
         f"{where} holds weights only in a pickle format ({', '.join(PICKLES)}), which can run code when it "
-        "is read: convert them to safetensors first"
+        "is read: convert them to safetensors first. If you trust who made it, transformers does so: "
+        f"python -c {_CONVERT!r}"
     )
 
 

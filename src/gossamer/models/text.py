@@ -85,14 +85,18 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
     """The text that ``source`` names.
 
     - a file: one document (UTF-8; ``.gz`` is unpacked; line ends become newlines);
-    - a ``.jsonl`` or ``.jsonl.gz`` file: one document a line: the string under ``text``, else those under
-      ``prompt`` and ``response`` (an `Exchange`), else the string under ``query``, else the line's first;
+    - a ``.jsonl`` or ``.jsonl.gz`` file: one document a line: a string, or of an object the string under
+      ``text``, else those under ``prompt`` and ``response`` (an `Exchange`), else the contents of its
+      ``messages`` (an `Exchange` where they are a user's and an assistant's, else with an empty line between
+      them), else the string under ``query``, else under ``content``;
     - a folder: its .txt, .md and .jsonl files (and .gz of them), also in folders below, sorted by path;
     - a sequence of strings or exchanges: those documents;
-    - a sequence of paths: the text of each, from each of which as many windows of calibration are drawn;
+    - a sequence of `pathlib.Path`: the text of each, from each of which as many windows of calibration are
+      drawn;
     - None: `default_text` of ``part``.
 
-    Empty documents are left out. Raises TextError: nothing there, not UTF-8, binary, no document.
+    Empty documents are left out. Raises TextError: nothing there, not UTF-8, binary, no document, strings
+    that name files.
     """
     if source is None:
         return default_text(part)
@@ -104,6 +108,10 @@ def read_text(source: TextSource, part: str = "calibrate") -> Text:
         documents, label = list[Any](source), "given strings"
         if documents and all(isinstance(document, Path) for document in documents):
             return Text.of(read_text(path) for path in documents)
+        if documents and all(isinstance(one, str) and _names_file(one) for one in documents):
+            raise TextError(
+                f"these strings are names of files, such as {documents[0]!r}: give pathlib.Path for files"
+            )
         for i, document in enumerate(documents):
             if not isinstance(document, Document):
                 kind = type(document).__name__
@@ -279,6 +287,11 @@ def _check_length(text: Text, tokens: int, needed: int) -> None:
         )
 
 
+def _names_file(document: str) -> bool:
+    """Whether a string is there as a file, or is one word that ends as names of texts do."""
+    return os.path.isfile(document) or (document.endswith(_TEXT_NAMES) and len(document.split()) == 1)
+
+
 def _text_files(folder: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise TextError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -326,13 +339,27 @@ def _document(line: str, where: str) -> Document:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise TextError(f"{where} is no JSON: {error}") from error
-    if isinstance(record, str):
-        return record
-    if isinstance(record, dict):
-        text, prompt, response = (record.get(key) for key in ("text", "prompt", "response"))
-        if not isinstance(text, str) and isinstance(prompt, str) and isinstance(response, str):
+    match record:
+        case str(text) | {"text": str(text)}:
+            return text
+        case {"prompt": str(prompt), "response": str(response)}:
             return Exchange(prompt, response)
-        for value in (text, record.get("query"), *record.values()):
-            if isinstance(value, str):
-                return value
-    raise TextError(f"{where} holds no text: neither a string nor an object with one")
+        case {
+            "messages": [
+                {"role": "user", "content": str(prompt)},
+                {"role": "assistant", "content": str(response)},
+            ]
+        }:
+            return Exchange(prompt, response)
+        case {"messages": [_, *_] as turns} if all(_has_content(turn) for turn in turns):
+            return SEPARATOR.join(turn["content"] for turn in turns)
+        case {"query": str(text)} | {"content": str(text)}:
+            return text
+    raise TextError(
+        f"{where} holds no text: neither a string nor an object with text, prompt and response, messages, "
+        "query or content"
+    )
+
+
+def _has_content(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("content"), str)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
+_FILES = ("tokenizer.json", "tokenizer_config.json")
 _LONGEST = 4  # bytes of a character in UTF-8, and so tokens at most
 
 
@@ -26,8 +27,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # damaged tokenizer files raise whatever their parser raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{Path(folder).name} has no tokenizer that can be loaded: {reason}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            missing = [name for name in _FILES if not (folder / name).is_file()]
+            reason = f"it lacks {' and '.join(missing)}, which the original model has: copy what is missing"
+        raise ModelError(f"{folder.name} has no tokenizer that can be loaded: {reason}") from error
     return tokenizer
 
 

@@ -11,11 +11,12 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gossamer.errors import CalibrationError, ModelError
 
@@ -28,7 +29,10 @@ class WeightView:
     without a last ``.weight``.
 
     ``inputs``: what the matrix multiplies when the module is called with arguments, float ``(tokens, in)``,
-    ``in`` the matrix's own. Views that ``read`` alike read the same of the same tensor.
+    ``in`` the matrix's own, tokens in the order of the first argument's. Views that ``read`` alike read the
+    same of the same tensor. ``sequence_first``: that argument is known to be ``(seqlen, batch, ...)``.
+    ``tied``: views, of the same name, of other modules that hold the same parameter: it multiplies what they
+    read, too.
     """
 
     name: str
@@ -37,6 +41,8 @@ class WeightView:
     inputs: Inputs
     reads: tuple[Any, ...]
     turned: bool = False
+    sequence_first: bool = False
+    tied: tuple[WeightView, ...] = ()
 
     @property
     def weight(self) -> nn.Parameter:
@@ -75,7 +81,8 @@ class WeightView:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' ``Conv1D``: a linear layer that stores its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    kind = parametrize.type_before_parametrizations(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def linear_view(name: str, module: nn.Module) -> WeightView:
@@ -85,32 +92,83 @@ def linear_view(name: str, module: nn.Module) -> WeightView:
 
 def weight_views(model: nn.Module) -> tuple[list[WeightView], dict[str, str]]:
     """All weights of ``model`` that are matrices, in the order of its modules, shared ones once; and the
-    names of modules that have weights of the kind but are left as they are, with the reason."""
-    found: list[WeightView] = []
+    names of modules, and of matrices among a module's own parameters, that have weights of the kind but are
+    left as they are, with the reason."""
+    found: dict[int, WeightView] = {}  # by the parameter's id
     left: dict[str, str] = {}
-    seen: set[int] = set()
+    loose: dict[str, nn.Parameter] = {}
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    sequence_first = _sequence_first(model)
     for name, module in model.named_modules():
-        why = _why_not(module)
+        views = list(_views(name, module))
+        why = _why_not(module, views)
         if id(getattr(module, "weight", None)) in looked_up and not isinstance(module, nn.Embedding):
             why = "its weight is an embedding's too"
         if why:
             left[name] = why
             continue
-        for view in _views(name, module):
-            if id(view.weight) not in seen:
-                seen.add(id(view.weight))
-                found.append(view)
-            else:
+        for view in views:
+            view = replace(view, sequence_first=module in sequence_first)
+            first = found.setdefault(id(view.weight), view)
+            if first is view:
+                continue
+            if view.turned == first.turned:
+                tied = (*first.tied, replace(view, name=first.name))
+                found[id(view.weight)] = replace(first, tied=tied)
                 left[view.name] = "its weight is another layer's too, which stands for both"
-    return found, left
+            else:
+                left[view.name] = (
+                    "its weight is another layer's too, transposed, and pruned on what that reads"
+                )
+        loose |= _loose(name, module, views)
+    for name, parameter in loose.items():
+        if id(parameter) not in found and id(parameter) not in looked_up:
+            left[name] = "a parameter by itself, of no known kind of layer"
+    return list(found.values()), left
 
 
-def _why_not(module: nn.Module) -> str:
+def _sequence_first(model: nn.Module) -> set[nn.Module]:
+    """Modules that are known to read ``(seqlen, batch, ...)``, those inside PyTorch's transformer among
+    them."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
+            found.add(module)
+        layer = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        if layer and not getattr(module.self_attn, "batch_first", True):
+            found |= set(module.modules())
+    return found
+
+
+# look their parameters up, scale by them, or are seen with the module around them
+_NO_LOOSE = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+    parametrize.ParametrizationList,
+)
+
+
+def _loose(name: str, module: nn.Module, views: list[WeightView]) -> dict[str, nn.Parameter]:
+    """Matrices among a module's own parameters that none of its ``views`` is of, by their names."""
+    if isinstance(module, _NO_LOOSE):
+        return {}
+    viewed = {view.parameter for view in views}
+    own = {one: p for one, p in module._parameters.items() if p is not None and one not in viewed}
+    full = {f"{name}.{one}" if name else one: p for one, p in own.items()}
+    return {one.removesuffix(".weight"): p for one, p in full.items() if p.dim() == 2 and min(p.shape) > 1}
+
+
+def _why_not(module: nn.Module, views: list[WeightView]) -> str:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "its weight has no shape yet: run the model once"
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and "weight" not in module._parameters:
+    own = dict(module.named_parameters(remove_duplicate=False)) if views else {}
+    if any(view.parameter not in own for view in views):
         return "its weight is computed from other parameters: make it one of its own first"
+    if any(_is_expanded(own[view.parameter]) for view in views):
+        return "its weight is expanded, many places over one number: make it contiguous first"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         return "a convolution in groups: each group has a few inputs of its own"
     if isinstance(module, nn.modules.conv._ConvNd) and (module.transposed or len(module.kernel_size) > 2):
@@ -130,6 +188,10 @@ def _why_not(module: nn.Module) -> str:
             "gossamer.nn.experts.take_apart"
         )
     return ""
+
+
+def _is_expanded(weight: Tensor) -> bool:
+    return any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True))
 
 
 def _views(name: str, module: nn.Module) -> Iterator[WeightView]:
@@ -228,9 +290,9 @@ class _Recurrent:
         for layer in range(module.num_layers):
             outs = []
             for direction, suffix in enumerate(_suffixes(module)):
-                read = x.flip(1) if suffix else x
                 if (layer, suffix) == self.at and self.kind == "ih":
-                    return read.reshape(-1, read.shape[2])
+                    return self._rows(module, x)
+                read = x.flip(1) if suffix else x
                 index = layer * len(_suffixes(module)) + direction
                 states = _run(module, layer, suffix, read, given, index)
                 if (layer, suffix) == self.at:
@@ -238,10 +300,15 @@ class _Recurrent:
                     if first is not None:
                         start = first[index].reshape(-1, 1, states.shape[2]).to(states.dtype)
                     before = torch.cat([start, states[:, :-1]], dim=1)
-                    return before.reshape(-1, before.shape[2])
+                    return self._rows(module, before.flip(1) if suffix else before)
                 outs.append(states.flip(1) if suffix else states)
             x = torch.cat(outs, dim=2)
         raise AssertionError(self.at)
+
+    @staticmethod
+    def _rows(module: nn.RNNBase, read: Tensor) -> Tensor:
+        """``read`` ``(batch, steps, features)`` in the order of what the module is given."""
+        return (read if module.batch_first else read.transpose(0, 1)).reshape(-1, read.shape[2])
 
 
 def _suffixes(module: nn.RNNBase) -> tuple[str, ...]:

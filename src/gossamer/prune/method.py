@@ -175,8 +175,8 @@ def check_combination(
     """Everything that can be known to be wrong before any work starts.
 
     ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
-    method's paper, or with the allocation global the whole model. ``sparsity`` None means 0 unless the
-    pattern implies one; where nothing is pruned, the allocation is uniform. ``budget``: bytes or time a
+    method's paper, or with the allocation global the whole model. ``sparsity`` None is for N:M, which says
+    its own, and budgets; where nothing is pruned, the allocation is uniform. ``budget``: bytes or time a
     token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. ``seed``: of
     methods that draw, unless their options have one. Raises PatternError, SparsityError or MethodError with
     a sentence.
@@ -195,6 +195,8 @@ def check_combination(
     elif isinstance(pattern, str):
         pattern = parse_pattern(pattern)
     if sparsity is None and not isinstance(pattern, NM):
+        if wanted is None:
+            raise MethodError(f"{pattern} says no sparsity: give one, such as 0.5 (0 leaves layers dense)")
         sparsity = 0.0
     sparsity = resolve_sparsity(pattern, sparsity)
     if not isinstance(pattern, chosen.accepts):

@@ -157,6 +157,7 @@ class _Job:
 
     def run(self) -> Compressed:
         with self.work:
+            check_free(self.out)  # another run may have made it while this one read its text
             return self._run()
 
     def _run(self) -> Compressed:

@@ -347,5 +347,6 @@ def check_context(config: PreTrainedConfig, seqlen: int, label: str) -> None:
     if context is not None and seqlen > context:
         raise ModelError(
             f"windows of {seqlen} tokens are longer than the {context} positions that {label} knows: "
-            "give a smaller seqlen"
+            f"give {context} or less by --seqlen (in Python seqlen={context}, to a recipe's stage such as "
+            f"compress --set compress.seqlen={context})"
         )

@@ -18,7 +18,7 @@ from gossamer.engine.caches import CacheKind
 from gossamer.errors import EvaluationError
 from gossamer.evaluate import Quality, compare
 from gossamer.models.manifest import is_checkpoint
-from gossamer.models.session import SessionFactory
+from gossamer.models.session import SessionFactory, context_length
 from gossamer.models.skeleton import skeleton
 from gossamer.models.sources import resolve
 from gossamer.models.text import Text, evaluation_windows, read_text
@@ -27,6 +27,7 @@ from gossamer.progress import Progress, silent
 from gossamer.recipes.load import Engine, LoadedModel, check_context, load
 
 WINDOWS = 20  # of 2,048 tokens: enough to see a difference of a percent or two, in a minute for a small model
+SEQLEN = 2048
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def quality(
     against: str | Path | LoadedModel | None = None,
     text: str | Path | Sequence[str] | None = None,
     windows: int | None = WINDOWS,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     first: int = 0,
     dtype: torch.dtype | str = "auto",
     attention: str | Path | None = None,
@@ -61,8 +62,9 @@ def quality(
     """Perplexity of ``model``, and its distance to the dense model ``against``.
 
     ``text``: a file, folder, jsonl or list of strings; None takes the built-in prose that calibration never
-    sees. ``windows``: at most so many of ``seqlen`` tokens, from the text's start without overlap; None =
-    all. ``first``: only predictions from this position of each window on count. Of what is not loaded yet:
+    sees. ``windows``: at most so many of ``seqlen`` tokens (None: 2,048, or the model's context where that is
+    shorter), from the text's start without overlap; None = all. ``first``: only predictions from this
+    position of each window on count. Of what is not loaded yet:
     ``dtype`` of models that are no checkpoints; ``attention``, a policy that ``model`` looks at some of the
     keys by (`load`). Raises a GossamerError for whatever a person can mend.
     """
@@ -77,7 +79,7 @@ def quality(
     if against is not None:
         dense = against if isinstance(against, LoadedModel) else load(against, dtype=dtype, progress=progress)
     reference = None if dense is None else dense.model
-    if dense is not None and not torch.equal(windows_for(dense, read, seqlen, windows), ids):
+    if dense is not None and not torch.equal(windows_for(dense, read, ids.shape[1], windows), ids):
         raise EvaluationError(
             f"{dense.title} cuts the text into other tokens than {loaded.title}: they are no versions of one "
             "model"
@@ -88,9 +90,11 @@ def quality(
     )
 
 
-def windows_for(loaded: LoadedModel, text: Text, seqlen: int, windows: int | None) -> Tensor:
-    """Windows of ``text`` in the model's tokens; raises ModelError where they are longer than its
-    context."""
+def windows_for(loaded: LoadedModel, text: Text, seqlen: int | None, windows: int | None) -> Tensor:
+    """Windows of ``text`` in the model's tokens, ``seqlen`` as for `quality`; raises ModelError where they
+    are longer than its context."""
+    if seqlen is None:
+        seqlen = min(SEQLEN, context_length(loaded.model.config) or SEQLEN)
     check_context(loaded.model.config, seqlen, loaded.label)
     return evaluation_windows(text, loaded.tokenizer, seqlen, windows)
 

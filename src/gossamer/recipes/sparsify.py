@@ -3,7 +3,9 @@
     gs.sparsify(vit, batches, pattern="2:4")
 
 The same methods as for language models. Weights are seen as matrices (`gossamer.nn.views`), and layers are
-pruned in the order in which inputs reach them, each on what reaches it through those pruned before.
+pruned in the order in which inputs reach them, each on what reaches it through those pruned before. Those
+inside one module (the layers of an LSTM, both weights of fused attention) are pruned together, on what the
+module itself computed before.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from gossamer.sparse.allocate import LayerInfo, allocation, outlier_share
 @dataclass(frozen=True)
 class Sparsified:
     """``layers``: a record of each weight; ``masks``: bool ``(out, in)`` by name, True = kept, for tuning
-    under them; ``left``: modules with weights that were left as they are, and why."""
+    under them; ``left``: modules with weights that were left as they are, or have another layer's weight, and
+    matrices that are parameters by themselves, each with the reason."""
 
     layers: list[dict[str, Any]]
     masks: dict[str, Tensor] = field(repr=False)
@@ -71,15 +74,23 @@ def sparsify(
     """Prunes the weights of ``model`` in place: linear layers, convolutions, recurrent layers, attention; not
     the routers of mixtures of experts, nor experts that are fused in one tensor.
 
-    ``batches``: calibration inputs, each a tensor, a tuple or list of arguments or a mapping of named ones
-    (what its ``attention_mask`` hides is padding, and does not count); they run through the model many times,
-    in its evaluation mode. ``method``, ``pattern``, ``sparsity``, ``allocation``, ``values``, ``group``,
-    ``outliers``, ``outlier_share``, ``seed`` and ``options`` as for `compress` (neither pattern nor sparsity:
-    ``32:64``); what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
+    ``batches``: calibration inputs, each a tensor, a tuple or list of arguments or a mapping of named ones;
+    they run through the model many times, in its evaluation mode. What a mapping's ``attention_mask``
+    ``(batch, seqlen)`` hides is padding, and does not count for layers that read as many rows as it has
+    places. Rows are taken to run as the mask's do, one sequence after the other; step after step where a
+    layer's input begins with the axes (seqlen, batch), or, both being as long, belongs to one of PyTorch's
+    recurrent, attention and transformer layers with ``batch_first=False``. For other layers every row counts.
+    Layers that have one weight are pruned once, on what all of them read.
+
+    ``method``, ``pattern``, ``sparsity``, ``allocation``, ``values``, ``group``, ``outliers``,
+    ``outlier_share``, ``seed`` and ``options`` as for `compress` (neither pattern nor sparsity: ``32:64``);
+    what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
     expressions, found anywhere in a weight's name, of those to leave as they are (a classifier's last layer).
     ``loss``: a scalar of model and batch, for what reads gradients: some methods, and the allocation
-    ``sensitivity``. ``pack``: linear layers become `StructuredLinear`, packed, which run by our kernels; not
-    those with a forward of their own, nor whose weights another module reads (`nn.TransformerEncoderLayer`).
+    ``sensitivity``. A batch is one sample of the gradient: of a single one the scores of ``fisher`` rank as
+    those of ``taylor`` (they are half of their squares), so give many small ones. ``pack``: linear layers
+    become `StructuredLinear`, packed, which run by our kernels; not those with a forward of their own, nor
+    whose weights another module reads (`nn.TransformerEncoderLayer`).
 
     Nothing is changed where it fails. Raises a GossamerError for whatever a person can mend: no batches,
     values that are not finite, a weight that no input reaches, a pattern that does not fit.
@@ -149,9 +160,8 @@ class _Job:
         self.left = {name: why for name, why in left.items() if name not in skipped}
         self.left |= {view.name: "skipped" for view in found if view.name in skipped}
         if not self.views:
-            raise ModelError(
-                f"{type(model).__name__} has no weights to prune: all are skipped, or of no known kind"
-            )
+            why = "; ".join(dict.fromkeys(self.left.values())) or "none is of a known kind"
+            raise ModelError(f"{type(model).__name__} has no weights to prune: {why}")
         for view in self.views:
             check_finite(Layer(view.name, view.matrix()))
         self.needs = needs_of(combination.method, outliers)

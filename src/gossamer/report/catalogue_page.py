@@ -66,8 +66,8 @@ def _outdated(method: MethodFacts, verdict: Mapping[str, Any]) -> str:
     """What is said where the claim that was run asked for something else than today's does."""
     if method.claim is None:
         return ""
-    now = json.loads(json.dumps(method.claim.to_dict()))
-    return "" if _asked(method.name, now) == _asked(method.name, verdict["claim"]) else EARLIER
+    now, then = (_asked(method.name, claim) for claim in (method.claim.to_dict(), verdict["claim"]))
+    return "" if now == then else EARLIER
 
 
 def _asked(name: str, claim: Mapping[str, Any]) -> list[Any]:

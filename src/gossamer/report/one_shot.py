@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +22,12 @@ from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
+from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.gate import gate
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.measure import windows_for
-from gossamer.recipes.shrink import remove_blocks
+from gossamer.recipes.shrink import ShrinkSettings, remove_blocks
+from gossamer.report.code import code_of
 from gossamer.report.texts import Texts, label, subject, tuned_on
 
 
@@ -41,6 +44,7 @@ def figures(
     out = work / label(asked)
     file = out.with_name(f"{out.name}.json")
     if file.exists():
+        progress(f"{name}: figures as kept in {work.name}", 1, 1)
         return dict(json.loads(file.read_text(encoding="utf-8")))
     if name in experiment.tuned or name in experiment.gated:
         figures(experiment.start, experiment, texts, work, progress)
@@ -125,6 +129,7 @@ def _shrunk(experiment: Experiment, texts: Texts, work: Path, progress: Progress
     seqlen = min(experiment.seqlen, 512)
     drawn = experiment.seeded({})
     asked = {"method": "shrunk", **subject(experiment.model), "blocks": experiment.blocks, "seqlen": seqlen}
+    asked["code"] = code_of([ShrinkSettings().method])
     out = work / label({**asked, **drawn, "texts": texts.named})
     if not out.exists():
         remove_blocks(
@@ -148,11 +153,9 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
     settings = None if plain else experiment.settings(name)
     asked = {"method": name, **subject(experiment.model), "settings": settings}
     tuning = experiment.tuning_of(name)
-    tuned: dict[str, Any] = {} if tuning is None else {"start": experiment.start, "tuning": tuning}
-    if others["gated"]:
-        tuned["start"] = experiment.start
-    if tuned and experiment.start in experiment.compressed:
-        tuned["start_settings"] = experiment.compressed[experiment.start]
+    tuned: dict[str, Any] = {} if tuning is None else {"tuning": tuning}
+    if tuned or others["gated"]:
+        tuned["start"] = _asked(experiment.start, experiment, texts)
     tuned |= {kind: made for kind, made in others.items() if made}
     if name in experiment.sampled:
         tuned["sampled"] = experiment.sampled[name]
@@ -164,4 +167,23 @@ def _asked(name: str, experiment: Experiment, texts: Texts) -> dict[str, Any]:
         tuned["calibrated"] = [experiment.windows, experiment.seqlen]
     if experiment.length is not None:
         tuned["measured"] = [experiment.length, experiment.first]
-    return {**asked, "texts": texts.named, **tuned}
+    return {**asked, "texts": texts.named, "code": code_of(_named(name, experiment)), **tuned}
+
+
+def _named(name: str, experiment: Experiment) -> Iterator[str]:
+    """Names of all methods that make a contender, what it is tuned from apart."""
+    yield name
+    if experiment.blocks and name != "dense":
+        yield ShrinkSettings().method
+    tuning = experiment.tuning_of(name)
+    if tuning is not None:
+        settings = FinetuneSettings(**tuning)
+        yield from (settings.method, *settings.losses)
+        if name in experiment.sampled:
+            yield "continuations"
+        if experiment.rewritten.get(name):
+            yield "rewrites"
+        return
+    for kind in ("compressed", "shrunk", "gated", "attending", "caching"):
+        made = getattr(experiment, kind).get(name, {})
+        yield from (made[key] for key in ("method", "tune") if key in made)

@@ -21,6 +21,7 @@ from gossamer.models.sources import resolve
 from gossamer.models.text import TextSource, read_text
 from gossamer.progress import Progress
 from gossamer.recipes.sample import sample
+from gossamer.report.code import code_of
 from gossamer.version import VERSION
 
 ASKED, ANSWERED = 30, 60  # words of an instruction, and of what follows it in the text
@@ -95,6 +96,7 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
     asked: dict[str, Any] = {"method": "sampled", **subject(experiment.model), **drawn}
     if name in experiment.sampled:
         asked["tokens"] = tokens = experiment.sampled[name]
+        asked["code"] = code_of(["continuations"])
         out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"
         if not out.exists():
             sample(experiment.model, out, text=texts.calibration, tokens=tokens, progress=progress, **drawn)
@@ -103,6 +105,7 @@ def tuned_on(name: str, experiment: Experiment, texts: Texts, work: Path, progre
         return texts.calibration
     sizes = [experiment.answers, ASKED, ANSWERED, ANSWER_TOKENS, PLACES]
     asked |= {"method": "answered", "own": experiment.rewritten[name], "sizes": sizes}
+    asked["code"] = code_of(["rewrites"])
     out = work / f"{label({**asked, 'texts': texts.named})}.jsonl"
     if not out.exists():
         pairs = instructions(texts.calibration, experiment.answers, experiment.seed)

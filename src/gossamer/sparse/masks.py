@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from gossamer.errors import PatternError, ScoreError, SparsityError
 from gossamer.sparse.patterns import NM, Block, Channel, Pattern, Unstructured
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: object) -> None:
     """Raises SparsityError unless 0 <= sparsity < 1."""
-    if not (isinstance(sparsity, (int, float)) and 0.0 <= sparsity < 1.0):
+    if not (isinstance(sparsity, Real) and 0.0 <= float(sparsity) < 1.0):
         raise SparsityError(f"sparsity is a fraction of zeros in [0, 1), got {sparsity!r}")
 
 
@@ -88,7 +89,8 @@ def mask_from_scores(scores: Tensor, pattern: Pattern, sparsity: float | None = 
 
 def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
     """The scores of the units that ``pattern`` keeps or prunes whole: each weight's, or the sums over
-    blocks ``(block rows, block columns)`` or channels ``(channels,)``."""
+    blocks ``(block rows, block columns)`` or channels ``(channels,)``. A block that a border cuts off
+    scores as a whole one of its mean."""
     if isinstance(pattern, Channel):
         return scores.sum(dim=1 - pattern.axis)
     if not isinstance(pattern, Block):
@@ -99,7 +101,12 @@ def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
     down, across = -(-rows // pattern.rows), -(-cols // pattern.cols)
     padded = scores.new_zeros(down * pattern.rows, across * pattern.cols)
     padded[:rows, :cols] = scores
-    return padded.reshape(down, pattern.rows, across, pattern.cols).sum(dim=(1, 3))
+    sums = padded.reshape(down, pattern.rows, across, pattern.cols).sum(dim=(1, 3))
+    if ragged := rows % pattern.rows:
+        sums[-1] *= pattern.rows / ragged
+    if ragged := cols % pattern.cols:
+        sums[:, -1] *= pattern.cols / ragged
+    return sums
 
 
 def _unstructured_mask(scores: Tensor, pattern: Unstructured, sparsity: float) -> Tensor:
@@ -159,11 +166,11 @@ def most_kept(shape: tuple[int, int], pattern: Pattern, sparsity: float) -> int:
 
 def _block_mask(scores: Tensor, pattern: Block, sparsity: float) -> Tensor:
     rows, cols = scores.shape
-    sums = unit_scores(scores, pattern)
+    units = unit_scores(scores, pattern)
     if pattern.group == "row":
-        kept = keep_highest(sums, count_pruned(sums.shape[1], sparsity))
+        kept = keep_highest(units, count_pruned(units.shape[1], sparsity))
     else:
-        kept = keep_highest(sums.reshape(1, -1), count_pruned(sums.numel(), sparsity)).reshape(sums.shape)
+        kept = keep_highest(units.reshape(1, -1), count_pruned(units.numel(), sparsity)).reshape(units.shape)
     full = kept.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
     return full[:rows, :cols].contiguous()
 

@@ -49,7 +49,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Block:
-    """Blocks of ``rows`` outputs x ``cols`` inputs are kept or pruned whole, by the sum of their scores.
+    """Blocks of ``rows`` outputs x ``cols`` inputs are kept or pruned whole, by the mean of their scores.
 
     ``group``: ``row`` (a row of blocks), ``tensor`` or ``model``. Ragged blocks at the borders count
     as blocks of their own size; the number of *blocks* pruned is exact.

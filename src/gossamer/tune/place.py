@@ -19,7 +19,7 @@ from gossamer.tune.weights import TunedWeight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Make = Callable[[str, Matrix], TunedWeight]
+Make = Callable[[str, Matrix, Tensor | None], TunedWeight]
 
 
 class TunedLinear(nn.Module):
@@ -51,33 +51,50 @@ class Stored(nn.Module):
 def make_weights(
     model: PreTrainedModel, make: Make, masks: Mapping[str, Tensor | None] | None = None
 ) -> dict[str, TunedWeight]:
-    """What ``make`` gives for every linear layer's matrix in the blocks of ``model``, by the names of the
-    layers. The model stays as it is.
+    """What ``make`` gives for every packed linear layer in the blocks of ``model``, and every ``nn.Linear``
+    among ``masks``, from its name, matrix and mask, by the names of the layers. The model stays as it is.
 
-    ``masks``: of layers that are plain ``nn.Linear``, by name (None: all is kept). Raises ModelError where
-    there is nothing to tune, and for masks of layers that are not there.
+    ``masks``: by name (None: of a plain layer all is kept, of a packed one what its layout keeps). Raises
+    ModelError where there is nothing to tune, and for masks of what cannot be tuned.
     """
     masks = dict(masks or {})
     found: dict[str, TunedWeight] = {}
     for block in find_parts(model).blocks:
         for inner, module in block.module.named_modules():
             name = f"{block.name}.{inner}"
-            if isinstance(module, StructuredLinear):
-                matrix: Matrix = module.matrix
-            elif name in masks and isinstance(module, nn.Linear):
-                mask, weight = masks.pop(name), module.weight.detach()
-                matrix = Dense(weight) if mask is None else Sparse(mask, weight)
-            else:
+            packed = isinstance(module, StructuredLinear)
+            if not packed and not (name in masks and isinstance(module, nn.Linear)):
                 continue
+            mask = masks.pop(name, None)
             try:
-                found[name] = make(name, matrix)
+                found[name] = make(name, module.matrix if packed else _plain(module.weight, mask), mask)
             except GossamerError as error:
                 raise type(error)(f"{name}: {error}") from error
     if masks:
-        raise ModelError(f"no block of the model has a linear layer {next(iter(masks))!r}")
+        raise ModelError(_why_not(model, next(iter(masks))))
     if not found:
-        raise ModelError("the model has no packed linear layers: give a Gossamer checkpoint, or masks")
+        raise ModelError(
+            "the blocks of the model have no packed linear layers: give a Gossamer checkpoint, or masks of "
+            "nn.Linear layers"
+        )
     return found
+
+
+def _plain(weight: Tensor, mask: Tensor | None) -> Matrix:
+    return Dense(weight.detach()) if mask is None else Sparse(mask, weight.detach())
+
+
+def _why_not(model: PreTrainedModel, name: str) -> str:
+    """Why the layer ``name`` is not tuned under a mask."""
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        return f"masks: the model has no layer {name!r}"
+    if not name.startswith(f"{find_parts(model).blocks_name}."):
+        return f"masks: {name} lies outside of the blocks and is not tuned: leave its mask out"
+    return (
+        f"masks: {name} is a {type(module).__name__}, and what is tuned here is nn.Linear and packed layers "
+        "(other weights: ModuleTuning)"
+    )
 
 
 def place_weights(model: PreTrainedModel, weights: Mapping[str, TunedWeight]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gossamer.errors import CalibrationError, MethodError
+from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices import Matrix
 from gossamer.models.walk import find_parts
 from gossamer.tune.formats import Format
@@ -36,8 +36,9 @@ Losses = Mapping[str, float] | Sequence[tuple[Loss, float]]
 
 
 class SparseTuning:
-    """``model`` under tuning: its packed linears (or ``nn.Linear`` layers whose ``masks`` are given) become
-    trainable weights that keep their masks and number formats at every step.
+    """``model``, a language model of transformers, under tuning: its packed linears (and ``nn.Linear`` layers
+    whose ``masks`` are given) become trainable weights that keep their masks and number formats at every
+    step.
 
         tuning = SparseTuning(model, teacher=dense, losses={"kl": 1, "squarehead": 1})
         for fraction, ids in batches:  # fraction of the whole run that is done
@@ -48,13 +49,17 @@ class SparseTuning:
     ``teacher``: a model of the same vocabulary, for losses that need one; ``dense``: the model with the same
     layers that methods which bring back pruned weights take them from (None: the teacher); ``losses``:
     weights by name, or losses with their weights; ``method`` with ``options``: which weights move
-    (`WEIGHTS`); ``values`` and ``group``: other ones than the model's; ``pruned``: layers whose zeros are
-    pruned weights, also where their layout, a dense one, does not say so; ``norms``: norms and biases are
-    tuned too. Embeddings and head stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each
-    layer SHARE of the mean size of its weights, FLOAT_SHARE where they are no integers (of its scales, and of
-    1 for norms: times ``scale_rate``), since a step of one size ruins some models and does not move others.
-    It rises over the share ``warmup`` of the run and falls to zero by a cosine; gradients are clipped to the
-    norm ``clip``.
+    (`WEIGHTS`), or masks, within each layer's own pattern where ``options`` name none; ``values`` and
+    ``group``: other ones than the model's; ``norms``: norms and biases are tuned too. Embeddings and head
+    stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each layer SHARE of the mean size of
+    its weights, FLOAT_SHARE where they are no integers (of its scales, and of 1 for norms: times
+    ``scale_rate``), since a step of one size ruins some models and does not move others. It rises over the
+    share ``warmup`` of the run and falls to zero by a cosine; gradients are clipped to the norm ``clip``.
+
+    ``masks``: bool ``(out, in)`` by the names of layers, True = kept, as `sparsify` gives them (None: a plain
+    layer without one). Packed layers keep their own, but not in the layouts dense (chosen at little sparsity
+    too) and columns: there pruned weights come back unless ``masks`` are given, or ``pruned``, the names of
+    layers whose zeros are all pruned weights.
 
     The model is in evaluation mode throughout: no dropout. Raises ModelError or MethodError for what does not
     fit together, and leaves the layers of the model as they were then.
@@ -82,11 +87,13 @@ class SparseTuning:
         dense: PreTrainedModel | None = None,
     ) -> None:
         check_warmup(warmup)
-        pairs = [(loss(n), w) for n, w in losses.items()] if isinstance(losses, Mapping) else losses
-        for one, weight in pairs:
-            if not 0 <= weight < math.inf:
-                raise MethodError(f"the weight of the loss {one.name} is at least 0, got {weight}")
-        self.losses = [(one, weight) for one, weight in pairs if weight > 0]
+        for one in (model, teacher, dense):
+            if one is not None and not hasattr(one, "get_output_embeddings"):
+                raise ModelError(
+                    f"SparseTuning takes language models of transformers (of gs.load: its model), not a "
+                    f"{type(one).__name__}: other modules are tuned by ModuleTuning"
+                )
+        self.losses = _weighed(losses)
         self.model, self.teacher = model.eval().requires_grad_(False), teacher
         dtype = (
             model.get_input_embeddings().dtype
@@ -100,9 +107,9 @@ class SparseTuning:
         chosen = kind.chosen(options or {})
         self._formats: dict[str, Format] = {}
 
-        def make(name: str, matrix: Matrix) -> TunedWeight:
+        def make(name: str, matrix: Matrix, mask: Tensor | None) -> TunedWeight:
             self._formats[name] = Format.of(matrix, values, group)
-            return self._formats[name].begin(matrix, kind, chosen, zeros_stay=name in pruned)
+            return self._formats[name].begin(matrix, kind, options, mask=mask, zeros_stay=name in pruned)
 
         self.weights = make_weights(model, make, masks)
         if kind.brings_back(chosen):
@@ -324,3 +331,17 @@ class SparseTuning:
             own = {"forward": module.forward} if "forward" in vars(module) else {}
             self._forwards.append((module, own))
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def _weighed(losses: Losses) -> list[tuple[Loss, float]]:
+    """Losses whose weight is above 0, with it; raises MethodError."""
+    if isinstance(losses, Mapping):
+        pairs = [(loss(name), weight) for name, weight in losses.items()]
+    elif all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], Loss) for pair in losses):
+        pairs = list(losses)
+    else:
+        raise MethodError(f"losses are weights by name, such as {{'kl': 1}}, not {losses!r}")
+    for one, weight in pairs:
+        if not 0 <= weight < math.inf:
+            raise MethodError(f"the weight of the loss {one.name} is at least 0, got {weight}")
+    return [(one, weight) for one, weight in pairs if weight > 0]

@@ -106,9 +106,14 @@ class TunedWeight(nn.Module):
         return with_options(cls.Options, options, f"tuning by {cls.name}")
 
     @classmethod
+    def has_pattern(cls) -> bool:
+        """Whether masks move within a ``pattern``, one of the options."""
+        return any(field.name == "pattern" for field in fields(cls.Options))
+
+    @classmethod
     def within(cls, pattern: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """``options`` with the ``pattern`` of the masks to begin with, for a method that has that option."""
-        known = pattern is not None and any(field.name == "pattern" for field in fields(cls.Options))
+        known = pattern is not None and cls.has_pattern()
         return {**({"pattern": pattern} if known else {}), **options}
 
     @classmethod
