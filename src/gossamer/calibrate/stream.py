@@ -214,15 +214,11 @@ def _visit_head(
     """The head as what follows the last block, whose outputs are ``inputs``."""
     assert parts.head is not None
     name, module = parts.head, model.get_submodule(parts.head)
-    found: Statistics = {}
+    sums = InputSums([linear_view(name, module)], needs)
     for at in range(0, inputs.shape[0], batch):
-        read = head_inputs(model, inputs.read(at, at + batch), parts=parts).flatten(0, 1)
-        found = found or {kind: kind(read.shape[1]) for kind in needs}
-        for statistic in found.values():
-            statistic.update(read)
-    for statistic in found.values():
-        statistic.finish()
-    return Visit(len(parts.blocks), name, module, {name: module}, files, {name: found})
+        sums.see(module, (head_inputs(model, inputs.read(at, at + batch), parts=parts),))
+        sums.next_batch()
+    return Visit(len(parts.blocks), name, module, {name: module}, files, sums.finish())
 
 
 def _collect(

@@ -76,7 +76,7 @@ def apply(
 
     chosen = read_recipe(recipe, parse_changes(changes or []))
     with progress() as report:
-        prepared = prepare(chosen, out, model=model, text=text or None, progress=report)
+        prepared = prepare(chosen, out, model=model, text=text, progress=report)
         predicted = predict(prepared)
     if not anyway:
         check_memory(predicted.bytes, psutil.virtual_memory().total)

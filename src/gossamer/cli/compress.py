@@ -111,7 +111,7 @@ def compress(
         made = run(
             model,
             out,
-            calibration=calibration or None,
+            calibration=calibration,
             progress=report,
             method=method,
             sparsity=sparsity,
@@ -157,7 +157,7 @@ def compress(
     following = shlex.join(["gossamer", "eval", str(made.path), "--against", model])
     calibrated = found.made.get("calibration") or {}
     notes = [SMOKE] if calibrated.get("smoke_test") else []
-    if calibration and not calibrated:
+    if calibration is not None and not calibrated:
         notes.append(f"{method} reads no text: --calibration had no effect")
     show.facts(f"{made.path}", rows, [*notes, f"next: {following}"])
 

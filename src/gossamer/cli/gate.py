@@ -54,7 +54,7 @@ def gate(
             method=method,
             sparsity=sparsity,
             allocation=allocation.value,
-            text=text or None,
+            text=text,
             seqlen=seqlen,
             windows=windows,
             seed=seed,

@@ -50,7 +50,7 @@ def shrink(
         made = run(
             model,
             out,
-            calibration=calibration or None,
+            calibration=calibration,
             progress=report,
             method=method,
             blocks=blocks,

@@ -292,6 +292,16 @@ class Packed(Matrix, kind="packed"):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = {name: tuple(section.shape) for name, section in self.tensors().items()}
+        names = [name for name in SECTION_DTYPES if f"{prefix}{name}" in state_dict]
+        given = {name: tuple(state_dict[f"{prefix}{name}"].shape) for name in names}
+        if given and given != own:
+            place = prefix.rstrip(".") or "the weight"
+            raise MatrixError(
+                f"{place} is {self.values_name} in the layout {self.layout}, with "
+                f"sections {_sizes(own)}, and the state has {_sizes(given)}: it was packed in another format "
+                "or under another mask; pack this layer as that one was"
+            )
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._forget()
         if not self.values.is_meta:
@@ -299,6 +309,10 @@ class Packed(Matrix, kind="packed"):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_leaf": None}
+
+
+def _sizes(sections: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sections.items())
 
 
 def _leaf(matrix: Matrix) -> tuple[Tensor, Tensor | None]:

