@@ -64,6 +64,7 @@ METHODS = {
     "dsnot_magnitude": "dsnot --option start=magnitude",
 }
 ALLOCATIONS = ("global", "erk", "owl", "sensitivity")  # uniform: the catalogue's own
+READ_GRADIENTS = {"fisher", "taylor", "sensitivity"}
 PLAIN = "--values bf16 --head-values bf16 --windows 32"
 CATALOGUE: dict[str, tuple[str, str | None]] = {
     **{
@@ -130,6 +131,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--missing", action="store_true", help="only those that the results lack")
     parser.add_argument("--eval-windows", type=int, default=protocol.EVAL_WINDOWS)
     parser.add_argument("--measure-only", action="store_true", help="measure what --keep holds already")
+    parser.add_argument(
+        "--gradients",
+        type=Path,
+        metavar="DIR",
+        help="one gradient pass for all, kept there (else one each)",
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints in this folder")
     parser.add_argument("--out", type=Path, default=protocol.RESULTS / "one_shot.json", metavar="FILE")
     parser.add_argument(
@@ -142,10 +149,15 @@ def compress(args: argparse.Namespace, options: str, out: Path) -> dict[str, Any
     """One `gossamer compress` in a process of its own: seconds and peak memory."""
     words = ["--calibration", str(Path(args.data) / protocol.CALIBRATION_TEXT), *options.split()]
     words += ["--seqlen", str(protocol.CALIBRATION_SEQLEN), "--threads", str(args.threads)]
+    kept: Path | None = args.gradients if set(options.split()) & READ_GRADIENTS else None
+    made = {"options": options}
+    if kept is not None:
+        words += ["--gradients", str(kept)]
+        made["gradients"] = "found" if kept.exists() else "kept"
     start = time.perf_counter()
     told = told_by_gossamer(args.threads, "compress", args.model, "--out", str(out), *words)
     return {
-        "options": options,
+        **made,
         "seconds": round(time.perf_counter() - start, 1),
         # its own word: what wait4 says of a child counts this process's memory too, up to the exec
         "peak_rss_gb": round(told["peak_memory_bytes"] / 1e9, 3),
@@ -200,9 +212,9 @@ def catalogue_table(runs: dict[str, Any]) -> str:
     for method in METHODS:
         cells = [runs.get(f"{method}_{pattern}") for pattern in PATTERNS]
         if done := [run for run in cells if run]:
-            seconds = [run["seconds"] for run in done]
+            seconds = [run["seconds"] for run in done if run.get("gradients") != "found"]
             peak = max(run["peak_rss_gb"] for run in done)
-            took = f"{min(seconds):.0f} to {max(seconds):.0f}"
+            took = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else ""
             rows.append([method, *map(_cell, cells), took, f"{peak:.1f}"])
     return protocol.markdown_table(head, rows)
 

@@ -273,6 +273,34 @@ def test_gradients_and_curves_resume_too(source: Path, tmp_path: Path) -> None:
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_kept_gradients_serve_other_runs_on_the_same_text(source: Path, tmp_path: Path) -> None:
+    alike: list[dict[str, Any]] = [
+        {"method": "fisher", "sparsity": 0.5},
+        {"method": "taylor", "pattern": "2:4"},
+        {"method": "wanda", "sparsity": 0.6, "allocation": "sensitivity"},
+    ]
+    kept = tmp_path / "gradients"
+    passes: list[str] = []
+
+    def count(stage: str, done: int, total: int) -> None:
+        if stage == "gradients" and done == 0:
+            passes.append(stage)
+
+    for index, settings in enumerate(alike):
+        alone, read = tmp_path / f"alone{index}", tmp_path / f"read{index}"
+        compress(source, alone, **SMALL, **settings)
+        compress(source, read, gradients=kept, progress=count, **SMALL, **settings)
+        assert digests(alone) == digests(read)
+    assert len(passes) == 1
+    other = {**SMALL, "windows": SMALL["windows"] + 1}
+    with pytest.raises(ResumeError, match="gradients holds work of another run: it differs in calibration"):
+        compress(source, tmp_path / "c", gradients=kept, method="fisher", **other)
+    assert (kept / "state.json").exists()
+    assert not (tmp_path / "c.work").exists()
+    compress(source, tmp_path / "d", gradients=tmp_path / "none", sparsity=0.5, **SMALL)
+    assert not (tmp_path / "none").exists()  # nobody asked for gradients
+
+
 def test_gradients_are_read_once_and_only_where_somebody_asks(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,11 +93,15 @@ class Gradient(Statistic):
     def read(cls, path: Path, shape: tuple[int, int]) -> Gradient:
         """What `gather` left for a layer of ``shape`` (out, in) at ``gradient_file``; raises OutputError."""
         out, features = shape
+        lengths = [out * features, out * features, out, 1]
         try:
-            data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+            data = path.read_bytes()
         except OSError as error:
-            raise OutputError(f"the gradients {path.name} vanished from the work folder") from error
-        mean, squares, outputs, reached = torch.split(data, [out * features, out * features, out, 1])
+            raise OutputError(f"{path.name} vanished from {path.parent.name}") from error
+        if len(data) != 4 * sum(lengths):
+            raise OutputError(f"{path.name} is damaged; delete {path.parent.name}")
+        numbers = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        mean, squares, outputs, reached = torch.split(numbers, lengths)
         return cls(mean.reshape(shape), squares.reshape(shape), outputs, bool(reached))
 
 
@@ -125,6 +129,8 @@ def gather(
     if windows.shape[1] < 2:
         raise CalibrationError("gradients need windows of at least 2 tokens: one of them must be foretold")
     _Pass(model, files, work, windows, dtype or fast_dtype(), progress).run()
+    for rest in work.path.glob("*.states"):  # the gradient of the first block's inputs: nobody reads it
+        rest.unlink(missing_ok=True)
 
 
 class _Pass:

@@ -87,7 +87,7 @@ class WorkFolder:
                 inner = _changed(was, now)[0]
                 key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
             raise ResumeError(
-                f"{self.path.name} holds unfinished work of another run: it differs in {', '.join(changed)} "
+                f"{self.path.name} holds work of another run: it differs in {', '.join(changed)} "
                 f"({key} was {was!r}, now {now!r}). Run the same command as before to go on, or delete "
                 f"{self.path.name} to start anew"
             )

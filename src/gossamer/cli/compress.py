@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -73,6 +74,15 @@ def compress(
         ),
     ] = None,
     calibration: options.Calibration = None,
+    gradients: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep the gradients that fisher, taylor or the allocation sensitivity read, for other runs "
+            "on the same model and text (8 bytes a weight).",
+            show_default="not kept",
+        ),
+    ] = None,
     seqlen: options.Seqlen = 1024,
     windows: options.Windows = 128,
     seed: options.WindowSeed = 0,
@@ -112,6 +122,7 @@ def compress(
             model,
             out,
             calibration=calibration,
+            gradients=gradients,
             progress=report,
             method=method,
             sparsity=sparsity,
@@ -159,6 +170,8 @@ def compress(
     notes = [SMOKE] if calibrated.get("smoke_test") else []
     if calibration is not None and not calibrated:
         notes.append(f"{method} reads no text: --calibration had no effect")
+    if gradients is not None and not gradients.exists():
+        notes.append("nothing here reads gradients: --gradients had no effect")
     show.facts(f"{made.path}", rows, [*notes, f"next: {following}"])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,7 @@ def compress(
     out: str | Path,
     *,
     calibration: TextSource = None,
+    gradients: str | Path | None = None,
     tokenizer: Any = None,
     progress: Progress = silent,
     **settings: Any,
@@ -81,7 +83,9 @@ def compress(
     ``tokenizer``) into the new checkpoint folder ``out``.
 
     ``calibration``: a text file, folder, jsonl or list of strings, or a list of `pathlib.Path`, of each of
-    which as many windows are drawn; None takes the English prose inside Python. ``settings`` are those of
+    which as many windows are drawn; None takes the English prose inside Python. ``gradients``: a folder where
+    the gradient pass of methods and allocations that ask for one is kept, 8 bytes a weight, and found again
+    by other runs on the same model, text, machine and threads. ``settings`` are those of
     :class:`CompressSettings`. Raises a GossamerError for whatever a person can mend; an interrupted run
     leaves ``OUT.work``, and the same call resumes it.
     """
@@ -91,22 +95,19 @@ def compress(
     check_free(out)
     if tokenizer is not None and isinstance(model, (str, Path)):
         raise ModelError(f"a tokenizer goes with a model in memory, and {model} is read with its own")
+
+    def job(folder: ModelFolder) -> _Job:
+        kept = None if gradients is None else Path(gradients)
+        return _Job(folder, out, chosen, combination, tuned_by, calibration, kept, progress)
+
     if not isinstance(model, (str, Path)):
-        return _compress_module(model, tokenizer, out, calibration, chosen, combination, tuned_by, progress)
-    folder = resolve(str(model), progress=progress)
-    return _Job(folder, out, chosen, combination, tuned_by, calibration, progress).run()
+        with _saved(model, tokenizer, out) as folder:
+            return job(folder).run()
+    return job(resolve(str(model), progress=progress)).run()
 
 
-def _compress_module(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    out: Path,
-    calibration: TextSource,
-    chosen: CompressSettings,
-    combination: Combination,
-    tuned_by: Tuner | None,
-    progress: Progress,
-) -> Compressed:
+@contextmanager
+def _saved(model: PreTrainedModel, tokenizer: Any, out: Path) -> Iterator[ModelFolder]:
     """A model in memory is saved first, so that it takes the same road as one on disk."""
     import tempfile
 
@@ -115,8 +116,7 @@ def _compress_module(
         model.save_pretrained(source)
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
-        folder = ModelFolder(Path(source), label=type(model).__name__)
-        return _Job(folder, out, chosen, combination, tuned_by, calibration, progress).run()
+        yield ModelFolder(Path(source), label=type(model).__name__)
 
 
 class _Job:
@@ -128,9 +128,10 @@ class _Job:
         combination: Combination,
         tuned_by: Tuner | None,
         calibration: TextSource,
+        gradients: Path | None,
         progress: Progress,
     ) -> None:
-        self.source, self.out, self.settings = source, out, settings
+        self.source, self.out, self.settings, self.kept_gradients = source, out, settings, gradients
         self.combination, self.tuner, self.progress = combination, tuned_by, progress
         self.method = combination.method
         self.outliers = settings.outlier_columns()
@@ -209,8 +210,10 @@ class _Job:
         """The gradient pass over the dense model, where method or allocation needs one."""
         if Gradient in self.needs:
             assert self.windows is not None
-            self.gradients = WorkFolder(self.work.path / "gradients", self.work.fingerprint)
-            gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
+            inputs = {key: value for key, value in self.work.fingerprint.items() if key != "settings"}
+            self.gradients = WorkFolder(self.kept_gradients or self.work.path / "gradients", inputs)
+            with self.gradients:
+                gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
 
     def _prices(self) -> Prices | None:
         """What layers cost, where there is a budget, which is in reach then; timed once for all runs."""
