@@ -30,11 +30,14 @@ CELLS = {
     "nl4 all by 32": "--sparsity 0 --values nl4 --head-values nl4 --group 32",
     "nl3 with head nl4": "--sparsity 0 --values nl3 --head-values nl4",
     "nl3": "--sparsity 0 --values nl3",
+    "nl3 all": "--sparsity 0 --values nl3 --head-values nl3",
     "32:64 bf16": "--pattern 32:64 --values bf16",
     "32:64 int4": "--pattern 32:64 --values int4",
     "32:64 int3": "--pattern 32:64 --values int3",
+    "32:64 int3 with head nl4": "--pattern 32:64 --values int3 --head-values nl4",
     "2:4 int4": "--pattern 2:4 --values int4",
     "70 % int4": "--sparsity 0.7 --values int4",
+    "70 % int4 with head nl4": "--sparsity 0.7 --values int4 --head-values nl4",
     "3/4 of blocks int4": "--sparsity 0 --values int4",
 }
 """Options of `gossamer compress` by name (*all*: embedding and head, too); of the last one a quarter of the

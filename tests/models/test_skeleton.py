@@ -322,6 +322,18 @@ def test_configs_of_no_decoder_are_refused(tmp_path: Path, config: str) -> None:
         skeleton(folder)
 
 
+def test_encoders_are_no_causal_models(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    for decodes in (False, True):
+        folder = tmp_path / str(decodes)
+        BertLMHeadModel(BertConfig(vocab_size=50, is_decoder=decodes, **small)).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"no causal language model: BertLMHeadModel reads .*is_decoder"):
+        skeleton(tmp_path / "False")
+    assert skeleton(tmp_path / "True").config.is_decoder
+
+
 def test_packed_checkpoints_are_told_from_models(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "m")
     (folder / "gossamer.json").write_text("{}")
