@@ -50,6 +50,7 @@ from gossamer.recipes.prune_layer import (
     prune_layer,
     record_of,
 )
+from gossamer.recipes.room import check_room, gradient_bytes, walk_bytes
 from gossamer.recipes.settings import checked
 from gossamer.recipes.side_by_side import side_by_side
 from gossamer.tune import TunedWeight, Tuner
@@ -159,7 +160,19 @@ class _Job:
     def run(self) -> Compressed:
         with self.work:
             check_free(self.out)  # another run may have made it while this one read its text
+            self._check_room()
             return self._run()
+
+    def _check_room(self) -> None:
+        hidden = self.model.get_input_embeddings().weight.shape[-1]
+        edges = sum(self.model.get_parameter(name).numel() for name in self._edges())
+        passed, left = gradient_bytes(self.settings, self.layers, hidden)
+        walked = walk_bytes(self.settings, self.layers, hidden, edges)
+        if self.kept_gradients is None:
+            check_room(self.work.path, max(passed, left + walked))
+        else:
+            check_room(self.work.path, walked)
+            check_room(self.kept_gradients, passed)
 
     def _run(self) -> Compressed:
         resumed = self.work.resumed

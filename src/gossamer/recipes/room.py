@@ -1,0 +1,59 @@
+"""Whether the disk has room for what a compression leaves there, asked before it begins: the least that it
+takes, so that nothing is refused that would have fitted."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from gossamer.calibrate import Gradient, fast_dtype
+from gossamer.errors import OutputError
+from gossamer.matrices.values import value_type
+from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.layer_shares import allocation_needs
+from gossamer.sparse.allocate import LayerInfo
+
+LEAST_KEPT = 0.05  # of a layer, where a budget decides
+
+
+def gradient_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: int) -> tuple[int, int]:
+    """At the peak of the gradient pass and behind it, 0 where there is none. ``hidden``: numbers a token
+    between blocks."""
+    if Gradient not in (*settings.layer_needs(), *allocation_needs(settings.combination())):
+        return 0, 0
+    stream = _stream(settings, hidden)
+    blocks = len({layer.block for layer in layers})
+    sums = sum(8 * math.prod(layer.shape) for layer in layers)
+    return max((blocks + 2) * stream, 3 * stream + sums), sums
+
+
+def walk_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: int, edges: int) -> int:
+    """At the peak of all else: hidden states before and behind a block, the finished layers, and at the end
+    the checkpoint beside them. ``edges``: weights of embedding and head."""
+    combination, tuned = settings.combination(), settings.tune is not None
+    kept = LEAST_KEPT if combination.budget is not None else 1 - (combination.sparsity or 0.0)
+    weights = kept * sum(math.prod(layer.shape) for layer in layers)
+    inner = weights * combination.values.bits / 8
+    outer = edges * value_type(settings.head_values).bits / 8
+    reads = tuned or any(kind.passes == "streaming" for kind in settings.layer_needs())
+    streams = (4 if tuned else 2) * reads * _stream(settings, hidden)
+    return int(max(streams + inner, 2 * (inner + outer)))
+
+
+def _stream(settings: CompressSettings, hidden: int) -> int:
+    return settings.windows * settings.seqlen * hidden * fast_dtype().itemsize
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises OutputError where the disk of ``folder`` has no room for ``needed`` bytes, those that lie in it
+    already among them."""
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    if needed > held + free:
+        raise OutputError(
+            f"at least {needed - held:,} bytes are needed in {folder}, {free:,} are free on that disk; make "
+            "room there or name another output"
+        )
