@@ -30,6 +30,8 @@ CELLS = {
     "nl4 all by 32": "--sparsity 0 --values nl4 --head-values nl4 --group 32",
     "nl3 with head nl4": "--sparsity 0 --values nl3 --head-values nl4",
     "nl3": "--sparsity 0 --values nl3",
+    "nl4 or nl3 in 65 MB": "--values nl4,nl3 --head-values nl4 --allocation sensitivity --budget 65MB",
+    "int8 or nl4 in 80 MB": "--values int8,nl4 --head-values nl4 --allocation sensitivity --budget 80MB",
     "nl3 all": "--sparsity 0 --values nl3 --head-values nl3",
     "32:64 bf16": "--pattern 32:64 --values bf16",
     "32:64 int4": "--pattern 32:64 --values int4",

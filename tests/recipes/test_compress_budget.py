@@ -121,6 +121,90 @@ def test_the_split_costs_less_error_than_its_uniform_rival(source: Path, tmp_pat
     assert error(split) < error(dict.fromkeys(split, 0.6))
 
 
+MIXED = {"method": "obs", "values": "nl4,nl3", "head_values": "nl4"}
+
+
+def test_a_budget_gives_each_layer_a_format(source: Path, tmp_path: Path) -> None:
+    done = compress(source, tmp_path / "out", budget="72kB", **{**SMALL, **MIXED})
+    found, told = describe_checkpoint(done.path), done.made["budget"]
+    assert 0.9 * 72_000 < found.weight_file_bytes <= told["expected"] <= 72_000
+    assert told["least"] <= 72_000 <= told["most"]
+    assert {layer["values"] for layer in done.made["layers"]} == {"nl4", "nl3"}
+    assert {layer["layout"] for layer in done.made["layers"]} == {"dense"}
+    assert (found.sparsity_requested, done.made["sparsity"]) == (0.0, 0.0)
+    assert torch.isfinite(load_checkpoint(done.path)(torch.tensor([[1, 2, 3]])).logits).all()
+
+    def bytes_of(values: str) -> int:
+        whole = {**SMALL, **MIXED, "values": values, "sparsity": 0.0, "allocation": "uniform"}
+        return describe_checkpoint(compress(source, tmp_path / values, **whole).path).weight_file_bytes
+
+    assert bytes_of("nl3") == pytest.approx(told["least"], abs=200)  # of the header
+    assert bytes_of("nl4") == pytest.approx(told["most"], abs=200)
+    top = compress(source, tmp_path / "top", budget=f"{told['most']:.0f}B", **{**SMALL, **MIXED})
+    assert {layer["values"] for layer in top.made["layers"]} == {"nl4"}
+
+
+def test_formats_are_tuned_and_resumed(source: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, **MIXED, "budget": "72kB", "tune": "blockwise", "tune_options": {"epochs": 1}}
+    compress(source, tmp_path / "whole", **settings)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "pruning and tuning" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out", progress=stop, **settings)
+    again = compress(source, tmp_path / "out", **settings)
+    assert again.resumed
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert {layer["values"] for layer in again.made["layers"]} == {"nl4", "nl3"}
+    assert all(layer["block_loss_tuned"] <= layer["block_loss"] for layer in again.made["layers"])
+
+
+def test_layers_that_lose_most_get_the_finer_format(source: Path, tmp_path: Path) -> None:
+    from gossamer.recipes import compress_shares
+
+    seen: dict[str, LayerInfo] = {}
+    real = compress_shares.least_error_formats
+
+    def spy(layers: Sequence[LayerInfo], budget: float) -> dict[str, str]:
+        seen.update({layer.name: layer for layer in layers})
+        return real(layers, budget)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress_shares, "least_error_formats", spy)
+        done = compress(source, tmp_path / "out", budget="72kB", **{**SMALL, **MIXED})
+    saved: dict[str, list[float]] = {"nl4": [], "nl3": []}  # the loss for each byte that nl3 saves
+    for layer in done.made["layers"]:
+        (_, fine, low), (_, coarse, high) = seen[layer["name"]].formats
+        assert fine > coarse
+        saved[layer["values"]].append((high - low) / (fine - coarse))
+    ordered = sorted(saved["nl3"] + saved["nl4"])
+    assert sum(saved["nl3"]) <= 1.1 * sum(ordered[: len(saved["nl3"])])  # but for the last step
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"values": "nl4,nl3"}, "takes a budget of bytes"),
+        ({"values": "nl4,nl3", "sparsity": 0.5}, "takes a budget of bytes"),
+        ({"values": "nl4,nl3", "budget": "2ms"}, "takes a budget of bytes"),
+        ({"values": "nl4,nl4", "budget": "60kB"}, "twice"),
+        ({"values": "nl4,int9", "budget": "60kB"}, "unknown values 'int9'"),
+        ({"values": "nl4,nl3", "budget": "60kB", "pattern": "2:4"}, "leave the pattern 2:4 out"),
+        ({"values": "nl4,nl3", "budget": "10kB"}, r"out of reach: .*\(all in nl3\) to .* \(all in nl4\)"),
+        ({"values": "nl3,nl4", "budget": "1MB"}, "no fewer bits than nl4: .*; --values nl4 is that"),
+    ],
+)
+def test_formats_that_cannot_be_chosen_from(
+    settings: dict[str, Any], says: str, source: Path, tmp_path: Path
+) -> None:
+    plain = {} if "budget" in settings else {"allocation": "uniform"}
+    with pytest.raises(GossamerError, match=says):
+        compress(source, tmp_path / "out", **{**SMALL, **plain, **settings})
+    assert not (tmp_path / "out.work").exists()
+
+
 def _between(curve: list[tuple[float, float]], at: float) -> float:
     for (x0, y0), (x1, y1) in pairwise(curve):
         if x0 <= at <= x1:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from gossamer.errors import MethodError
-from gossamer.sparse.allocate import LayerInfo, least_error, sensitivity
+from gossamer.sparse.allocate import LayerInfo, least_error, least_error_formats, sensitivity
 from gossamer.sparse.budget import amount_text, parse_budget
 
 Levels = list[tuple[float, float, float]]  # sparsity, cost, error; dense first
@@ -106,6 +106,29 @@ def test_whole_levels_are_within_one_step_of_the_best(seed: int, count: int, sha
     best = exact(layers, budget)
     step = max(error for levels in layers for *_, error in levels)
     assert best - 1e-9 <= error <= best + step + 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 1))
+def test_formats_are_within_one_step_of_the_best(seed: int, count: int, share: float) -> None:
+    layers = random_levels(seed, count, 4)
+    shuffled = np.random.default_rng(seed)
+    infos = []
+    for index, levels in enumerate(layers):
+        formats = [(f"format {at}", cost, error) for at, (_, cost, error) in enumerate(levels)]
+        order = shuffled.permutation(len(formats))
+        infos.append(LayerInfo(f"{index}", (10, 10), formats=tuple(formats[at] for at in order)))
+    most = sum(levels[0][1] for levels in layers)
+    least = sum(levels[-1][1] for levels in layers)
+    budget = least + share * (most - least) + 1e-6
+    split = least_error_formats(infos, budget)
+    chosen = [next(one for one in la.formats if one[0] == split[la.name]) for la in infos]
+    assert sum(cost for _, cost, _ in chosen) <= budget * (1 + 1e-9)
+    error, best = sum(error for *_, error in chosen), exact(layers, budget)
+    step = max(error for levels in layers for *_, error in levels)
+    assert best - 1e-9 <= error <= best + step + 1e-9
+    with pytest.raises(MethodError, match="cost at least"):
+        least_error_formats(infos, 0.9 * least)
 
 
 def test_many_layers_are_next_to_the_best() -> None:

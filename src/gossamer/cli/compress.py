@@ -49,7 +49,13 @@ def compress(
             show_default="none",
         ),
     ] = None,
-    values: Annotated[str, typer.Option(help=f"Kept weights as {_VALUES}.")] = "int4",
+    values: Annotated[
+        str,
+        typer.Option(
+            help=f"Kept weights as {_VALUES}; several, such as nl4,nl3: dense layers, each in the one that "
+            "--budget affords."
+        ),
+    ] = "int4",
     head_values: Annotated[
         str,
         typer.Option(

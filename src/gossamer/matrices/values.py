@@ -104,6 +104,11 @@ def value_type(name: str) -> ValueType:
     return value
 
 
+def value_types(names: str) -> tuple[ValueType, ...]:
+    """The formats of a list such as ``nl4,nl3``, or of one name; raises MatrixError."""
+    return tuple(value_type(name.strip()) for name in names.split(","))
+
+
 @dataclass
 class Quantized:
     """Integers and scales of one weight: ``w ≈ scale * q``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.calibrate import InputNorm, Statistic
 from gossamer.claim import Claim
 from gossamer.errors import MethodError, ModelError
-from gossamer.matrices.values import Quantized, ValueType, quantize, value_type
+from gossamer.matrices.values import Quantized, ValueType, quantize, value_types
 from gossamer.registry import Registry, with_options
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
 from gossamer.sparse.allocate import allocation
@@ -141,7 +141,8 @@ def seeded(name: str, seed: int, options: Mapping[str, Any]) -> Method:
 @dataclass(frozen=True)
 class Combination:
     """A checked combination of method, pattern, sparsity, allocation and values. ``budget``: what decides
-    the sparsity, which is 0 (or N:M's own) then."""
+    the sparsity, which is 0 (or N:M's own) then; ``formats``: where it decides each layer's values in its
+    place, those to choose from, ``values`` the first of them."""
 
     method: Method
     pattern: Pattern
@@ -150,11 +151,12 @@ class Combination:
     values: ValueType
     group: int
     budget: Budget | None = None
+    formats: tuple[ValueType, ...] = ()
 
     @property
     def prunes(self) -> bool:
         """Whether anything may be pruned."""
-        return self.budget is not None or self.sparsity > 0
+        return (self.budget is not None and not self.formats) or self.sparsity > 0
 
 
 DEFAULT_PATTERN = "32:64"  # of jobs that are asked for neither a pattern nor a sparsity
@@ -177,11 +179,12 @@ def check_combination(
     ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
     method's paper, or with the allocation global the whole model. ``sparsity`` None is for N:M, which says
     its own, and budgets; where nothing is pruned, the allocation is uniform. ``budget``: bytes or time a
-    token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. ``seed``: of
+    token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. ``values``:
+    several, such as ``nl4,nl3``, where a budget of bytes chooses one for each layer, all dense. ``seed``: of
     methods that draw, unless their options have one. Raises PatternError, SparsityError or MethodError with
     a sentence.
     """
-    chosen = seeded(method_name, seed, options or {})
+    chosen, pattern_given = seeded(method_name, seed, options or {}), pattern
     wanted = None if budget is None else parse_budget(budget)
     if wanted is not None and allocation_name != "sensitivity":
         raise MethodError(
@@ -220,12 +223,32 @@ def check_combination(
             f"{pattern} gives every row the same sparsity, and the allocation global lets rows compete: use "
             "the comparison group model"
         )
-    chosen_values = value_type(values)
+    formats = value_types(values)
+    if len(formats) > 1:
+        _check_formats(formats, wanted, pattern_given)
     if group not in (32, 64):
         raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
     if sparsity == 0 and wanted is None:
         allocation_name = "uniform"
-    return Combination(chosen, pattern, sparsity, allocation_name, chosen_values, group, wanted)
+    several = formats if len(formats) > 1 else ()
+    return Combination(chosen, pattern, sparsity, allocation_name, formats[0], group, wanted, several)
+
+
+def _check_formats(formats: Sequence[ValueType], budget: Budget | None, pattern: object) -> None:
+    """Raises MethodError where several formats cannot be chosen from."""
+    names = ",".join(one.name for one in formats)
+    if len({one.name for one in formats}) < len(formats):
+        raise MethodError(f"values name a format twice: {names}")
+    if budget is None or budget.measure != "bytes":
+        raise MethodError(
+            f"the values {names} are several, of which each layer gets one: that takes a budget of bytes, "
+            "such as 65MB, and the allocation sensitivity"
+        )
+    if pattern is not None:
+        raise MethodError(
+            f"the values {names} are several, and layers keep all their weights then: leave the pattern "
+            f"{pattern} out"
+        )
 
 
 def check_finite(layer: Layer) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +38,7 @@ from gossamer.prune import Combination, Layer, Pruned
 from gossamer.prune.method import check_finite
 from gossamer.recipes.compress_budget import TIMINGS, Prices, find_prices, stored_beside
 from gossamer.recipes.compress_settings import CompressSettings
-from gossamer.recipes.compress_shares import allocate, layers_of
+from gossamer.recipes.compress_shares import Allocated, allocate, layers_of
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.layer_shares import Needs, allocation_needs
 from gossamer.recipes.load import check_context
@@ -153,7 +153,7 @@ class _Job:
             self.windows = calibration_windows(
                 self.text, tokenizer, settings.seqlen, settings.windows, settings.seed
             )
-        self.shares: dict[str, float | None] = {}
+        self.allocated = Allocated({})
         self.prices: Prices | None = None
         self.work = WorkFolder(work_of(out), self._fingerprint())
 
@@ -179,7 +179,7 @@ class _Job:
         self.prices = self._prices()
         self._gather()
         layer_of = partial(self._layer, allocation_needs(self.combination))
-        self.shares = allocate(self.layers, self.combination, self.work, self._walk, layer_of, self.prices)
+        self.allocated = allocate(self.layers, self.combination, self.work, self._walk, layer_of, self.prices)
         stage = "pruning" if self.tuner is None else "pruning and tuning"
         head = (Gram,) if self.sweeps_head and not self._edges_file.exists() else ()
         for visit in self._walk(
@@ -252,9 +252,9 @@ class _Job:
 
         def finish(name: str) -> tuple[str, tuple[Matrix, dict[str, Any]]]:
             layer, pruned = solve(name)
-            matrix = pack_layer(pruned, self.combination)
+            matrix = pack_layer(pruned, self._combination(name))
             visit.replace(name, pruned.weight)
-            requested = {"sparsity_requested": self.shares[name] or 0.0}
+            requested = {"sparsity_requested": self.allocated.shares[name] or 0.0}
             return name, (matrix, record_of(layer, pruned) | requested | form_of(matrix) | notes)
 
         finished = dict(side_by_side(finish, visit))
@@ -276,7 +276,13 @@ class _Job:
     def _prune_layer(self, visit: Visit, name: str) -> tuple[Layer, Pruned]:
         layer = self._layer(self.layer_needs, visit, name)
         check_finite(layer)
-        return layer, prune_layer(layer, self.combination, self.shares[name], self.outliers)
+        share = self.allocated.shares[name]
+        return layer, prune_layer(layer, self._combination(name), share, self.outliers)
+
+    def _combination(self, name: str) -> Combination:
+        """A layer's, in the format that was chosen for it."""
+        values = self.allocated.formats.get(name)
+        return self.combination if values is None else replace(self.combination, values=value_type(values))
 
     def _tune(self, tuner: Tuner, visit: Visit, pruned: dict[str, Pruned]) -> dict[str, Any]:
         """Tunes what was made of a block, in place; what every layer's record says of it."""
@@ -327,7 +333,7 @@ class _Job:
         self.progress("packing embeddings and head", len(edges), len(edges))
 
     def _made(self) -> dict[str, Any]:
-        layers = []
+        layers, c = [], self.combination
         for index in range(len(self.parts.blocks)):
             try:
                 layers += json.loads(self.work.block_file(index, ".json").read_text())
@@ -337,8 +343,8 @@ class _Job:
             "job": "compress",
             "model": self.source.label,
             "method": self.method.name,
-            "pattern": str(self.combination.pattern),
-            "sparsity_requested": self.combination.sparsity if self.prices is None else None,
+            "pattern": str(c.pattern),
+            "sparsity_requested": None if c.budget and c.prunes else c.sparsity,
             "sparsity": mean_sparsity(layers),
             "sparsity_of": "prunable linear weights",
             "settings": self.settings.model_dump(),
@@ -355,7 +361,7 @@ class _Job:
             "with": made_with(),
         }
         if self.prices is not None:
-            made["budget"] = self.prices.record(self.shares)
+            made["budget"] = self.prices.record(self.allocated.formats or self.allocated.shares)
         return made
 
     def _part(self, path: Path) -> dict[str, Matrix]:

@@ -41,13 +41,15 @@ TIMED = (0.25, 0.5, 0.75, SPARSEST)  # sparsities at which products are timed, a
 TIMINGS = "timings.json"  # in the work folder, so that a resumed run has the same
 
 Shape = tuple[int, ...]
-Cost = Callable[[float], float]
+Level = float | str  # a sparsity, or one of the formats that compete
+Cost = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
 class Prices:
-    """``costs``: of a layer of each shape by sparsity, bytes or seconds; ``beside``: bytes of all that is no
-    linear; ``timings``: what was measured, as JSON; ``fixed``: the pattern's own sparsity, if it has one."""
+    """``costs``: of a layer of each shape by sparsity, or by format where several compete, bytes or seconds;
+    ``beside``: bytes of all that is no linear; ``timings``: what was measured, as JSON; ``fixed``: the
+    pattern's own sparsity, if it has one; ``formats``: those that compete."""
 
     budget: Budget
     layers: tuple[LayerInfo, ...]
@@ -55,36 +57,44 @@ class Prices:
     beside: float = 0.0
     timings: Any = None
     fixed: float | None = None
+    formats: tuple[str, ...] = ()
 
     @property
     def left(self) -> float:
         """What the linears may cost together."""
         return self.budget.amount - self.beside
 
-    def cost(self, layer: LayerInfo, sparsity: float) -> float:
+    def cost(self, layer: LayerInfo, level: Level) -> float:
         """What ``layer`` costs: bytes, or seconds of a token, which goes to some of a mixture's experts."""
-        return self.costs[layer.shape](sparsity) * (1 if self.budget.measure == "bytes" else layer.reached)
+        return self.costs[layer.shape](level) * (1 if self.budget.measure == "bytes" else layer.reached)
 
-    def total(self, shares: Mapping[str, float | None]) -> float:
-        """What all costs with the linears at ``shares``."""
-        return self.beside + math.fsum(self.cost(layer, shares[layer.name] or 0.0) for layer in self.layers)
+    def total(self, levels: Mapping[str, Any]) -> float:
+        """What all costs with the linears at ``levels`` (None: dense)."""
+        return self.beside + math.fsum(self.cost(layer, levels[layer.name] or 0.0) for layer in self.layers)
 
-    def uniform(self, sparsity: float) -> float:
-        """What all costs with every linear at ``sparsity``."""
-        return self.total({layer.name: sparsity for layer in self.layers})
+    def uniform(self, level: Level) -> float:
+        """What all costs with every linear at ``level``."""
+        return self.total({layer.name: level for layer in self.layers})
+
+    @property
+    def ends(self) -> tuple[Level, Level]:
+        """The level at which all costs least, and that at which it costs most."""
+        if self.formats:
+            return min(self.formats, key=self.uniform), max(self.formats, key=self.uniform)
+        return SPARSEST if self.fixed is None else self.fixed, 0.0
 
     @property
     def least(self) -> float:
-        return self.uniform(SPARSEST if self.fixed is None else self.fixed)
+        return self.uniform(self.ends[0])
 
     @property
     def most(self) -> float:
-        return self.uniform(0.0)
+        return self.uniform(self.ends[1])
 
     def sparsity(self) -> float:
         """The least sparsity, in hundredths of a percent, that keeps the budget where all layers have it."""
-        if self.fixed is not None:
-            return self.fixed
+        if self.formats or self.fixed is not None:
+            return self.fixed or 0.0
         low, high = -1, round(SPARSEST * 10_000)
         while high - low > 1:
             middle = (low + high) // 2
@@ -96,24 +106,29 @@ class Prices:
         """Raises MethodError where the budget is out of reach, with what is in reach."""
         if self.least <= self.budget.amount <= self.most:
             return
-        kind = self.budget.measure
+        kind, dense, instead = self.budget.measure, "dense", "--sparsity 0 quantizes only"
         pruned = f"all pruned to {100 * SPARSEST:g} %" if self.fixed is None else "all in the pattern"
+        asked = "no pruning"
+        if self.formats:
+            low, high = self.ends
+            pruned, dense, asked = f"all in {low}", f"in {high}", f"no fewer bits than {high}"
+            instead = f"--values {high} is that"
         what = "the weight file takes"
         if kind == "seconds":
             what = "a token's products with the linears take on this machine"
         least, most = amount_text(self.least, kind), amount_text(self.most, kind)
         if self.budget.amount > self.most:
             raise MethodError(
-                f"the budget {self.budget} asks for no pruning: {what} {most} with all layers dense; "
-                "--sparsity 0 quantizes only"
+                f"the budget {self.budget} asks for {asked}: {what} {most} with all layers {dense}; {instead}"
             )
         raise MethodError(
-            f"the budget {self.budget} is out of reach: {what} from {least} ({pruned}) to {most} (all dense)"
+            f"the budget {self.budget} is out of reach: "
+            f"{what} from {least} ({pruned}) to {most} (all {dense})"
         )
 
-    def record(self, shares: Mapping[str, float | None]) -> dict[str, Any]:
+    def record(self, levels: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint says of its budget: bytes at most, or seconds as timed."""
-        told = {"asked": self.budget.text, "measure": self.budget.measure, "expected": self.total(shares)}
+        told = {"asked": self.budget.text, "measure": self.budget.measure, "expected": self.total(levels)}
         told |= {"least": self.least, "most": self.most}
         return told if self.timings is None else {**told, "timings": self.timings}
 
@@ -134,13 +149,15 @@ def find_prices(
     timings, rest = None, 0.0
     costs: dict[Shape, Cost]
     if budget.measure == "bytes":
-        costs = {shape: _bytes_of(shape, combination) for shape in shapes}
+        price = _format_bytes if combination.formats else _bytes_of
+        costs = {shape: price(shape, combination) for shape in shapes}
         rest = float(_bytes_beside(layers, beside, combination))
     else:
         timings = _timings(shapes, combination, fixed, work, progress)
         at = timings["sparsities"]
         costs = {tuple(one["shape"]): _seconds_of(at, one["seconds"]) for one in timings["products"]}
-    prices = Prices(budget, tuple(layers), costs, rest, timings, fixed)
+    formats = tuple(values.name for values in combination.formats)
+    prices = Prices(budget, tuple(layers), costs, rest, timings, fixed, formats)
     prices.check()
     return prices
 
@@ -178,12 +195,22 @@ def _sections(name: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 
 def _bytes_beside(layers: Sequence[LayerInfo], beside: Mapping[str, Tensor], combination: Combination) -> int:
     """Bytes of the weight file without the linears, its header with their names included."""
-    linears: dict[str, Tensor] = {}
-    for layer in layers:
-        sizes = most_bytes(_plain(layer.shape), layer.size, combination.values, "bitmap", combination.group)
-        linears |= _sections(f"{layer.name}.weight", sizes)
-    whole = file_bytes({**beside, **linears}, metadata=METADATA)
-    return whole - sum(tensor.nbytes for tensor in linears.values())
+    layout, found = "dense" if combination.formats else "bitmap", 0
+    for values in combination.formats or (combination.values,):
+        linears: dict[str, Tensor] = {}
+        for layer in layers:
+            sizes = most_bytes(_plain(layer.shape), layer.size, values, layout, combination.group)
+            linears |= _sections(f"{layer.name}.weight", sizes)
+        whole = file_bytes({**beside, **linears}, metadata=METADATA)
+        found = max(found, whole - sum(tensor.nbytes for tensor in linears.values()))
+    return found
+
+
+def _format_bytes(shape: Shape, combination: Combination) -> Cost:
+    """Bytes of a dense linear in each of the formats that compete."""
+    plain, size, group = _plain(shape), math.prod(shape), combination.group
+    found = {v.name: sum(most_bytes(plain, size, v, "dense", group).values()) for v in combination.formats}
+    return found.__getitem__
 
 
 def _bytes_of(shape: Shape, combination: Combination) -> Cost:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.calibrate import Gradient, Statistic
 from gossamer.errors import MethodError
-from gossamer.matrices.values import value_type
+from gossamer.matrices.values import value_type, value_types
 from gossamer.prune import Combination, check_combination
 from gossamer.prune.method import DEFAULT_PATTERN
 from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
@@ -22,7 +22,8 @@ class CompressSettings(BaseModel):
 
     ``budget``: bytes of the weight file (``60MB``) or a token's time in the linears (``2.5ms``), in place of
     a sparsity; it needs the allocation ``sensitivity``, and N:M patterns then have dense layers beside them.
-    ``values``: of the pruned linears; ``head_values``: of embeddings and head, which are never pruned;
+    ``values``: of the pruned linears, or several (``nl4,nl3``), of which a budget of bytes chooses one for
+    each layer, all dense; ``head_values``: of embeddings and head, which are never pruned;
     ``group``: inputs a scale (64 or 32); ``outliers``: inputs with an activation of this size or more keep
     their columns in bfloat16, at most a share ``outlier_share`` of a layer's (None: all that are so large;
     alone it takes the largest); ``seqlen`` and ``windows``: of calibration; ``seed``: of those and of
@@ -80,7 +81,7 @@ class CompressSettings(BaseModel):
 
     def outlier_columns(self) -> OutlierColumns | None:
         """Which inputs are kept apart; raises MethodError as `prune.outliers` does."""
-        return outlier_columns(self.outliers, self.outlier_share, value_type(self.values))
+        return outlier_columns(self.outliers, self.outlier_share, value_types(self.values)[0])
 
     def layer_needs(self) -> tuple[type[Statistic], ...]:
         """What must be known of a layer to prune, round and pack it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,12 +24,21 @@ from gossamer.recipes.layer_shares import (
     allocation_needs,
     competing_scores,
     curve,
+    format_errors,
     outlier_scores,
 )
 from gossamer.recipes.side_by_side import side_by_side
-from gossamer.sparse.allocate import LayerInfo, allocation, least_error, outlier_share
+from gossamer.sparse.allocate import LayerInfo, allocation, least_error, least_error_formats, outlier_share
 
 LayerOf = Callable[[Visit, str], Layer]
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """By the layer's name its sparsity (None: dense), and where several number formats compete its format."""
+
+    shares: dict[str, float | None]
+    formats: dict[str, str] = field(default_factory=dict)
 
 
 class Walk(Protocol):
@@ -45,12 +54,12 @@ def allocate(
     walk: Walk,
     layer_of: LayerOf,
     prices: Prices | None = None,
-) -> dict[str, float | None]:
-    """The sparsity of each of ``layers``; what the allocation needs to know is measured first and kept in
+) -> Allocated:
+    """What each of ``layers`` becomes; what the allocation needs to know is measured first and kept in
     ``work``. ``prices``: what layers cost, where there is a budget."""
     done = work.path / "allocation.json"
     if done.exists():
-        return json.loads(done.read_text())  # type: ignore[no-any-return]
+        return Allocated(**json.loads(done.read_text()))
     if prices is not None:
         combination = replace(combination, sparsity=prices.sparsity())
     measure = _MEASURES.get(combination.allocation)
@@ -59,14 +68,23 @@ def allocate(
         visits = walk(folder, "scoring", allocation_needs(combination))
         layers = measure(layers, combination, folder, visits, layer_of)
     if prices is None:
-        shares = allocation(combination.allocation)(layers, combination.sparsity)
+        found = Allocated(allocation(combination.allocation)(layers, combination.sparsity))
         if measure is None:
-            return shares
+            return found
+    elif combination.formats:
+        formats = least_error_formats([_priced(layer, prices) for layer in layers], prices.left)
+        found = Allocated(dict.fromkeys(formats, 0.0), formats)
     else:
         priced = [replace(layer, costs=partial(prices.cost, layer)) for layer in layers]
-        shares = least_error(priced, prices.left)
-    work.write(done.name, json.dumps(shares).encode())
-    return shares
+        found = Allocated(least_error(priced, prices.left))
+    work.write(done.name, json.dumps(asdict(found)).encode())
+    return found
+
+
+def _priced(layer: LayerInfo, prices: Prices) -> LayerInfo:
+    """With the cost of each format, whose error is known."""
+    costs = ((name, prices.cost(layer, name), error) for name, _, error in layer.formats)
+    return replace(layer, formats=tuple(costs))
 
 
 def layers_of(parts: ModelParts, config: object) -> Iterator[LayerInfo]:
@@ -136,18 +154,24 @@ def _curves(
     visits: Iterator[Visit],
     layer_of: LayerOf,
 ) -> list[LayerInfo]:
-    """The layers with what the method costs each at sparsities around the one asked for."""
+    """The layers with what the method costs each at sparsities around the one asked for, or in each of the
+    formats that compete."""
+    ask = format_errors if combination.formats else curve
 
-    def measured(visit: Visit, name: str) -> tuple[str, list[tuple[float, float]]]:
-        return name, curve(layer_of(visit, name), combination)
+    def measured(visit: Visit, name: str) -> tuple[str, Any]:
+        return name, ask(layer_of(visit, name), combination)
 
     for visit in visits:
         for name, found in side_by_side(partial(measured, visit), visit):
             work.write(f"{name}.curve", json.dumps(found).encode())
-    return [
-        replace(layer, curve=tuple(map(tuple, _read_json(work.path / f"{layer.name}.curve"))))
-        for layer in layers
-    ]
+
+    def told(layer: LayerInfo) -> LayerInfo:
+        found = _read_json(work.path / f"{layer.name}.curve")
+        if combination.formats:
+            return replace(layer, formats=tuple((name, 0.0, error) for name, error in found))
+        return replace(layer, curve=tuple(map(tuple, found)))
+
+    return list(map(told, layers))
 
 
 _MEASURES = {"global": _scores, "owl": _outliers, "sensitivity": _curves}

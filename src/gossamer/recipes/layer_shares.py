@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram, InputNorm, Statistic
-from gossamer.matrices.values import value_type
+from gossamer.matrices.values import ValueType, value_type
 from gossamer.prune import Combination, Layer, method
 from gossamer.prune.method import check_finite
 from gossamer.sparse import NM
@@ -43,7 +43,19 @@ def outlier_scores(layer: Layer) -> Tensor:
 def curve(layer: Layer, combination: Combination) -> list[tuple[float, float]]:
     """``sensitivity``: what the method costs the layer at sparsities around the one asked for."""
     check_finite(layer)
-    return [(s, loss_change(layer, combination, s)) for s in levels(combination)]
+    exact = value_type("float32")
+    return [(s, loss_change(layer, combination, s, exact)) for s in levels(combination)]
+
+
+def format_errors(layer: Layer, combination: Combination) -> list[tuple[str, float]]:
+    """``sensitivity``: what each of the formats costs the dense layer, as the method rounds it."""
+    check_finite(layer)
+    return [(v.name, loss_change(layer, combination, 0.0, v)) for v in combination.formats]
+
+
+def tries(combination: Combination) -> int:
+    """How often each layer is tried for the allocation ``sensitivity``."""
+    return len(combination.formats or levels(combination))
 
 
 def levels(combination: Combination) -> list[float]:
@@ -55,16 +67,15 @@ def levels(combination: Combination) -> list[float]:
     return less + [1 - (1 - sparsity) * share for share in (0.8, 0.6, 0.4)]
 
 
-def loss_change(layer: Layer, combination: Combination, sparsity: float) -> float:
-    """What pruning the layer to ``sparsity`` adds to the loss, to second order: outputs that move by d cost
-    sum_i g_i^2 d_i^2 / 2 a token, g the gradient of the loss by outputs, taken as independent of d and of
-    each other (as in K-FAC, Martens & Grosse 2015). The method's own updates included, rounding left out.
+def loss_change(layer: Layer, combination: Combination, sparsity: float, values: ValueType) -> float:
+    """What pruning the layer to ``sparsity`` and rounding it to ``values`` adds to the loss, to second order,
+    the method's own updates included: outputs that move by d cost sum_i g_i^2 d_i^2 / 2 a token, g the
+    gradient of the loss by outputs, taken as independent of d and of each other (as in K-FAC, Martens &
+    Grosse 2015).
 
     Sums of relative output errors, all layers alike, would let layers that matter little to the loss count
     as much as those that matter most."""
-    pruned = combination.method.prune(
-        layer, combination.pattern, sparsity, value_type("float32"), combination.group
-    )
+    pruned = combination.method.prune(layer, combination.pattern, sparsity, values, combination.group)
     change, gram = layer.weight - pruned.weight, layer[Gram]
     moved = ((change @ gram.matrix) * change).sum(dim=1) / gram.tokens
     return float((layer[Gradient].squared_outputs(gram).double() * moved.double()).sum() / 2)

@@ -20,7 +20,7 @@ from gossamer.models.skeleton import stored_dtype
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
-from gossamer.recipes.layer_shares import allocation_needs, levels
+from gossamer.recipes.layer_shares import allocation_needs, tries
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, input_widths, parameters_of
 from gossamer.recipes.sample import SampleSettings
@@ -133,7 +133,7 @@ def _compress_seconds(bench: Bench, settings: CompressSettings, blocks: int) -> 
     if Gradient in (*chosen.method.needs, *shares):
         block += forward + settings.windows * rates.backward
     if chosen.allocation == "sensitivity":
-        block += len(levels(chosen)) * solve
+        block += tries(chosen) * solve
     if isinstance(tuner, Blockwise):
         held = tuner.held_out * settings.windows
         block += tuner.epochs * (settings.windows - held) * (rates.backward + rates.update)

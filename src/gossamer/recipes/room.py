@@ -33,9 +33,10 @@ def walk_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: 
     """At the peak of all else: hidden states before and behind a block, the finished layers, and at the end
     the checkpoint beside them. ``edges``: weights of embedding and head."""
     combination, tuned = settings.combination(), settings.tune is not None
-    kept = LEAST_KEPT if combination.budget is not None else 1 - (combination.sparsity or 0.0)
+    formats = combination.formats or (combination.values,)
+    kept = LEAST_KEPT if combination.budget is not None and combination.prunes else 1 - combination.sparsity
     weights = kept * sum(math.prod(layer.shape) for layer in layers)
-    inner = weights * combination.values.bits / 8
+    inner = weights * min(values.bits for values in formats) / 8
     outer = edges * value_type(settings.head_values).bits / 8
     reads = tuned or any(kind.passes == "streaming" for kind in settings.layer_needs())
     streams = (4 if tuned else 2) * reads * _stream(settings, hidden)

@@ -30,7 +30,8 @@ class LayerInfo:
     tensor; it is called as often as needed, so that scores may lie on disk. ``outliers``: the share of
     outliers in the layer's ``block``. ``curve``: (sparsity, error) as measured, errors comparable between
     layers. ``costs``: what the layer costs at a sparsity, in whatever a budget is of; never rising, perhaps
-    falling in steps (None: the weights that it keeps). ``reached``: the share of tokens that it reads.
+    falling in steps (None: the weights that it keeps). ``formats``: (name, cost, error) of each number format
+    that it may be stored in dense. ``reached``: the share of tokens that it reads.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerInfo:
     outliers: float | None = None
     curve: tuple[tuple[float, float], ...] = ()
     costs: Callable[[float], float] | None = None
+    formats: tuple[tuple[str, float, float], ...] = ()
     reached: float = 1.0
 
     @property
@@ -181,22 +183,38 @@ def sensitivity(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float
 
 @dataclass(frozen=True)
 class Level:
-    """A sparsity that a layer may have, what it then costs, and the error."""
+    """A sparsity that a layer may have, or a format, what it then costs, and the error."""
 
     sparsity: float
     cost: float
     error: float
+    values: str = ""
 
 
 def least_error(layers: Sequence[LayerInfo], budget: float) -> dict[str, float | None]:
-    """The split with the least sum of errors whose costs sum to at most ``budget``.
+    """The split with the least sum of errors, by the ``curve`` of each layer, whose costs sum to at most
+    ``budget``; see `_split`."""
+    found = _split(layers, budget)
+    return {layer.name: level.sparsity for layer, level in zip(layers, found, strict=True)}
 
-    A multiple-choice knapsack over each layer's levels, dense and those of its ``curve``, solved by its
-    relaxation (Sinha & Zoltners 1979, The Multiple-Choice Knapsack Problem): all layers begin dense and walk
-    down the lower convex hull of their (cost, error), the least error for what it saves first, until the
-    budget is kept. The last step goes only as far as it must, and what it leaves buys errors back. The sum is
-    within the error of that one step of the least there is; SPDY (Frantar & Alistarh 2022), which solves the
-    same by dynamic programming, rounds costs to do so. Raises MethodError where the budget cannot be kept.
+
+def least_error_formats(layers: Sequence[LayerInfo], budget: float) -> dict[str, str]:
+    """Of each layer's ``formats`` the one in the split with the least sum of errors whose costs sum to at
+    most ``budget`` (so bits are shared out in Dong et al. 2020, HAWQ-V2); see `_split`."""
+    found = _split(layers, budget)
+    return {layer.name: level.values for layer, level in zip(layers, found, strict=True)}
+
+
+def _split(layers: Sequence[LayerInfo], budget: float) -> list[Level]:
+    """A level of each layer, so that costs sum to at most ``budget`` and errors to little.
+
+    A multiple-choice knapsack over each layer's levels (dense and those of its ``curve``, or its formats),
+    solved by its relaxation (Sinha & Zoltners 1979, The Multiple-Choice Knapsack Problem): all layers begin
+    at the dearest and walk down the lower convex hull of their (cost, error), the least error for what it
+    saves first, until the budget is kept. The last step goes only as far as it must (to a format: all the
+    way), and what it leaves buys errors back. The sum is within the error of that one step of the least there
+    is; SPDY (Frantar & Alistarh 2022), which solves the same by dynamic programming, rounds costs to do so.
+    Raises MethodError where the budget cannot be kept.
     """
     hulls = [_hull(_levels(layer)) for layer in layers]
     chosen = [hull[0] for hull in hulls]
@@ -210,7 +228,7 @@ def least_error(layers: Sequence[LayerInfo], budget: float) -> dict[str, float |
         if over <= rounding:
             break
         above, below = chosen[index], hulls[index][place + 1]
-        if above.cost - below.cost > over:
+        if above.cost - below.cost > over and not layers[index].formats:
             part = _as_far(layers[index], above, below, above.cost - over)
             if layers[index].costs is None or part.error < below.error:  # a sparsity is met exactly
                 below = part
@@ -219,21 +237,24 @@ def least_error(layers: Sequence[LayerInfo], budget: float) -> dict[str, float |
     if over > 1e-9 * budget:
         least = math.fsum(hull[-1].cost for hull in hulls)
         raise MethodError(f"the layers cost at least {least:.6g}, and the budget is {budget:.6g}")
-    chosen = _buy_back([_levels(layer) for layer in layers], chosen, -over)
-    return {layer.name: level.sparsity for layer, level in zip(layers, chosen, strict=True)}
+    return _buy_back([_levels(layer) for layer in layers], chosen, -over)
 
 
 def _levels(layer: LayerInfo) -> list[Level]:
+    """The dearest first."""
+    if layer.formats:
+        found = (Level(0.0, cost, error, values) for values, cost, error in layer.formats)
+        return sorted(found, key=lambda level: (-level.cost, level.error))
     if not layer.curve:
         raise MethodError(f"the allocation sensitivity needs error curves, and {layer.name} has none")
     return [Level(s, layer.cost(s), error) for s, error in [(0.0, 0.0), *layer.curve]]
 
 
 def _hull(levels: Sequence[Level]) -> list[Level]:
-    """The corners of the convex function below ``levels``, dense first, by falling cost."""
-    dense, *sparse = levels
-    hull = [dense]
-    for level in sorted(sparse, key=lambda level: (-level.cost, level.error)):
+    """The corners of the convex function below ``levels``, the dearest first, by falling cost."""
+    dearest, *others = levels
+    hull = [dearest]
+    for level in sorted(others, key=lambda level: (-level.cost, level.error)):
         if level.cost >= hull[-1].cost:
             continue  # pruned for nothing
         while len(hull) > 1:
