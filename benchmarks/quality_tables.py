@@ -258,7 +258,7 @@ def plainly(rows: list[Row]) -> str:
 
 def is_sparse(row: Row) -> bool:
     name = cell_of(row.name)
-    return name in SHRUNK or not CELLS[name].startswith("--sparsity 0 ")
+    return name in SHRUNK or not CELLS[name].startswith(("--sparsity 0 ", "--values "))
 
 
 def markdown(table: list[list[str]]) -> str:

@@ -297,6 +297,8 @@ def test_kept_gradients_serve_other_runs_on_the_same_text(source: Path, tmp_path
         compress(source, tmp_path / "c", gradients=kept, method="fisher", **other)
     assert (kept / "state.json").exists()
     assert not (tmp_path / "c.work").exists()
+    with pytest.raises(OutputError, match="keep the gradients elsewhere"):
+        compress(source, tmp_path / "c", gradients=tmp_path / "c", method="fisher", **SMALL)
     compress(source, tmp_path / "d", gradients=tmp_path / "none", sparsity=0.5, **SMALL)
     assert not (tmp_path / "none").exists()  # nobody asked for gradients
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram, Statistic, WorkFolder, gather, gradient_file, walk
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import CheckpointError, ModelError, ResumeError
+from gossamer.errors import CheckpointError, ModelError, OutputError, ResumeError
 from gossamer.matrices import Matrix
 from gossamer.matrices.atomic import check_free
 from gossamer.matrices.values import value_type
@@ -94,6 +94,8 @@ def compress(
     combination, tuned_by = chosen.combination(), chosen.tuner()
     out = Path(out)
     check_free(out)
+    if gradients is not None and Path(gradients).resolve() == out.resolve():
+        raise OutputError(f"{out} is where the checkpoint goes: keep the gradients elsewhere")
     if tokenizer is not None and isinstance(model, (str, Path)):
         raise ModelError(f"a tokenizer goes with a model in memory, and {model} is read with its own")
 
