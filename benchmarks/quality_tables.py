@@ -25,7 +25,8 @@ weights, the embedding and head among them (int8 in ours; llama.cpp's and OpenVI
 lower KL (S). Tuned rows saw so many tokens of the calibration text, counted each time; the dense model that
 they are held against saw none of them. *longer*: tuned block by block like *blockwise*, on four times the
 windows and for twice the epochs (of `nl4` the recipe `balanced`, of `nl4 by 32`, which has a scale for 32
-inputs in place of 64, the recipe `best`). *all*: embedding and head, too.
+inputs in place of 64, the recipe `best`). *all*: embedding and head, too. *nl4 or nl3 in
+65 MB*: each layer in one of the two, as such a budget affords.
 """
 
 
