@@ -346,7 +346,7 @@ class _Job:
             "model": self.source.label,
             "method": self.method.name,
             "pattern": str(c.pattern),
-            "sparsity_requested": None if c.budget and c.prunes else c.sparsity,
+            "sparsity_requested": c.sparsity if c.budget is None else None,
             "sparsity": mean_sparsity(layers),
             "sparsity_of": "prunable linear weights",
             "settings": self.settings.model_dump(),
