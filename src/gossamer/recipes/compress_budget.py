@@ -121,9 +121,10 @@ class Prices:
             raise MethodError(
                 f"the budget {self.budget} asks for {asked}: {what} {most} with all layers {dense}; {instead}"
             )
+        rest = f"; all but linears takes {amount_text(self.beside, kind)} of it" if kind == "bytes" else ""
         raise MethodError(
             f"the budget {self.budget} is out of reach: "
-            f"{what} from {least} ({pruned}) to {most} (all {dense})"
+            f"{what} from {least} ({pruned}) to {most} (all {dense}){rest}"
         )
 
     def record(self, levels: Mapping[str, Any]) -> dict[str, Any]:
