@@ -144,6 +144,17 @@ def test_a_budget_gives_each_layer_a_format(source: Path, tmp_path: Path) -> Non
     assert {layer["values"] for layer in top.made["layers"]} == {"nl4"}
 
 
+@pytest.mark.parametrize("settings", [MIXED, {"values": "int4", "method": "obs"}, {"pattern": "2:4"}])
+def test_bits_are_those_of_the_linears(settings: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    done = compress(source, tmp_path / "out", budget="3.8 bits", **{**SMALL, **settings})
+    found, told = describe_checkpoint(done.path), done.made["budget"]
+    assert told["measure"] == "bits"
+    assert 3.4 < found.linear_bits <= told["expected"] + 1e-9 <= 3.8 + 2e-9
+    assert told["least"] < 3.8 < told["most"] == pytest.approx(4.25)
+    with pytest.raises(MethodError, match=r"9bits asks for no .*: a weight in the linears takes 4.25 bits"):
+        compress(source, tmp_path / "more", budget="9bits", **{**SMALL, **settings})
+
+
 def test_formats_are_tuned_and_resumed(source: Path, tmp_path: Path) -> None:
     settings = {**SMALL, **MIXED, "budget": "72kB", "tune": "blockwise", "tune_options": {"epochs": 1}}
     compress(source, tmp_path / "whole", **settings)

@@ -23,6 +23,8 @@ Levels = list[tuple[float, float, float]]  # sparsity, cost, error; dense first
         ("60MB", 60e6, "bytes"),
         (" 1.5 GiB ", 1.5 * 2**30, "bytes"),
         ("67351040B", 67351040, "bytes"),
+        ("3.5bits", 3.5, "bits"),
+        ("1 bit", 1, "bits"),
         ("2.5ms", 2.5e-3, "seconds"),
         (".5 s", 0.5, "seconds"),
         ("800us", 8e-4, "seconds"),
@@ -48,6 +50,7 @@ def test_amounts_are_told_in_their_units() -> None:
         "60.25 MB",
         "2 GB",
     ]
+    assert amount_text(3.7489999, "bits") == "3.749 bits"
     assert [amount_text(a, "seconds") for a in (2e-7, 2.5e-3, 2)] == ["0.2 us", "2.5 ms", "2 s"]
 
 

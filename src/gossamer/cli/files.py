@@ -122,9 +122,11 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
         share = f"{show.percent(found.sparsity_requested)} requested, {show.percent(found.sparsity)} achieved"
         rows.append(("sparsity", f"{share}, of {found.sparsity_of or 'the linears'}"))
     if isinstance(budget := found.made.get("budget"), dict):
-        of = (
-            "a token in the linears, as timed" if budget.get("measure") == "seconds" else "of weights on disk"
-        )
+        of = {
+            "bytes": "of weights on disk",
+            "bits": "a weight in the linears",
+            "seconds": "a token in the linears, as timed",
+        }[budget["measure"]]
         rows.append(("budget", f"{budget.get('asked')} {of}"))
         if found.sparsity is not None:
             rows.append(("sparsity", f"{show.percent(found.sparsity)} of {found.sparsity_of}"))

@@ -178,11 +178,11 @@ def check_combination(
 
     ``pattern`` None means unstructured; plain ``"unstructured"`` takes the comparison group of the
     method's paper, or with the allocation global the whole model. ``sparsity`` None is for N:M, which says
-    its own, and budgets; where nothing is pruned, the allocation is uniform. ``budget``: bytes or time a
-    token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern. ``values``:
-    several, such as ``nl4,nl3``, where a budget of bytes chooses one for each layer, all dense. ``seed``: of
-    methods that draw, unless their options have one. Raises PatternError, SparsityError or MethodError with
-    a sentence.
+    its own, and budgets; where nothing is pruned, the allocation is uniform. ``budget``: bytes, bits a weight
+    or time a token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern.
+    ``values``: several, such as ``nl4,nl3``, where a budget of bytes or bits chooses one for each layer, all
+    dense. ``seed``: of methods that draw, unless their options have one. Raises PatternError, SparsityError
+    or MethodError with a sentence.
     """
     chosen, pattern_given = seeded(method_name, seed, options or {}), pattern
     wanted = None if budget is None else parse_budget(budget)
@@ -239,10 +239,10 @@ def _check_formats(formats: Sequence[ValueType], budget: Budget | None, pattern:
     names = ",".join(one.name for one in formats)
     if len({one.name for one in formats}) < len(formats):
         raise MethodError(f"values name a format twice: {names}")
-    if budget is None or budget.measure != "bytes":
+    if budget is None or budget.measure == "seconds":
         raise MethodError(
-            f"the values {names} are several, of which each layer gets one: that takes a budget of bytes, "
-            "such as 65MB, and the allocation sensitivity"
+            f"the values {names} are several, of which each layer gets one: that takes a budget of bytes "
+            "or bits, such as 65MB or 3.5bits, and the allocation sensitivity"
         )
     if pattern is not None:
         raise MethodError(

@@ -1,7 +1,8 @@
 """What a compression's budget leaves its layers, and what each of them costs at every sparsity.
 
 A budget of bytes is one of the whole weight file: linears as they are packed, embeddings, head, norms and the
-header. A budget of time is one of a token's products with the linears, as timed on this machine.
+header; one of bits is of the linears alone, on average over their weights. A budget of time is one of a
+token's products with the linears, as timed on this machine.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ Cost = Callable[[Any], float]
 
 @dataclass(frozen=True)
 class Prices:
-    """``costs``: of a layer of each shape by sparsity, or by format where several compete, bytes or seconds;
-    ``beside``: bytes of all that is no linear; ``timings``: what was measured, as JSON; ``fixed``: the
-    pattern's own sparsity, if it has one; ``formats``: those that compete."""
+    """``costs``: of a layer of each shape by sparsity, or by format where several compete: bytes, bits of the
+    average or seconds; ``beside``: bytes of all that is no linear; ``timings``: what was measured, as JSON;
+    ``fixed``: the pattern's own sparsity, if it has one; ``formats``: those that compete."""
 
     budget: Budget
     layers: tuple[LayerInfo, ...]
@@ -65,8 +66,9 @@ class Prices:
         return self.budget.amount - self.beside
 
     def cost(self, layer: LayerInfo, level: Level) -> float:
-        """What ``layer`` costs: bytes, or seconds of a token, which goes to some of a mixture's experts."""
-        return self.costs[layer.shape](level) * (1 if self.budget.measure == "bytes" else layer.reached)
+        """What ``layer`` costs: bytes, bits, or seconds of a token, which goes to some of a mixture's
+        experts."""
+        return self.costs[layer.shape](level) * (layer.reached if self.budget.measure == "seconds" else 1)
 
     def total(self, levels: Mapping[str, Any]) -> float:
         """What all costs with the linears at ``levels`` (None: dense)."""
@@ -114,6 +116,8 @@ class Prices:
             pruned, dense, asked = f"all in {low}", f"in {high}", f"no fewer bits than {high}"
             instead = f"--values {high} is that"
         what = "the weight file takes"
+        if kind == "bits":
+            what = "a weight in the linears takes"
         if kind == "seconds":
             what = "a token's products with the linears take on this machine"
         least, most = amount_text(self.least, kind), amount_text(self.most, kind)
@@ -128,7 +132,7 @@ class Prices:
         )
 
     def record(self, levels: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint says of its budget: bytes at most, or seconds as timed."""
+        """What a checkpoint says of its budget: bytes or bits at most, or seconds as timed."""
         told = {"asked": self.budget.text, "measure": self.budget.measure, "expected": self.total(levels)}
         told |= {"least": self.least, "most": self.most}
         return told if self.timings is None else {**told, "timings": self.timings}
@@ -149,10 +153,14 @@ def find_prices(
     shapes = Counter(layer.shape for layer in layers)
     timings, rest = None, 0.0
     costs: dict[Shape, Cost]
-    if budget.measure == "bytes":
+    if budget.measure != "seconds":
         price = _format_bytes if combination.formats else _bytes_of
         costs = {shape: price(shape, combination) for shape in shapes}
-        rest = float(_bytes_beside(layers, beside, combination))
+        if budget.measure == "bytes":
+            rest = float(_bytes_beside(layers, beside, combination))
+        else:
+            share = 8 / sum(layer.size for layer in layers)
+            costs = {shape: _times(share, cost) for shape, cost in costs.items()}
     else:
         timings = _timings(shapes, combination, fixed, work, progress)
         at = timings["sparsities"]
@@ -235,6 +243,10 @@ def _bytes_of(shape: Shape, combination: Combination) -> Cost:
         return min(dense, sum(most_bytes(plain, kept, c.values, layout, c.group).values()))
 
     return cost
+
+
+def _times(factor: float, cost: Cost) -> Cost:
+    return lambda level: factor * cost(level)
 
 
 def _timings(

@@ -20,15 +20,15 @@ class CompressSettings(BaseModel):
     """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``; a sparsity alone means
     unstructured in the comparison group of the method's paper; sparsity 0 means dense.
 
-    ``budget``: bytes of the weight file (``60MB``) or a token's time in the linears (``2.5ms``), in place of
-    a sparsity; it needs the allocation ``sensitivity``, and N:M patterns then have dense layers beside them.
-    ``values``: of the pruned linears, or several (``nl4,nl3``), of which a budget of bytes chooses one for
-    each layer, all dense; ``head_values``: of embeddings and head, which are never pruned;
-    ``group``: inputs a scale (64 or 32); ``outliers``: inputs with an activation of this size or more keep
-    their columns in bfloat16, at most a share ``outlier_share`` of a layer's (None: all that are so large;
-    alone it takes the largest); ``seqlen`` and ``windows``: of calibration; ``seed``: of those and of
-    methods that draw; ``options``: of the method; ``tune``: a tuning method that wins quality back block by
-    block, with ``tune_options``.
+    ``budget``: bytes of the weight file (``60MB``), bits a weight of the linears (``3.5bits``) or a token's
+    time in the linears (``2.5ms``), in place of a sparsity; it needs the allocation ``sensitivity``, and N:M
+    patterns then have dense layers beside them. ``values``: of the pruned linears, or several (``nl4,nl3``),
+    of which a budget of bytes or bits chooses one for each layer, all dense; ``head_values``: of embeddings
+    and head, which are never pruned; ``group``: inputs a scale (64 or 32); ``outliers``: inputs with an
+    activation of this size or more keep their columns in bfloat16, at most a share ``outlier_share`` of a
+    layer's (None: all that are so large; alone it takes the largest); ``seqlen`` and ``windows``: of
+    calibration; ``seed``: of those and of methods that draw; ``options``: of the method; ``tune``: a tuning
+    method that wins quality back block by block, with ``tune_options``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
