@@ -81,6 +81,15 @@ def test_a_model_in_memory_and_fixed_bytes(tmp_path, made):
         assert torch.equal(exported.get_parameter(name), parameter)
 
 
+def test_how_the_source_was_quantized_is_forgotten(tmp_path, made):
+    model = load_checkpoint(made[0])
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    out = export_dense(model, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert reload(out, torch.bfloat16)
+    assert model.config.quantization_config["quant_method"] == "fp8"
+
+
 def test_head_and_embedding_that_differ_are_both_stored(tmp_path):
     model = tiny_model(num_hidden_layers=1)
     weight = model.lm_head.weight.detach()

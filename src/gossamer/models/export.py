@@ -190,6 +190,8 @@ def _write_config(
     config.architectures = [type(model).__name__]
     if not tied:
         config.tie_word_embeddings = False
+    if hasattr(config, "quantization_config"):  # of the weights that the model was read from
+        del config.quantization_config
     if compression is not None:
         config.quantization_config = compression
     config.save_pretrained(folder)
