@@ -118,11 +118,13 @@ def test_damaged_gradients_are_refused(tmp_path: Path) -> None:
     work = run(tiny_folder(tmp_path / "model"), tmp_path / "work")
     path = next(work.path.glob("*.q_proj.gradient"))
     assert Gradient.read(path, (64, 64)).reached
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(OutputError, match=r"q_proj.gradient is damaged; delete work"):
-        Gradient.read(path, (64, 64))
+    data = path.read_bytes()
+    for damaged in (data[:-5], data[:1000] + bytes([data[1000] ^ 1]) + data[1001:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(OutputError, match=r"q_proj.gradient is damaged; delete work"):
+            Gradient.read(path, (64, 64))
     path.unlink()
-    with pytest.raises(OutputError, match="vanished from work"):
+    with pytest.raises(OutputError, match="vanished from work; delete that"):
         Gradient.read(path, (64, 64))
 
 

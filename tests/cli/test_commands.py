@@ -77,6 +77,17 @@ def test_compress_prints_a_table_and_the_next_command(model: Path, tmp_path: Pat
     assert "magnitude reads no text: --calibration had no effect" in done.out
 
 
+def test_compress_says_where_gradients_are_not_read(model: Path, tmp_path: Path) -> None:
+    kept, plain = tmp_path / "gradients", ("--method", "wanda", "--sparsity", "0.25")
+    for out, method in (("a", "taylor"), ("b", "wanda")):
+        done = run(
+            "compress", model, "-o", tmp_path / out, *SMALL, *plain, "--method", method, "--gradients", kept
+        )
+        assert done.code == 0, done.err
+        assert kept.is_dir()
+        assert ("nothing here reads gradients" in done.out) == (method == "wanda")
+
+
 def test_compress_has_the_defaults_of_the_recipe() -> None:
     given = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     expected = CompressSettings().model_dump()

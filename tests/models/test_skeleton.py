@@ -323,7 +323,7 @@ def test_configs_of_no_decoder_are_refused(tmp_path: Path, config: str) -> None:
 
 
 def test_encoders_are_no_causal_models(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertLMHeadModel
+    from transformers import BertConfig, BertLMHeadModel, RoFormerConfig, RoFormerForCausalLM
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     for decodes in (False, True):
@@ -332,6 +332,9 @@ def test_encoders_are_no_causal_models(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no causal language model: BertLMHeadModel reads .*is_decoder"):
         skeleton(tmp_path / "False")
     assert skeleton(tmp_path / "True").config.is_decoder
+    RoFormerForCausalLM(RoFormerConfig(vocab_size=50, **small)).save_pretrained(tmp_path / "roformer")
+    with pytest.raises(ModelError, match="no causal language model: RoFormer"):
+        skeleton(tmp_path / "roformer")
 
 
 def test_packed_checkpoints_are_told_from_models(tmp_path: Path) -> None:

@@ -297,8 +297,11 @@ def test_kept_gradients_serve_other_runs_on_the_same_text(source: Path, tmp_path
         compress(source, tmp_path / "c", gradients=kept, method="fisher", **other)
     assert (kept / "state.json").exists()
     assert not (tmp_path / "c.work").exists()
-    with pytest.raises(OutputError, match="keep the gradients elsewhere"):
-        compress(source, tmp_path / "c", gradients=tmp_path / "c", method="fisher", **SMALL)
+    apart = [("c", "c"), ("c/sub", "c"), ("c.work", "c"), ("c.work/gradients", "c"), ("c", "c/out")]
+    for where, out in apart:
+        with pytest.raises(OutputError, match="keep the gradients elsewhere"):
+            compress(source, tmp_path / out, gradients=tmp_path / where, method="fisher", **SMALL)
+    assert not (tmp_path / "c").exists()
     compress(source, tmp_path / "d", gradients=tmp_path / "none", sparsity=0.5, **SMALL)
     assert not (tmp_path / "none").exists()  # nobody asked for gradients
 

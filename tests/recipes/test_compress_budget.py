@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,7 +23,7 @@ from gossamer.recipes.compress import compress
 from gossamer.recipes.compress_budget import TIMED, find_prices
 from gossamer.recipes.describe import describe_checkpoint
 from gossamer.sparse import mask_from_scores
-from gossamer.sparse.allocate import LayerInfo
+from gossamer.sparse.allocate import LayerInfo, least_error_formats
 from gossamer.sparse.budget import parse_budget
 from tiny import tiny_folder
 
@@ -151,8 +152,37 @@ def test_bits_are_those_of_the_linears(settings: dict[str, Any], source: Path, t
     assert told["measure"] == "bits"
     assert 3.4 < found.linear_bits <= told["expected"] + 1e-9 <= 3.8 + 2e-9
     assert told["least"] < 3.8 < told["most"] == pytest.approx(4.25)
+    whole = compress(source, tmp_path / "whole", budget="4.25bits", **{**SMALL, **settings})
+    assert describe_checkpoint(whole.path).linear_bits == pytest.approx(4.25)
     with pytest.raises(MethodError, match=r"9bits asks for no .*: a weight in the linears takes 4.25 bits"):
         compress(source, tmp_path / "more", budget="9bits", **{**SMALL, **settings})
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(576, 576), (192, 576), (1536, 576)], [(960, 960), (320, 960), (64, 2560)]]
+)
+@pytest.mark.parametrize(("values", "group"), [("nl4,nl3", 32), ("int8,nl4", 64), ("nl4,nl3", 64)])
+def test_budgets_at_the_very_ends(
+    shapes: list[tuple[int, int]], values: str, group: int, tmp_path: Path
+) -> None:
+    layers = [LayerInfo(f"{i}", shape) for i, shape in enumerate(shapes * 30)]
+
+    def prices(budget: str) -> compress_budget.Prices:
+        c = check_combination("obs", allocation_name="sensitivity", values=values, group=group, budget=budget)
+        assert c.budget is not None
+        return find_prices(c.budget, c, layers, {}, tmp_path, lambda *told: None)
+
+    more = 16 / group  # of a scale
+    for name in values.split(","):
+        bits = {"nl3": 3, "nl4": 4, "int8": 8}[name] + more
+        found = prices(f"{bits}bits")
+        split = least_error_formats([_with(found, layer, values) for layer in layers], found.left)
+        assert set(split.values()) == {name}
+
+
+def _with(prices: compress_budget.Prices, layer: LayerInfo, values: str) -> LayerInfo:
+    formats = [(name, prices.cost(layer, name), float(index)) for index, name in enumerate(values.split(","))]
+    return replace(layer, formats=tuple(formats))
 
 
 def test_formats_are_tuned_and_resumed(source: Path, tmp_path: Path) -> None:
@@ -198,6 +228,7 @@ def test_layers_that_lose_most_get_the_finer_format(source: Path, tmp_path: Path
     ("settings", "says"),
     [
         ({"values": "nl4,nl3"}, "takes a budget of bytes"),
+        ({"values": "nl4,nl3", "allocation": "sensitivity"}, "takes a budget of bytes"),
         ({"values": "nl4,nl3", "sparsity": 0.5}, "takes a budget of bytes"),
         ({"values": "nl4,nl3", "budget": "2ms"}, "takes a budget of bytes"),
         ({"values": "nl4,nl4", "budget": "60kB"}, "twice"),
@@ -207,7 +238,10 @@ def test_layers_that_lose_most_get_the_finer_format(source: Path, tmp_path: Path
             {"values": "nl4,nl3", "budget": "10kB"},
             r"out of reach: .*\(all in nl3\) to .* \(all in nl4\); all but linears takes .* kB",
         ),
-        ({"values": "nl3,nl4", "budget": "1MB"}, "no fewer bits than nl4: .*; --values nl4 is that"),
+        (
+            {"values": "nl3,nl4", "budget": "1MB"},
+            "no fewer bits than nl4: .*; --values nl4 --sparsity 0 is that",
+        ),
     ],
 )
 def test_formats_that_cannot_be_chosen_from(

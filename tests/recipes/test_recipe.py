@@ -34,6 +34,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+MIXED: dict[str, Any] = {
+    "values": "nl4,nl3", "allocation": "sensitivity", "budget": "3.5bits", "seqlen": 32, "windows": 4,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
@@ -142,12 +147,23 @@ def test_changes_reach_into_settings() -> None:
         ),
         ({"tune.method": "maskllm"}, "maskllm tunes floats, and compress makes int4"),
         ({"tune.method": "scales", "compress.values": "bf16"}, "scales tunes integers, and compress makes"),
+        (
+            {"tune.method": "scales", "compress": {**MIXED, "values": "nl4,bf16"}},
+            "scales tunes integers, and compress makes nl4,bf16",
+        ),
+        ({"tune.values": "int4", "compress": {**MIXED, "values": "bf16,nl4"}}, "round a second time"),
+        ({"tune.method": "jackpot", "compress": {**MIXED, "values": "bf16,float32"}}, "prunes nothing"),
         ({"tune.method": "jackpot", "compress": {"values": "bf16", "sparsity": 0.0}}, "prunes nothing"),
     ],
 )
 def test_settings_that_are_wrong_alone_or_together(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(GossamerError, match=says):
         read_recipe(SMALL, changes)
+
+
+def test_formats_by_layer_are_tuned_as_one_is() -> None:
+    found = read_recipe(SMALL, {"tune.method": "scales", "compress": MIXED})
+    assert [one.name for one in found.compress.combination().stored] == ["nl4", "nl3"]
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

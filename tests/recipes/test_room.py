@@ -42,7 +42,9 @@ def test_a_run_takes_what_was_asked_for(name: str, tmp_path: Path, monkeypatch: 
         replace(old, new)
 
     monkeypatch.setattr(os, "replace", watched)
-    monkeypatch.setattr("gossamer.recipes.compress.check_room", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr(
+        "gossamer.recipes.compress.check_room", lambda needed: asked.append(sum(needed.values()))
+    )
     compress(source, out, **{**SMALL, **RUNS[name]})
     assert 0.5 * peak[0] < max(asked) <= peak[0]
 
@@ -57,9 +59,34 @@ def test_a_full_disk_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest
     assert not stages
     assert not (tmp_path / "out.work").exists()
     kept = tmp_path / "kept" / "gradients"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000 if path == tmp_path else 10**9))
     with pytest.raises(OutputError, match=r"bytes are needed in .*gradients, 1,000 are free"):
         compress(source, out, method="fisher", sparsity=0.5, gradients=kept, **SMALL)
+    assert not kept.exists()
+
+
+def test_what_was_begun_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out, kept = tiny_folder(tmp_path / "model"), tmp_path / "out", tmp_path / "gradients"
+    settings = {**SMALL, "windows": 64, "method": "fisher", "sparsity": 0.5, "gradients": kept}
+    asked: list[dict[str, int]] = []
+
+    def note(needed: dict[Path, int]) -> None:
+        asked.append({path.name: amount for path, amount in needed.items()})
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "pruning" and done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.recipes.compress.check_room", note)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, out, progress=stop, **settings)
+    assert [set(one) for one in asked] == [{"gradients"}, {"out.work", "gradients"}]
+    assert asked[0]["gradients"] > 3 * asked[1]["gradients"]  # streams, and then sums alone
+    assert used(kept) == pytest.approx(asked[1]["gradients"], rel=0.1)
+    asked.clear()
+    assert compress(source, out, **settings).resumed
+    assert not asked
+    compress(source, tmp_path / "other", **{**settings, "method": "taylor"})
+    assert [set(one) for one in asked] == [{"other.work", "gradients"}]
 
 
 def test_what_lies_there_already_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +94,11 @@ def test_what_lies_there_already_counts(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
     (tmp_path / "work" / "gradients").mkdir(parents=True)
     (tmp_path / "work" / "gradients" / "a").write_bytes(b"0" * 500)
-    room.check_room(tmp_path / "work", 1500)
+    work, other = tmp_path / "work", tmp_path / "none" / "work"
+    room.check_room({work: 1500})
     with pytest.raises(OutputError, match="at least 1,001 bytes"):
-        room.check_room(tmp_path / "work", 1501)
-    room.check_room(tmp_path / "none" / "work", 1000)
+        room.check_room({work: 1501})
+    room.check_room({other: 1000})
+    room.check_room({work: 900, other: 600})
+    with pytest.raises(OutputError, match=r"at least 1,001 bytes are needed in .*work and .*none.work"):
+        room.check_room({work: 901, other: 600})  # of one disk

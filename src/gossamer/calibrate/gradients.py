@@ -9,6 +9,7 @@ sums, 8 bytes a weight.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -87,7 +88,8 @@ class Gradient(Statistic):
     def to_bytes(self) -> bytes:
         assert self.outputs is not None
         parts = (self.mean, self.squares, self.outputs, torch.tensor([float(self.reached)]))
-        return b"".join(part.numpy().tobytes() for part in parts)
+        data = b"".join(part.numpy().tobytes() for part in parts)
+        return data + zlib.crc32(data).to_bytes(4, "little")
 
     @classmethod
     def read(cls, path: Path, shape: tuple[int, int]) -> Gradient:
@@ -97,10 +99,13 @@ class Gradient(Statistic):
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise OutputError(f"{path.name} vanished from {path.parent.name}") from error
-        if len(data) != 4 * sum(lengths):
+            raise OutputError(
+                f"{path.name} vanished from {path.parent.name}; delete that to make it anew"
+            ) from error
+        whole, crc = memoryview(data)[:-4], int.from_bytes(data[-4:], "little")
+        if len(whole) != 4 * sum(lengths) or zlib.crc32(whole) != crc:
             raise OutputError(f"{path.name} is damaged; delete {path.parent.name}")
-        numbers = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        numbers = torch.frombuffer(bytearray(whole), dtype=torch.float32)
         mean, squares, outputs, reached = torch.split(numbers, lengths)
         return cls(mean.reshape(shape), squares.reshape(shape), outputs, bool(reached))
 

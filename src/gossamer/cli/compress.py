@@ -176,7 +176,7 @@ def compress(
     notes = [SMOKE] if calibrated.get("smoke_test") else []
     if calibration is not None and not calibrated:
         notes.append(f"{method} reads no text: --calibration had no effect")
-    if gradients is not None and not gradients.exists():
+    if gradients is not None and not made.gradients:
         notes.append("nothing here reads gradients: --gradients had no effect")
     show.facts(f"{made.path}", rows, [*notes, f"next: {following}"])
 

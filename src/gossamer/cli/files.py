@@ -126,7 +126,7 @@ def checkpoint_rows(found: CheckpointFacts) -> list[tuple[str, str]]:
             "bytes": "of weights on disk",
             "bits": "a weight in the linears",
             "seconds": "a token in the linears, as timed",
-        }[budget["measure"]]
+        }.get(str(budget.get("measure")), "")
         rows.append(("budget", f"{budget.get('asked')} {of}"))
         if found.sparsity is not None:
             rows.append(("sparsity", f"{show.percent(found.sparsity)} of {found.sparsity_of}"))

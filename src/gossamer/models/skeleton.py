@@ -162,8 +162,8 @@ def empty_model(folder: Path) -> PreTrainedModel:
         ) from error
     if unknown := [key for key, value in _numbers(config.to_dict()) if value != value]:
         raise ModelError(f"the config of {name} is damaged: {unknown[0]} is no number (NaN)")
-    causal = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
-    if causal == {False} and getattr(model.config, "is_decoder", True) is False:
+    decodes = {module.is_decoder for module in model.modules() if hasattr(module, "is_decoder")}
+    if False in decodes and not getattr(model.config, "is_decoder", True):
         raise ModelError(
             f"{name} is no causal language model: {type(model).__name__} reads a text in both directions "
             "(is_decoder is false in config.json); gossamer.sparsify takes any PyTorch model"

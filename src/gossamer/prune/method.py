@@ -154,6 +154,11 @@ class Combination:
     formats: tuple[ValueType, ...] = ()
 
     @property
+    def stored(self) -> tuple[ValueType, ...]:
+        """All formats that layers may get."""
+        return self.formats or (self.values,)
+
+    @property
     def prunes(self) -> bool:
         """Whether anything may be pruned."""
         return (self.budget is not None and not self.formats) or self.sparsity > 0
@@ -184,8 +189,11 @@ def check_combination(
     dense. ``seed``: of methods that draw, unless their options have one. Raises PatternError, SparsityError
     or MethodError with a sentence.
     """
-    chosen, pattern_given = seeded(method_name, seed, options or {}), pattern
+    chosen = seeded(method_name, seed, options or {})
     wanted = None if budget is None else parse_budget(budget)
+    formats = value_types(values)
+    if len(formats) > 1:
+        _check_formats(formats, wanted, pattern)
     if wanted is not None and allocation_name != "sensitivity":
         raise MethodError(
             f"the budget {wanted} is split by what each layer's pruning costs: it needs the allocation "
@@ -223,9 +231,6 @@ def check_combination(
             f"{pattern} gives every row the same sparsity, and the allocation global lets rows compete: use "
             "the comparison group model"
         )
-    formats = value_types(values)
-    if len(formats) > 1:
-        _check_formats(formats, wanted, pattern_given)
     if group not in (32, 64):
         raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
     if sparsity == 0 and wanted is None:

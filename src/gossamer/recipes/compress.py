@@ -63,11 +63,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Compressed:
-    """The finished checkpoint, and how it was made (as in its gossamer.json)."""
+    """The finished checkpoint, and how it was made (as in its gossamer.json); ``gradients``: whether any were
+    read."""
 
     path: Path
     made: dict[str, Any]
     resumed: bool
+    gradients: bool = False
 
 
 def compress(
@@ -94,8 +96,8 @@ def compress(
     combination, tuned_by = chosen.combination(), chosen.tuner()
     out = Path(out)
     check_free(out)
-    if gradients is not None and Path(gradients).resolve() == out.resolve():
-        raise OutputError(f"{out} is where the checkpoint goes: keep the gradients elsewhere")
+    if gradients is not None:
+        _check_apart(Path(gradients), out)
     if tokenizer is not None and isinstance(model, (str, Path)):
         raise ModelError(f"a tokenizer goes with a model in memory, and {model} is read with its own")
 
@@ -107,6 +109,15 @@ def compress(
         with _saved(model, tokenizer, out) as folder:
             return job(folder).run()
     return job(resolve(str(model), progress=progress)).run()
+
+
+def _check_apart(gradients: Path, out: Path) -> None:
+    kept = gradients.resolve()
+    for place in (out.resolve(), work_of(out).resolve()):
+        if kept.is_relative_to(place) or place.is_relative_to(kept):
+            raise OutputError(
+                f"{gradients} and {place.name} lie in one another: keep the gradients elsewhere"
+            )
 
 
 @contextmanager
@@ -162,19 +173,7 @@ class _Job:
     def run(self) -> Compressed:
         with self.work:
             check_free(self.out)  # another run may have made it while this one read its text
-            self._check_room()
             return self._run()
-
-    def _check_room(self) -> None:
-        hidden = self.model.get_input_embeddings().weight.shape[-1]
-        edges = sum(self.model.get_parameter(name).numel() for name in self._edges())
-        passed, left = gradient_bytes(self.settings, self.layers, hidden)
-        walked = walk_bytes(self.settings, self.layers, hidden, edges)
-        if self.kept_gradients is None:
-            check_room(self.work.path, max(passed, left + walked))
-        else:
-            check_room(self.work.path, walked)
-            check_room(self.kept_gradients, passed)
 
     def _run(self) -> Compressed:
         resumed = self.work.resumed
@@ -195,7 +194,7 @@ class _Job:
         made = self._made()
         self._write(made)
         self.work.remove()
-        return Compressed(self.out, made, resumed)
+        return Compressed(self.out, made, resumed, self.gradients is not None)
 
     def _walk(
         self, work: WorkFolder, stage: str, needs: Needs, *, targets: bool = False, head: Needs = ()
@@ -222,13 +221,30 @@ class _Job:
         }
 
     def _gather(self) -> None:
-        """The gradient pass over the dense model, where method or allocation needs one."""
-        if Gradient in self.needs:
-            assert self.windows is not None
-            inputs = {key: value for key, value in self.work.fingerprint.items() if key != "settings"}
-            self.gradients = WorkFolder(self.kept_gradients or self.work.path / "gradients", inputs)
-            with self.gradients:
-                gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
+        """The gradient pass over the dense model, where method or allocation needs one; before it the room
+        that the run takes."""
+        if Gradient not in self.needs:
+            return self._check_room()
+        assert self.windows is not None
+        inputs = {key: value for key, value in self.work.fingerprint.items() if key != "settings"}
+        inputs["windows"] = list(self.windows.shape)
+        self.gradients = WorkFolder(self.kept_gradients or self.work.path / "gradients", inputs)
+        with self.gradients:
+            self._check_room()
+            gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
+
+    def _check_room(self) -> None:
+        """Of a run that begins; one that goes on has had it, and needs less."""
+        if self.work.next_block > 0:
+            return
+        hidden = self.model.get_input_embeddings().weight.shape[-1]
+        edges = sum(self.model.get_parameter(name).numel() for name in self._edges())
+        passed, left = gradient_bytes(self.settings, self.layers, hidden)
+        walked = walk_bytes(self.settings, self.layers, hidden, edges)
+        work, kept = self.work.path, self.kept_gradients
+        if self.gradients is not None and self.gradients.next_block == 0:
+            check_room({kept or work: passed})
+        check_room({work: left + walked} if kept is None else {work: walked, kept: left})
 
     def _prices(self) -> Prices | None:
         """What layers cost, where there is a budget, which is in reach then; timed once for all runs."""

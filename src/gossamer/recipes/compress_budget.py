@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SPARSEST = 0.95  # of every layer: the least that a budget may ask for
 TIMED = (0.25, 0.5, 0.75, SPARSEST)  # sparsities at which products are timed, and straight lines between
+ROUNDED = 1 + 1e-9  # sums of times and bits are
 TIMINGS = "timings.json"  # in the work folder, so that a resumed run has the same
 
 Shape = tuple[int, ...]
@@ -48,9 +49,10 @@ Cost = Callable[[Any], float]
 
 @dataclass(frozen=True)
 class Prices:
-    """``costs``: of a layer of each shape by sparsity, or by format where several compete: bytes, bits of the
-    average or seconds; ``beside``: bytes of all that is no linear; ``timings``: what was measured, as JSON;
-    ``fixed``: the pattern's own sparsity, if it has one; ``formats``: those that compete."""
+    """``costs``: of a layer of each shape by sparsity, or by format where several compete, bytes or seconds,
+    of which the budget's unit is ``unit``; ``beside``: bytes of all that is no linear; ``timings``: what was
+    measured, as JSON; ``fixed``: the pattern's own sparsity, if it has one; ``formats``: those that
+    compete."""
 
     budget: Budget
     layers: tuple[LayerInfo, ...]
@@ -59,15 +61,21 @@ class Prices:
     timings: Any = None
     fixed: float | None = None
     formats: tuple[str, ...] = ()
+    unit: float = 1.0
+
+    @property
+    def amount(self) -> float:
+        """What all may cost together."""
+        exact = self.budget.amount * self.unit
+        return exact if self.budget.measure == "bytes" else exact * ROUNDED
 
     @property
     def left(self) -> float:
         """What the linears may cost together."""
-        return self.budget.amount - self.beside
+        return self.amount - self.beside
 
     def cost(self, layer: LayerInfo, level: Level) -> float:
-        """What ``layer`` costs: bytes, bits, or seconds of a token, which goes to some of a mixture's
-        experts."""
+        """What ``layer`` costs: bytes, or seconds of a token, which goes to some of a mixture's experts."""
         return self.costs[layer.shape](level) * (layer.reached if self.budget.measure == "seconds" else 1)
 
     def total(self, levels: Mapping[str, Any]) -> float:
@@ -100,13 +108,13 @@ class Prices:
         low, high = -1, round(SPARSEST * 10_000)
         while high - low > 1:
             middle = (low + high) // 2
-            kept = self.uniform(middle / 10_000) <= self.budget.amount
+            kept = self.uniform(middle / 10_000) <= self.amount
             low, high = (low, middle) if kept else (middle, high)
         return high / 10_000
 
     def check(self) -> None:
         """Raises MethodError where the budget is out of reach, with what is in reach."""
-        if self.least <= self.budget.amount <= self.most:
+        if self.least <= self.amount <= self.most * ROUNDED**2:
             return
         kind, dense, instead = self.budget.measure, "dense", "--sparsity 0 quantizes only"
         pruned = f"all pruned to {100 * SPARSEST:g} %" if self.fixed is None else "all in the pattern"
@@ -114,14 +122,14 @@ class Prices:
         if self.formats:
             low, high = self.ends
             pruned, dense, asked = f"all in {low}", f"in {high}", f"no fewer bits than {high}"
-            instead = f"--values {high} is that"
+            instead = f"--values {high} --sparsity 0 is that"
         what = "the weight file takes"
         if kind == "bits":
             what = "a weight in the linears takes"
         if kind == "seconds":
             what = "a token's products with the linears take on this machine"
-        least, most = amount_text(self.least, kind), amount_text(self.most, kind)
-        if self.budget.amount > self.most:
+        least, most = (amount_text(amount / self.unit, kind) for amount in (self.least, self.most))
+        if self.amount > self.most:
             raise MethodError(
                 f"the budget {self.budget} asks for {asked}: {what} {most} with all layers {dense}; {instead}"
             )
@@ -133,8 +141,9 @@ class Prices:
 
     def record(self, levels: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint says of its budget: bytes or bits at most, or seconds as timed."""
-        told = {"asked": self.budget.text, "measure": self.budget.measure, "expected": self.total(levels)}
-        told |= {"least": self.least, "most": self.most}
+        told: dict[str, Any] = {"asked": self.budget.text, "measure": self.budget.measure}
+        found = {"expected": self.total(levels), "least": self.least, "most": self.most}
+        told |= {name: amount / self.unit for name, amount in found.items()}
         return told if self.timings is None else {**told, "timings": self.timings}
 
 
@@ -151,7 +160,7 @@ def find_prices(
     budget is out of reach."""
     fixed = combination.pattern.sparsity if isinstance(combination.pattern, NM) else None
     shapes = Counter(layer.shape for layer in layers)
-    timings, rest = None, 0.0
+    timings, rest, unit = None, 0.0, 1.0
     costs: dict[Shape, Cost]
     if budget.measure != "seconds":
         price = _format_bytes if combination.formats else _bytes_of
@@ -159,14 +168,13 @@ def find_prices(
         if budget.measure == "bytes":
             rest = float(_bytes_beside(layers, beside, combination))
         else:
-            share = 8 / sum(layer.size for layer in layers)
-            costs = {shape: _times(share, cost) for shape, cost in costs.items()}
+            unit = sum(layer.size for layer in layers) / 8
     else:
         timings = _timings(shapes, combination, fixed, work, progress)
         at = timings["sparsities"]
         costs = {tuple(one["shape"]): _seconds_of(at, one["seconds"]) for one in timings["products"]}
     formats = tuple(values.name for values in combination.formats)
-    prices = Prices(budget, tuple(layers), costs, rest, timings, fixed, formats)
+    prices = Prices(budget, tuple(layers), costs, rest, timings, fixed, formats, unit)
     prices.check()
     return prices
 
@@ -205,7 +213,7 @@ def _sections(name: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 def _bytes_beside(layers: Sequence[LayerInfo], beside: Mapping[str, Tensor], combination: Combination) -> int:
     """Bytes of the weight file without the linears, its header with their names included."""
     layout, found = "dense" if combination.formats else "bitmap", 0
-    for values in combination.formats or (combination.values,):
+    for values in combination.stored:
         linears: dict[str, Tensor] = {}
         for layer in layers:
             sizes = most_bytes(_plain(layer.shape), layer.size, values, layout, combination.group)
@@ -243,10 +251,6 @@ def _bytes_of(shape: Shape, combination: Combination) -> Cost:
         return min(dense, sum(most_bytes(plain, kept, c.values, layout, c.group).values()))
 
     return cost
-
-
-def _times(factor: float, cost: Cost) -> Cost:
-    return lambda level: factor * cost(level)
 
 
 def _timings(

@@ -53,7 +53,7 @@ class Bench:
         self.block = self.parts.blocks[0]
         self.layers = prunable(self.block)
         self.combination = prepared.recipe.compress.combination()
-        if self.combination.budget is not None and self.combination.sparsity == 0:
+        if self.combination.prunes and self.combination.sparsity == 0:
             self.combination = replace(self.combination, sparsity=0.5)  # not known yet, and hardly matters
         self.threads = torch.get_num_threads()
         self.team = 1.0 if self.threads == 1 else SHARED * self.threads

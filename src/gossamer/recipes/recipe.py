@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gossamer.errors import MethodError, RecipeError
-from gossamer.matrices.values import value_type
+from gossamer.matrices.values import value_types
 from gossamer.paths import expanded
 from gossamer.prune.method import Combination
 from gossamer.recipes.compress_settings import CompressSettings
@@ -87,7 +87,7 @@ class Recipe(BaseModel):
                 f"the loss {states[0]} pairs the blocks of model and teacher, and shrink takes some away: "
                 "use losses of what comes out (kl, task)"
             )
-        if self.tune.values is not None and combination.values.is_integer:
+        if self.tune.values is not None and any(one.is_integer for one in combination.stored):
             raise MethodError(
                 f"compress makes {self.compress.values}, which tune.values would round a second time: "
                 "compress to bf16, or leave tune.values out"
@@ -96,8 +96,9 @@ class Recipe(BaseModel):
     def _check_way(self, tune: FinetuneSettings, combination: Combination) -> None:
         """Whether the way to tune takes what compress makes."""
         kind, values = tune.weights(), tune.values or self.compress.values
+        integers = {one.is_integer for one in value_types(values)}
         chosen = kind.chosen(kind.within(str(combination.pattern), tune.options))
-        if kind.takes != "any" and value_type(values).is_integer != (kind.takes == "integers"):
+        if kind.takes != "any" and integers != {kind.takes == "integers"}:
             raise MethodError(f"the method {tune.method} tunes {kind.takes}, and compress makes {values}")
         if kind.needs_masks and not combination.prunes:
             raise MethodError(f"the method {tune.method} moves masks, and compress prunes nothing")

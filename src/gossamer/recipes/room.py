@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gossamer.calibrate import Gradient, fast_dtype
@@ -33,13 +34,13 @@ def walk_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: 
     """At the peak of all else: hidden states before and behind a block, the finished layers, and at the end
     the checkpoint beside them. ``edges``: weights of embedding and head."""
     combination, tuned = settings.combination(), settings.tune is not None
-    formats = combination.formats or (combination.values,)
     kept = LEAST_KEPT if combination.budget is not None and combination.prunes else 1 - combination.sparsity
     weights = kept * sum(math.prod(layer.shape) for layer in layers)
-    inner = weights * min(values.bits for values in formats) / 8
+    inner = weights * min(values.bits for values in combination.stored) / 8
     outer = edges * value_type(settings.head_values).bits / 8
     reads = tuned or any(kind.passes == "streaming" for kind in settings.layer_needs())
-    streams = (4 if tuned else 2) * reads * _stream(settings, hidden)
+    beside = min(2, len({layer.block for layer in layers}))  # what the last block gives is not kept
+    streams = (2 if tuned else 1) * beside * reads * _stream(settings, hidden)
     return int(max(streams + inner, 2 * (inner + outer)))
 
 
@@ -47,14 +48,31 @@ def _stream(settings: CompressSettings, hidden: int) -> int:
     return settings.windows * settings.seqlen * hidden * fast_dtype().itemsize
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises OutputError where the disk of ``folder`` has no room for ``needed`` bytes, those that lie in it
-    already among them."""
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    free = shutil.disk_usage(place).free
-    if needed > held + free:
-        raise OutputError(
-            f"at least {needed - held:,} bytes are needed in {folder}, {free:,} are free on that disk; make "
-            "room there or name another output"
-        )
+def check_room(needed: Mapping[Path, int]) -> None:
+    """Raises OutputError where a disk has no room for the bytes ``needed`` at one time in folders that do not
+    lie in one another; what lies there already is among them."""
+    disks: dict[int, list[Path]] = {}
+    for folder in needed:
+        disks.setdefault(_place(folder).stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        more = sum(needed[folder] for folder in folders) - sum(map(_held, folders))
+        free = shutil.disk_usage(_place(folders[0])).free
+        if more > free:
+            places = " and ".join(map(str, folders))
+            raise OutputError(
+                f"at least {more:,} bytes are needed in {places}, {free:,} are free on that disk; make room "
+                "there or name another output"
+            )
+
+
+def _place(folder: Path) -> Path:
+    """The folder itself, or the first above it that is there."""
+    return next(one for one in (folder, *folder.absolute().parents) if one.exists())
+
+
+def _held(folder: Path) -> int:
+    held = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another run may be done with it
+            held += path.stat().st_size if path.is_file() else 0
+    return held

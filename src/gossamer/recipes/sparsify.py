@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gossamer.calibrate import Gradient
 from gossamer.calibrate.modules import Batch, Loss, Waves, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
+from gossamer.matrices.values import value_types
 from gossamer.models.place import takes_matrix
 from gossamer.models.walk import is_router
 from gossamer.nn import StructuredLinear, replace_module
@@ -97,6 +98,8 @@ def sparsify(
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"sparsify takes a PyTorch module, not {model!r}: compress takes models on disk")
+    if len(value_types(values)) > 1:
+        raise MethodError(f"sparsify stores all weights in one format, not in {values}")
     combination = check_combination(
         method,
         pattern=DEFAULT_PATTERN if pattern is None and sparsity is None else pattern,
