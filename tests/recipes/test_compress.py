@@ -297,6 +297,10 @@ def test_kept_gradients_serve_other_runs_on_the_same_text(source: Path, tmp_path
         compress(source, tmp_path / "c", gradients=kept, method="fisher", **other)
     assert (kept / "state.json").exists()
     assert not (tmp_path / "c.work").exists()
+    same = {**SMALL, "method": "fisher", "sparsity": 0.5, "calibration": ["cat " * 5000]}
+    compress(source, tmp_path / "e", gradients=tmp_path / "cats", **same)
+    with pytest.raises(ResumeError, match="it differs in calibration"):  # the same tokens in other windows
+        compress(source, tmp_path / "f", gradients=tmp_path / "cats", **{**same, "windows": 8, "seqlen": 24})
     apart = [("c", "c"), ("c/sub", "c"), ("c.work", "c"), ("c.work/gradients", "c"), ("c", "c/out")]
     for where, out in apart:
         with pytest.raises(OutputError, match="keep the gradients elsewhere"):

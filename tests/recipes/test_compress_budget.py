@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -181,8 +182,8 @@ def test_budgets_at_the_very_ends(
 
 
 def _with(prices: compress_budget.Prices, layer: LayerInfo, values: str) -> LayerInfo:
-    formats = [(name, prices.cost(layer, name), float(index)) for index, name in enumerate(values.split(","))]
-    return replace(layer, formats=tuple(formats))
+    formats = tuple((name, float(index)) for index, name in enumerate(values.split(",")))
+    return replace(layer, formats=formats, costs=partial(prices.cost, layer))
 
 
 def test_formats_are_tuned_and_resumed(source: Path, tmp_path: Path) -> None:
@@ -217,7 +218,9 @@ def test_layers_that_lose_most_get_the_finer_format(source: Path, tmp_path: Path
         done = compress(source, tmp_path / "out", budget="72kB", **{**SMALL, **MIXED})
     saved: dict[str, list[float]] = {"nl4": [], "nl3": []}  # the loss for each byte that nl3 saves
     for layer in done.made["layers"]:
-        (_, fine, low), (_, coarse, high) = seen[layer["name"]].formats
+        info = seen[layer["name"]]
+        (_, low), (_, high) = info.formats
+        fine, coarse = info.cost("nl4"), info.cost("nl3")
         assert fine > coarse
         saved[layer["values"]].append((high - low) / (fine - coarse))
     ordered = sorted(saved["nl3"] + saved["nl4"])

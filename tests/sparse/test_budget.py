@@ -118,16 +118,20 @@ def test_formats_are_within_one_step_of_the_best(seed: int, count: int, share: f
     shuffled = np.random.default_rng(seed)
     infos = []
     for index, levels in enumerate(layers):
-        formats = [(f"format {at}", cost, error) for at, (_, cost, error) in enumerate(levels)]
+        formats = [(f"format {at}", error) for at, (*_, error) in enumerate(levels)]
+        costs = {f"format {at}": cost for at, (_, cost, _) in enumerate(levels)}
         order = shuffled.permutation(len(formats))
-        infos.append(LayerInfo(f"{index}", (10, 10), formats=tuple(formats[at] for at in order)))
+        infos.append(
+            LayerInfo(
+                f"{index}", (10, 10), formats=tuple(formats[at] for at in order), costs=costs.__getitem__
+            )
+        )
     most = sum(levels[0][1] for levels in layers)
     least = sum(levels[-1][1] for levels in layers)
     budget = least + share * (most - least) + 1e-6
     split = least_error_formats(infos, budget)
-    chosen = [next(one for one in la.formats if one[0] == split[la.name]) for la in infos]
-    assert sum(cost for _, cost, _ in chosen) <= budget * (1 + 1e-9)
-    error, best = sum(error for *_, error in chosen), exact(layers, budget)
+    assert sum(la.cost(split[la.name]) for la in infos) <= budget * (1 + 1e-9)
+    error, best = sum(dict(la.formats)[split[la.name]] for la in infos), exact(layers, budget)
     step = max(error for levels in layers for *_, error in levels)
     assert best - 1e-9 <= error <= best + step + 1e-9
     with pytest.raises(MethodError, match="cost at least"):

@@ -227,7 +227,6 @@ class _Job:
             return self._check_room()
         assert self.windows is not None
         inputs = {key: value for key, value in self.work.fingerprint.items() if key != "settings"}
-        inputs["windows"] = list(self.windows.shape)
         self.gradients = WorkFolder(self.kept_gradients or self.work.path / "gradients", inputs)
         with self.gradients:
             self._check_room()

@@ -43,7 +43,7 @@ ROUNDED = 1 + 1e-9  # sums of times and bits are
 TIMINGS = "timings.json"  # in the work folder, so that a resumed run has the same
 
 Shape = tuple[int, ...]
-Level = float | str  # a sparsity, or one of the formats that compete
+Choice = float | str  # a sparsity, or one of the formats that compete
 Cost = Callable[[Any], float]
 
 
@@ -74,21 +74,21 @@ class Prices:
         """What the linears may cost together."""
         return self.amount - self.beside
 
-    def cost(self, layer: LayerInfo, level: Level) -> float:
+    def cost(self, layer: LayerInfo, choice: Choice) -> float:
         """What ``layer`` costs: bytes, or seconds of a token, which goes to some of a mixture's experts."""
-        return self.costs[layer.shape](level) * (layer.reached if self.budget.measure == "seconds" else 1)
+        return self.costs[layer.shape](choice) * (layer.reached if self.budget.measure == "seconds" else 1)
 
-    def total(self, levels: Mapping[str, Any]) -> float:
-        """What all costs with the linears at ``levels`` (None: dense)."""
-        return self.beside + math.fsum(self.cost(layer, levels[layer.name] or 0.0) for layer in self.layers)
+    def total(self, choices: Mapping[str, Any]) -> float:
+        """What all costs with ``choices`` of the linears (None: dense)."""
+        return self.beside + math.fsum(self.cost(layer, choices[layer.name] or 0.0) for layer in self.layers)
 
-    def uniform(self, level: Level) -> float:
-        """What all costs with every linear at ``level``."""
-        return self.total({layer.name: level for layer in self.layers})
+    def uniform(self, choice: Choice) -> float:
+        """What all costs with the same ``choice`` of every linear."""
+        return self.total({layer.name: choice for layer in self.layers})
 
     @property
-    def ends(self) -> tuple[Level, Level]:
-        """The level at which all costs least, and that at which it costs most."""
+    def ends(self) -> tuple[Choice, Choice]:
+        """The choice with which all costs least, and that with which it costs most."""
         if self.formats:
             return min(self.formats, key=self.uniform), max(self.formats, key=self.uniform)
         return SPARSEST if self.fixed is None else self.fixed, 0.0
@@ -139,10 +139,10 @@ class Prices:
             f"{what} from {least} ({pruned}) to {most} (all {dense}){rest}"
         )
 
-    def record(self, levels: Mapping[str, Any]) -> dict[str, Any]:
+    def record(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint says of its budget: bytes or bits at most, or seconds as timed."""
         told: dict[str, Any] = {"asked": self.budget.text, "measure": self.budget.measure}
-        found = {"expected": self.total(levels), "least": self.least, "most": self.most}
+        found = {"expected": self.total(choices), "least": self.least, "most": self.most}
         told |= {name: amount / self.unit for name, amount in found.items()}
         return told if self.timings is None else {**told, "timings": self.timings}
 

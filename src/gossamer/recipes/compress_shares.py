@@ -71,20 +71,15 @@ def allocate(
         found = Allocated(allocation(combination.allocation)(layers, combination.sparsity))
         if measure is None:
             return found
-    elif combination.formats:
-        formats = least_error_formats([_priced(layer, prices) for layer in layers], prices.left)
-        found = Allocated(dict.fromkeys(formats, 0.0), formats)
     else:
         priced = [replace(layer, costs=partial(prices.cost, layer)) for layer in layers]
-        found = Allocated(least_error(priced, prices.left))
+        if combination.formats:
+            formats = least_error_formats(priced, prices.left)
+            found = Allocated(dict.fromkeys(formats, 0.0), formats)
+        else:
+            found = Allocated(least_error(priced, prices.left))
     work.write(done.name, json.dumps(asdict(found)).encode())
     return found
-
-
-def _priced(layer: LayerInfo, prices: Prices) -> LayerInfo:
-    """With the cost of each format, whose error is known."""
-    costs = ((name, prices.cost(layer, name), error) for name, _, error in layer.formats)
-    return replace(layer, formats=tuple(costs))
 
 
 def layers_of(parts: ModelParts, config: object) -> Iterator[LayerInfo]:
@@ -156,7 +151,7 @@ def _curves(
 ) -> list[LayerInfo]:
     """The layers with what the method costs each at sparsities around the one asked for, or in each of the
     formats that compete."""
-    ask = format_errors if combination.formats else curve
+    ask, kind = (format_errors, "formats") if combination.formats else (curve, "curve")
 
     def measured(visit: Visit, name: str) -> tuple[str, Any]:
         return name, ask(layer_of(visit, name), combination)
@@ -165,13 +160,10 @@ def _curves(
         for name, found in side_by_side(partial(measured, visit), visit):
             work.write(f"{name}.curve", json.dumps(found).encode())
 
-    def told(layer: LayerInfo) -> LayerInfo:
-        found = _read_json(work.path / f"{layer.name}.curve")
-        if combination.formats:
-            return replace(layer, formats=tuple((name, 0.0, error) for name, error in found))
-        return replace(layer, curve=tuple(map(tuple, found)))
+    def told(layer: LayerInfo) -> Any:
+        return tuple(map(tuple, _read_json(work.path / f"{layer.name}.curve")))
 
-    return list(map(told, layers))
+    return [replace(layer, **{kind: told(layer)}) for layer in layers]
 
 
 _MEASURES = {"global": _scores, "owl": _outliers, "sensitivity": _curves}

@@ -48,5 +48,6 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def sha256_of(*tokens: Tensor) -> str:
-    """Of token ids, one tensor after the other."""
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in tokens)).hexdigest()
+    """Of token ids and their shapes, one tensor after the other."""
+    parts = (str(tuple(part.shape)).encode() + part.numpy().tobytes() for part in tokens)
+    return hashlib.sha256(b"".join(parts)).hexdigest()

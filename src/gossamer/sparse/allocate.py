@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +30,10 @@ class LayerInfo:
     for each unit that the pattern keeps or prunes whole (weights, blocks or channels), as a flat float32
     tensor; it is called as often as needed, so that scores may lie on disk. ``outliers``: the share of
     outliers in the layer's ``block``. ``curve``: (sparsity, error) as measured, errors comparable between
-    layers. ``costs``: what the layer costs at a sparsity, in whatever a budget is of; never rising, perhaps
-    falling in steps (None: the weights that it keeps). ``formats``: (name, cost, error) of each number format
-    that it may be stored in dense. ``reached``: the share of tokens that it reads.
+    layers. ``formats``: in place of a curve, (name, error) of each number format that it may have, dense.
+    ``costs``: what the layer costs at a sparsity, or in a format, in whatever a budget is of; never rising
+    with sparsity, perhaps falling in steps (None: the weights that it keeps). ``reached``: the share of
+    tokens that it reads.
     """
 
     name: str
@@ -40,17 +42,17 @@ class LayerInfo:
     block: str = ""
     outliers: float | None = None
     curve: tuple[tuple[float, float], ...] = ()
-    costs: Callable[[float], float] | None = None
-    formats: tuple[tuple[str, float, float], ...] = ()
+    formats: tuple[tuple[str, float], ...] = ()
+    costs: Callable[[Any], float] | None = None
     reached: float = 1.0
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def cost(self, sparsity: float) -> float:
-        """What the layer costs at ``sparsity``."""
-        return (1 - sparsity) * self.size if self.costs is None else self.costs(sparsity)
+    def cost(self, choice: Any) -> float:
+        """What the layer costs at a sparsity, or in a format."""
+        return (1 - choice) * self.size if self.costs is None else self.costs(choice)
 
 
 def uniform(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
@@ -243,7 +245,8 @@ def _split(layers: Sequence[LayerInfo], budget: float) -> list[Level]:
 def _levels(layer: LayerInfo) -> list[Level]:
     """The dearest first."""
     if layer.formats:
-        found = (Level(0.0, cost, error, values) for values, cost, error in layer.formats)
+        assert layer.costs is not None
+        found = (Level(0.0, layer.costs(values), error, values) for values, error in layer.formats)
         return sorted(found, key=lambda level: (-level.cost, level.error))
     if not layer.curve:
         raise MethodError(f"the allocation sensitivity needs error curves, and {layer.name} has none")
