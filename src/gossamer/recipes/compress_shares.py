@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer.calibrate import WorkFolder
 from gossamer.calibrate.stream import Visit
-from gossamer.errors import OutputError
+from gossamer.errors import OutputError, ResumeError
 from gossamer.models.walk import ModelParts, prunable, weight_of
 from gossamer.nn.experts import inside_experts, share_of_tokens
 from gossamer.prune import Combination, Layer
@@ -59,7 +59,7 @@ def allocate(
     ``work``. ``prices``: what layers cost, where there is a budget."""
     done = work.path / "allocation.json"
     if done.exists():
-        return Allocated(**json.loads(done.read_text()))
+        return _read_allocated(done)
     if prices is not None:
         combination = replace(combination, sparsity=prices.sparsity())
     measure = _MEASURES.get(combination.allocation)
@@ -80,6 +80,13 @@ def allocate(
             found = Allocated(least_error(priced, prices.left))
     work.write(done.name, json.dumps(asdict(found)).encode())
     return found
+
+
+def _read_allocated(path: Path) -> Allocated:
+    try:
+        return Allocated(**_read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ResumeError(f"{path.name} in the work folder is damaged; delete it to decide anew") from error
 
 
 def layers_of(parts: ModelParts, config: object) -> Iterator[LayerInfo]:
