@@ -70,6 +70,14 @@ def tune(
     group: Annotated[
         int | None, typer.Option(help="Inputs that share a scale: 64 or 32.", show_default="as they are")
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Low-rank parameters beside each weight: rank=16, or sums=16 for a weight to each output "
+            "and sum of so many inputs; begin=lost begins with what pruning took.",
+        ),
+    ] = None,
     norms: Annotated[bool, typer.Option(help="Tune norms and biases too.")] = True,
     rate: Annotated[
         float | None,
@@ -128,6 +136,7 @@ def tune(
             loss_options=loss_options,
             values=values,
             group=group,
+            beside=options.parse_options(beside, option="--beside") if beside else None,
             norms=norms,
             tokens=tokens,
             minutes=minutes,

@@ -32,9 +32,10 @@ from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
-from gossamer.recipes.prune_layer import mean_sparsity
+from gossamer.recipes.prune_layer import form_of, mean_sparsity
 from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, Windows, held_out_losses, train
+from gossamer.tune.beside import apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,6 +129,7 @@ class _Job:
             pruned=[layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0],
             values=s.values,
             group=s.group,
+            beside=s.beside,
             norms=s.norms,
             rate=s.rate,
             scale_rate=s.scale_rate,
@@ -168,11 +170,13 @@ class _Job:
         return list(self.contents.manifest.made.get("layers") or [])
 
     def _load_teacher(self, asked: str | Path | None) -> None:
-        """The teacher, where a loss needs one, and where the method brings back dense weights the model that
-        has all their bits."""
+        """The teacher, where a loss needs one, and where dense weights are brought back the model that has
+        all their bits."""
         kind = self.settings.weights()
         needed = any(loss.needs_teacher for loss, _ in self.settings.chosen_losses())
+        beside = self.settings.chosen_beside()
         brings_back = kind.brings_back(kind.chosen(self._options()))
+        brings_back |= beside is not None and beside.begin == "lost"
         if brings_back:
             self.dense = self._loaded(asked, torch.float32)
         if needed:
@@ -283,11 +287,14 @@ def windows_to_tune(text: Text, tokens: tuple[Tensor, Tensor], settings: Finetun
 def _retold(layer: dict[str, Any], tuned: dict[str, Matrix | Tensor]) -> dict[str, Any]:
     """The record of a layer without what is true no more, and with what is true now."""
     matrix = tuned.get(f"{layer.get('name')}.weight")
-    if not isinstance(matrix, Packed):
+    if not isinstance(matrix, Matrix):
         return layer
     kept = {key: value for key, value in layer.items() if not key.endswith("_error")}
-    now = {"layout": matrix.layout, "values": matrix.values_name, "bits_per_weight": matrix.bits_per_weight}
-    mask = matrix.unpack().mask
+    now = form_of(matrix)
+    main, beside = apart(matrix)
+    mask = main.unpack().mask if isinstance(main, Packed) else None
     if mask is not None:
         now["sparsity"] = 1.0 - int(mask.sum()) / mask.numel()
+    if beside is not None:
+        now["rank_beside"] = beside.B.shape[1]
     return kept | now

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type
 from gossamer.tune import WEIGHTS, Loop, TunedWeight
+from gossamer.tune.beside import BesideOptions
 from gossamer.tune.losses import Loss, loss
 
 DEFAULT_TOKENS = 500_000
@@ -20,8 +21,9 @@ class FinetuneSettings(BaseModel):
     ``method``: which weights move, with ``options``: ``full`` (all that are kept), ``lora``, ``scales``; or
     masks: ``ast``, ``maskllm``, ``jackpot``; ``losses``: weights by name (0 leaves one out), with
     ``loss_options`` by name; ``values``: other values than the checkpoint's, such as int4 for one in
-    bfloat16, in groups of ``group`` inputs a scale; ``norms``: norms and biases of the blocks are tuned too;
-    ``rate``: None takes each layer's own (`SparseTuning`).
+    bfloat16, in groups of ``group`` inputs a scale; ``beside``: options of low-rank parameters that are tuned
+    beside each weight (`BesideOptions`), ``{rank: 16}`` or ``{sums: 16}``; ``norms``: norms and biases of the
+    blocks are tuned too; ``rate``: None takes each layer's own (`SparseTuning`).
     ``tokens`` or ``minutes``: the budget (neither: 500,000 tokens; both: what ends first); what else a run
     takes stands in :class:`gossamer.tune.Loop`.
     ``bfloat16``: whether the models compute in it (None: where the machine does it fast).
@@ -35,6 +37,7 @@ class FinetuneSettings(BaseModel):
     loss_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     values: str | None = None
     group: int | None = None
+    beside: dict[str, Any] | None = None
     norms: bool = True
     tokens: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)
@@ -57,6 +60,7 @@ class FinetuneSettings(BaseModel):
         """Raises a GossamerError with a sentence where parts do not fit together."""
         self.chosen_losses()
         self.weights()
+        self.chosen_beside()
         if self.values is not None and value_type(self.values).is_integer is False and self.group is not None:
             raise MethodError(f"{self.values} values have no scales: leave out the group")
         if self.batch % self.micro:
@@ -82,6 +86,10 @@ class FinetuneSettings(BaseModel):
         kind = WEIGHTS[self.method]
         kind.chosen(self.options)
         return kind
+
+    def chosen_beside(self) -> BesideOptions | None:
+        """Of low-rank parameters; raises MethodError."""
+        return BesideOptions.of(self.beside)
 
     def loop(self) -> Loop:
         """How long the loop runs, and when it looks."""

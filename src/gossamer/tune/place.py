@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gossamer.errors import GossamerError, ModelError
-from gossamer.matrices import Dense, Matrix, Packed, Sparse
+from gossamer.matrices import Dense, Matrix, Sparse
 from gossamer.models.walk import find_parts, weight_of
 from gossamer.nn import StructuredLinear, replace_module
 from gossamer.nn.views import is_conv1d
+from gossamer.tune.beside import Beside
 from gossamer.tune.weights import TunedWeight
 
 if TYPE_CHECKING:
@@ -23,18 +24,19 @@ Make = Callable[[str, Matrix, Tensor | None], TunedWeight]
 
 
 class TunedLinear(nn.Module):
-    """``y = x Wᵀ + bias`` with W under tuning, in the dtype of ``x``."""
+    """``y = x Wᵀ + bias`` with W under tuning, in the dtype of ``x``, and what is tuned ``beside`` it."""
 
     bias: Tensor | None
 
-    def __init__(self, weight: TunedWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: TunedWeight, bias: Tensor | None, beside: Beside | None = None) -> None:
         super().__init__()
-        self.tuned = weight
+        self.tuned, self.beside = weight, beside
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.tuned(x.dtype), bias)
+        y = nn.functional.linear(x, self.tuned(x.dtype), bias)
+        return y if self.beside is None else y + self.beside(x)
 
 
 class Stored(nn.Module):
@@ -97,10 +99,14 @@ def _why_not(model: PreTrainedModel, name: str) -> str:
     )
 
 
-def place_weights(model: PreTrainedModel, weights: Mapping[str, TunedWeight]) -> None:
-    """Puts ``weights`` in the place of those of the layers that they are named by."""
+def place_weights(
+    model: PreTrainedModel, weights: Mapping[str, TunedWeight], beside: Mapping[str, Beside]
+) -> None:
+    """Puts ``weights``, and what some have ``beside`` them, in the place of those of the layers that they are
+    named by."""
     for name, weight in weights.items():
-        replace_module(model, name, TunedLinear(weight, model.get_submodule(name).bias))
+        bias = model.get_submodule(name).bias
+        replace_module(model, name, TunedLinear(weight, bias, beside.get(name)))
 
 
 @torch.no_grad()
@@ -113,11 +119,11 @@ def dense_weight(layer: nn.Module) -> Tensor | None:
 
 def remove_weights(model: PreTrainedModel, matrices: Mapping[str, Matrix]) -> None:
     """Puts ``matrices`` in the place of the layers that `place_weights` made, by name: as StructuredLinear
-    where they are packed, else as ``nn.Linear``."""
+    where they are packed or made of others, else as ``nn.Linear``."""
     for name, matrix in matrices.items():
         bias = model.get_submodule(name).bias
         bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        if isinstance(matrix, Packed):
+        if not isinstance(matrix, (Dense, Sparse)):
             replace_module(model, name, StructuredLinear(matrix, bias))
             continue
         linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")

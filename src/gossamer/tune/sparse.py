@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices import Matrix
 from gossamer.models.walk import find_parts
+from gossamer.tune.beside import Beside, BesideOptions, apart
 from gossamer.tune.formats import Format
 from gossamer.tune.forward import run
 from gossamer.tune.logits import LogitHead, LogitLosses
@@ -26,7 +27,7 @@ from gossamer.tune.place import (
     remove_norms,
     remove_weights,
 )
-from gossamer.tune.weights import WEIGHTS, TunedWeight, adamw, check_warmup, set_rates
+from gossamer.tune.weights import FLOAT_SHARE, WEIGHTS, TunedWeight, adamw, check_warmup, set_rates
 from gossamer.tune.windows import IGNORED
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class SparseTuning:
     layers that methods which bring back pruned weights take them from (None: the teacher); ``losses``:
     weights by name, or losses with their weights; ``method`` with ``options``: which weights move
     (`WEIGHTS`), or masks, within each layer's own pattern where ``options`` name none; ``values`` and
-    ``group``: other ones than the model's; ``norms``: norms and biases are tuned too. Embeddings and head
+    ``group``: other ones than the model's; ``beside``: options of low-rank parameters beside each weight
+    (:class:`gossamer.tune.beside.BesideOptions`), which ``merge`` keeps apart from it; a model that has some
+    goes on with them; ``norms``: norms and biases are tuned too. Embeddings and head
     stay. ``rate`` of AdamW, for scales times ``scale_rate``; None: for each layer SHARE of the mean size of
     its weights, FLOAT_SHARE where they are no integers (of its scales, and of 1 for norms: times
     ``scale_rate``), since a step of one size ruins some models and does not move others. It rises over the
@@ -75,6 +78,7 @@ class SparseTuning:
         options: Mapping[str, Any] | None = None,
         values: str | None = None,
         group: int | None = None,
+        beside: Mapping[str, Any] | None = None,
         masks: Mapping[str, Tensor | None] | None = None,
         pruned: Collection[str] = (),
         norms: bool = True,
@@ -104,17 +108,29 @@ class SparseTuning:
         self.teacher_head = None if teacher is None else LogitHead.of(teacher.eval(), teacher.dtype)
         self._check()
         kind = WEIGHTS[method]
-        chosen = kind.chosen(options or {})
+        chosen, added = kind.chosen(options or {}), BesideOptions.of(beside)
         self._formats: dict[str, Format] = {}
+        self.beside: dict[str, Beside] = {}
 
         def make(name: str, matrix: Matrix, mask: Tensor | None) -> TunedWeight:
+            matrix, found = apart(matrix)
+            if found is not None:
+                self.beside[name] = found
             self._formats[name] = Format.of(matrix, values, group)
             return self._formats[name].begin(matrix, kind, options, mask=mask, zeros_stay=name in pruned)
 
         self.weights = make_weights(model, make, masks)
+        if added is not None and self.beside:
+            raise MethodError("the model has low-rank parameters already, which are tuned: leave beside out")
         if kind.brings_back(chosen):
-            self._fill(method, dense or teacher)
-        place_weights(model, self.weights)  # nothing is refused from here on
+            for name, before in self._before(method, dense or teacher):
+                self.weights[name].fill(before)
+        if added is not None and added.begin == "zero":
+            self.beside = {n: Beside.begin(added, w.finished()[0], None) for n, w in self.weights.items()}
+        elif added is not None:
+            for name, before in self._before("beginning with what was lost", dense or teacher):
+                self.beside[name] = Beside.begin(added, self.weights[name].finished()[0], before)
+        place_weights(model, self.weights, self.beside)  # nothing is refused from here on
         if not any(one.needs_teacher for one, _ in self.losses):
             self.teacher = self.teacher_head = None  # no longer held in memory
         self.norms = place_norms(model) if norms else {}
@@ -218,6 +234,8 @@ class SparseTuning:
     def values(self) -> dict[str, Tensor]:
         """What is tuned, by name: enough to come back to this state but for the optimizer."""
         found = {f"{name}.{key}": t for name, w in self.weights.items() for key, t in w.state_dict().items()}
+        for name, beside in self.beside.items():
+            found |= {f"{name}.beside.{key}": tensor for key, tensor in beside.state_dict().items()}
         return found | {name: parameter.detach() for name, parameter in self.norms.items()}
 
     @torch.no_grad()
@@ -248,7 +266,9 @@ class SparseTuning:
         for full, tensor in state.items():
             key, _, name = full.partition("/")
             if key != "values":
-                self.optimizer.state.setdefault(parameters[name], {})[key] = tensor.clone()
+                parameter = parameters[name]  # fused optimizers take a moment to lie as its parameter does
+                kept = tensor.clone() if tensor.dim() == 0 else torch.empty_like(parameter).copy_(tensor)
+                self.optimizer.state.setdefault(parameter, {})[key] = kept.detach()
 
     def merge(self) -> dict[str, Matrix | Tensor]:
         """Puts finished weights back into the model, packed as they were, and returns them, and tuned norms,
@@ -257,6 +277,7 @@ class SparseTuning:
             del module.forward
             vars(module).update(forward)
         matrices = {name: self._formats[name].finish(weight) for name, weight in self.weights.items()}
+        matrices |= {name: beside.join(matrices[name]) for name, beside in self.beside.items()}
         norms = remove_norms(self.model, self.norms)  # first: among them are biases of these layers
         remove_weights(self.model, matrices)
         return {f"{name}.weight": matrix for name, matrix in matrices.items()} | dict(norms)
@@ -281,9 +302,9 @@ class SparseTuning:
                 f"the loss {states[0]} pairs blocks, but the model has {blocks[0]}, its teacher {blocks[1]}"
             )
 
-    def _fill(self, method: str, model: PreTrainedModel | None) -> None:
-        """Shows a method that brings back pruned weights what they are in the dense ``model``. Raises
-        MethodError where they are not known."""
+    def _before(self, method: str, model: PreTrainedModel | None) -> Iterator[tuple[str, Tensor]]:
+        """Names of layers, and their weights ``(out, in)`` in the dense ``model``, for a ``method`` that
+        brings back what was pruned. Raises MethodError where they are not known."""
         if model is None:
             raise MethodError(f"{method} brings back dense weights: give the dense model as the teacher")
         ours, theirs = len(find_parts(self.model).blocks), len(find_parts(model).blocks)
@@ -298,7 +319,7 @@ class SparseTuning:
             dense = None if layer is None else dense_weight(layer)
             if dense is None or dense.shape != weight.latent.shape:
                 raise MethodError(f"{method} brings back dense weights, and the teacher has none of {name}")
-            weight.fill(dense)
+            yield name, dense
 
     def _optimizer(self, rate: float | None, scale_rate: float, decay: float) -> torch.optim.AdamW:
         weights, norms = self.weights.values(), list(self.norms.values())
@@ -309,8 +330,13 @@ class SparseTuning:
                 for weight, share in zip(weights, shares, strict=True)
                 for group in weight.groups(share, scale_rate, decay)
             ]
+            own += [
+                {"params": list(beside.parameters()), "lr": FLOAT_SHARE * self.weights[name].size()}
+                for name, beside in self.beside.items()
+            ]
             return adamw([*own, {"params": norms, "lr": min(shares) * scale_rate}])
         trained = [p for weight in weights for p in weight.trained()]
+        trained += [p for beside in self.beside.values() for p in beside.parameters()]
         scales = [weight.scales for weight in weights if weight.scales is not None]
         return adamw(
             [
@@ -322,6 +348,8 @@ class SparseTuning:
 
     def _parameter_names(self) -> dict[int, str]:
         named = {id(p): f"{n}.{key}" for n, w in self.weights.items() for key, p in w.named_parameters()}
+        for name, beside in self.beside.items():
+            named |= {id(p): f"{name}.beside.{key}" for key, p in beside.named_parameters()}
         return named | {id(parameter): name for name, parameter in self.norms.items()}
 
     def _checkpoint_gradients(self) -> None:

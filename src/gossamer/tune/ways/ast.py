@@ -16,6 +16,9 @@ from gossamer.sparse.masks import check_mask
 from gossamer.sparse.patterns import NM
 from gossamer.tune.weights import WEIGHTS, TunedWeight, check_kept
 
+BOOSTED = {"method": "ast", "options": {"pattern": "2:4"}, "beside": {"sums": 16}}
+"""AST-Boosted: with one more weight for each output and 16 inputs."""
+
 
 @dataclass(frozen=True)
 class AstOptions:
@@ -52,6 +55,7 @@ class AstWeight(TunedWeight):
     also decays: ``g + λ (1 - mask) ⊙ W`` (SR-STE, Zhou et al. 2021), λ annealed. Masks keep the largest
     ``|W|`` of each group of the pattern.
 
+    The paper's extra parameters lie beside the weights: ``beside={"sums": 16}`` (`gossamer.tune.beside`).
     What was pruned starts at zero, or as the dense model's weights (``begin``, `fill`). The paper
     adds the decay behind Adam's mean of gradients; here it is part of the gradient, as in SR-STE.
     """
@@ -64,9 +68,9 @@ class AstWeight(TunedWeight):
         experiment=Experiment(
             pattern="2:4",
             sparsity=None,
-            against=("obs",),
+            against=("obs", "boosted"),
             tuning={"tokens": 65_536, "seqlen": 256, "losses": {"kl": 1}},
-            tuned={"ast": {"method": "ast", "options": {"pattern": "2:4"}}, "full": {}},
+            tuned={"ast": {"method": "ast", "options": {"pattern": "2:4"}}, "full": {}, "boosted": BOOSTED},
         ),
         metric="perplexity",
         than="full",
