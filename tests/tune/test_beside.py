@@ -69,7 +69,8 @@ def test_a_layer_computes_both_and_gradients_reach_both(options: dict[str, Any])
     want.square().sum().backward()
     for own, plain in zip((layer.tuned.latent, beside.B, beside.A), parts, strict=True):
         if own.requires_grad:
-            assert own.grad is not None and plain.grad is not None
+            assert own.grad is not None
+            assert plain.grad is not None
             assert torch.allclose(own.grad, plain.grad, rtol=1e-3, atol=1e-3)
 
 
