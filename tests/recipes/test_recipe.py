@@ -137,6 +137,11 @@ def test_changes_reach_into_settings() -> None:
             "ast brings back dense weights by the names of layers, and shrink takes some away",
         ),
         ({"tune.values": "int3"}, "round a second time"),
+        ({"tune.group": 7}, "a scale covers 64 or 32 inputs, got group 7"),
+        ({"compress.group": 7}, "a scale covers 64 or 32 inputs, got group 7"),
+        ({"tune.group": 32}, "int4 in groups of 64, which groups of 32 would round a second time"),
+        ({"tune.group": 64, "compress.group": 32}, "in groups of 32, which groups of 64 would round"),
+        ({"tune.group": 32, "compress.values": "bf16"}, "bf16, which has no scales: leave tune.group out"),
         ({"sample": {"tokens": 100}}, "tune needs 128 tokens of text .* but sample.tokens is 100"),
         ({"sample": {"temperature": -1}}, "temperature"),
         ({"sample": {}, "tune": None}, "there is no tune"),
@@ -159,6 +164,18 @@ def test_changes_reach_into_settings() -> None:
 def test_settings_that_are_wrong_alone_or_together(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(GossamerError, match=says):
         read_recipe(SMALL, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tune.group": 64},
+        {"tune.group": 32, "compress.group": 32},
+        {"tune.group": 32, "tune.values": "int4", "compress.values": "bf16"},
+    ],
+)
+def test_a_group_that_rounds_once_is_taken(changes: dict[str, Any]) -> None:
+    assert read_recipe(SMALL, changes).tune is not None
 
 
 def test_formats_by_layer_are_tuned_as_one_is() -> None:
