@@ -5,10 +5,10 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gossamer.calibrate import WorkFolder
 from gossamer.errors import TextError
 from gossamer.matrices.atomic import atomic_file, check_free, output_error
+from gossamer.matrices.checksums import checksums_of
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.sampling import Sampling
 from gossamer.models.sources import resolve
@@ -102,15 +103,13 @@ def sample(
     if out.suffix != ".jsonl":
         raise TextError(f"what is written is jsonl: call it {out.name}.jsonl, else it is read as prose later")
     pairs = None if rewrite is None else read_pairs(rewrite)
-    source = None if pairs is not None else read_text(text)
+    source = read_text(text) if pairs is None else Text(tuple(pairs), Path(str(rewrite)).name)
     loaded = load_native(model, dtype=dtype, progress=progress)
     prompts: Prompts
     if pairs is not None:
-        prompts, label = Rewrites(pairs, loaded.tokenizer), Path(str(rewrite)).name
-        told = Text(tuple(pairs), label).sha256
+        prompts, told = Rewrites(pairs, loaded.tokenizer), source.sha256
     else:
-        assert source is not None
-        ids, label = tokenize(source, loaded.tokenizer), source.label
+        ids = tokenize(source, loaded.tokenizer)
         prompts = Continuations(ids, loaded.tokenizer, chosen.prompt_tokens, chosen.seed)
         told = sha256_of(ids)
     work = WorkFolder(work_of(out), _fingerprint(model, loaded, chosen, told))
@@ -143,21 +142,25 @@ def sample(
                     "first token"
                 )
     progress("sampling", total, total)
+    data = _lines(log.records)
+    kept = sum(bool(record["own"]) for record in log.records) if own else None
     made = {
         "job": "sample",
         "model": loaded.label,
         "engine": loaded.engine,
-        "text": label,
-        "smoke_test": source is not None and source.smoke,
+        "text": source.label,
+        "text_sha256": source.sha256,
+        "smoke_test": source.smoke,
         "records": number,
+        "own": 1.0 if kept is None else round(kept / number, 4),
         "tokens": log.tokens,
+        "sha256": hashlib.sha256(data).hexdigest(),
         "seconds": round(log.seconds, 3),
         "settings": chosen.model_dump(),
         "with": made_with(),
     }
-    _write(out, log.records, made)
+    _write(out, data, made)
     work.remove()
-    kept = sum(bool(record["own"]) for record in log.records) if own else None
     return SampledText(
         out, number, log.tokens, log.seconds, kept, made, work.resumed, bool(made["smoke_test"])
     )
@@ -187,6 +190,21 @@ def read_pairs(path: str | Path) -> list[Exchange]:
     if not pairs:
         raise TextError(f"the instruction set {path.name} is empty")
     return pairs
+
+
+def read_made(samples: Path) -> dict[str, Any]:
+    """How the text ``samples`` that `sample` wrote was made, but for the seconds: the same for the same text.
+    Raises TextError where it is not said beside it, or of another text."""
+    beside = _made_beside(samples)
+    try:
+        made: dict[str, Any] = json.loads(beside.read_text())
+        made.pop("seconds")
+        same = made["sha256"] == checksums_of(samples).sha256
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TextError(f"{beside.name} does not say how {samples.name} was made: {error!r}") from error
+    if not same:
+        raise TextError(f"{samples.name} is not the text that {beside.name} tells of")
+    return made
 
 
 class _Log:
@@ -222,16 +240,16 @@ def _made_beside(out: Path) -> Path:
     return out.with_name(out.name + ".made.json")
 
 
-def _write(out: Path, records: list[dict[str, Any]], made: dict[str, Any]) -> None:
-    def lines() -> Iterator[bytes]:
-        for record in records:
-            told = {key: value for key, value in record.items() if key != "seconds"}
-            yield json.dumps(told, ensure_ascii=False).encode() + b"\n"
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    told = ({key: value for key, value in record.items() if key != "seconds"} for record in records)
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in told)
 
+
+def _write(out: Path, data: bytes, made: dict[str, Any]) -> None:
     with atomic_file(_made_beside(out)) as file:
         file.write(json.dumps(made, indent=2).encode() + b"\n")
     with atomic_file(out) as file:
-        file.writelines(lines())
+        file.write(data)
 
 
 def _fingerprint(
