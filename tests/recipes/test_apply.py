@@ -184,3 +184,31 @@ def test_a_text_that_was_changed_is_told(folder: Path, tmp_path: Path) -> None:
         file.write(b'{"text": "of others"}\n')
     with pytest.raises(TextError, match=r"samples.jsonl is not the text that .*made.json tells of"):
         apply_recipe(recipe)
+
+
+def test_answers_are_rewritten_as_by_hand(folder: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"Say {i} in words.", "response": "In words, please. " * 4} for i in range(3)]
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    asked = {"rewrite": str(pairs), "tokens": 900, "max_new_tokens": 100}
+    made = apply_recipe(prepared(folder, tmp_path / "out", sample=asked, shrink=None))
+    wrote = sample(folder, tmp_path / "samples.jsonl", **asked)
+    assert made.made["sampled"] == {key: value for key, value in wrote.made.items() if key != "seconds"}
+    assert (wrote.made["text"], wrote.made["settings"]["rewrite"]) == ("pairs.jsonl", "pairs.jsonl")
+    sparse = gs.compress(folder, tmp_path / "compress", calibration=TEXT, **RECIPE["compress"]).path
+    tuned = finetune(sparse, tmp_path / "tune", text=wrote.path, teacher=folder, **RECIPE["tune"])
+    assert made.made["tuned"] == json.loads(json.dumps(tuned.made["tuned"]))
+    assert made.made["tuned"][0]["text"]["learned"] < 1
+    assert str(tmp_path) not in (made.path / "gossamer.json").read_text()
+
+
+def test_work_on_other_instructions_is_refused(folder: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    asked = {"rewrite": str(pairs), "tokens": 900, "max_new_tokens": 100}
+    for response in ("In words, please. " * 4, "In other words, please. " * 4):
+        pairs.write_text(json.dumps({"prompt": "Say it.", "response": response}))
+        recipe = prepared(folder, tmp_path / "out", sample=asked, shrink=None)
+        if not (tmp_path / "out.work").exists():
+            die_in("sample", recipe)
+    with pytest.raises(ResumeError, match="differs in instructions"):
+        apply_recipe(recipe)

@@ -102,6 +102,9 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
         bad.write_text(line)
         with pytest.raises(TextError, match=said):
             gs.sample("no-such-model", out, rewrite=bad)
+    bad.write_text(json.dumps({"prompt": "word " * 400, "response": "x"}))
+    with pytest.raises(TextError, match="but the model knows only 512 positions"):
+        gs.sample(model, out, rewrite=bad)
     with pytest.raises(TextError, match=r"call it own.txt.jsonl"):
         gs.sample(model, tmp_path / "own.txt", text=TEXT)
     with pytest.raises(TextError, match="give one of them"):

@@ -73,12 +73,13 @@ def _run(prepared: Prepared, stage: str, before: Path, out: Path, progress: Prog
     """One stage, by the function that a person would call."""
     recipe, text = prepared.recipe, prepared.text
     source = prepared.model if before == Path(prepared.model) else before
-    settings = getattr(recipe, stage).model_dump()
+    settings = dict(getattr(recipe, stage))
     if stage == "shrink":
         remove_blocks(source, out, calibration=text, progress=progress, **settings)
     elif stage == "compress":
         compress(source, out, calibration=text, progress=progress, **settings)
     elif stage == "sample":
+        text = text if prepared.instructions is None else None
         sample(prepared.model, out, text=text, progress=progress, **settings)
     else:
         text = text if recipe.sample is None else out.with_name(SAMPLES)
@@ -91,6 +92,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "recipe": prepared.record,
         "model": files_of(prepared.source.folder),
         "text": prepared.read.sha256 if needs_text(prepared.recipe) else None,
+        "instructions": None if prepared.instructions is None else prepared.instructions.sha256,
         **surroundings(),
     }
 

@@ -124,6 +124,8 @@ class Recipe(BaseModel):
         sample.sampling()
         if self.tune is None:
             raise MethodError("sample lets the dense model write what tune reads, and there is no tune")
+        if sample.rewrite is not None:
+            return  # what is tuned on has the instructions besides
         least = self.tune.seqlen * (self.tune.held_out + self.tune.batch)
         if sample.tokens < least:
             raise MethodError(
