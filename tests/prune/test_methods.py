@@ -110,7 +110,7 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"pattern": "2:4", "sparsity": 0.7}, SparsityError),
         ("wanda", {"pattern": "two-four", "sparsity": 0.5}, PatternError),
         ("wanda", {"sparsity": 0.5, "values": "int5"}, MatrixError),
-        ("wanda", {"sparsity": 0.5, "group": 48}, MethodError),
+        ("wanda", {"sparsity": 0.5, "group": 48}, MatrixError),
         ("wanda", {"sparsity": 0.5, "allocation_name": "fair"}, MethodError),
         ("wanda", {"pattern": "2:4", "allocation_name": "global"}, MethodError),
         ("wanda", {"pattern": "2:4", "allocation_name": "erk"}, MethodError),

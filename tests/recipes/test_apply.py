@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -10,9 +12,9 @@ from typing import Any
 import pytest
 
 import gossamer as gs
-from gossamer.errors import ResumeError
+from gossamer.errors import ResumeError, TextError
 from gossamer.recipes import apply as room
-from gossamer.recipes.apply import apply_recipe
+from gossamer.recipes.apply import Applied, apply_recipe
 from gossamer.recipes.finetune import finetune
 from gossamer.recipes.prepare import Prepared, prepare
 from gossamer.recipes.recipe import read_recipe
@@ -133,16 +135,80 @@ def test_compress_alone_needs_no_text(folder: Path, tmp_path: Path) -> None:
     assert {**by_hand.made, "recipe": made.made["recipe"]} == made.made
 
 
-def test_the_dense_model_writes_what_is_tuned_on(folder: Path, tmp_path: Path) -> None:
-    drawn = {"tokens": 200, "prompt_tokens": 8, "max_new_tokens": 40}
-    made = apply_recipe(prepared(folder, tmp_path / "out", sample=drawn, shrink=None))
+DRAWN: dict[str, Any] = {"tokens": 200, "prompt_tokens": 8, "max_new_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def sampled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Applied:
+    out = tmp_path_factory.mktemp("outs") / "sampled"
+    return apply_recipe(prepared(folder, out, sample=DRAWN, shrink=None))
+
+
+def test_the_dense_model_writes_what_is_tuned_on(folder: Path, sampled: Applied, tmp_path: Path) -> None:
+    made = sampled
     assert list(made.seconds) == ["compress", "sample", "tune"]
     sparse = gs.compress(folder, tmp_path / "compress", calibration=TEXT, **RECIPE["compress"]).path
-    samples = sample(folder, tmp_path / "samples.jsonl", text=TEXT, **drawn).path
-    tuned = finetune(sparse, tmp_path / "tune", text=samples, teacher=folder, **RECIPE["tune"])
+    wrote = sample(folder, tmp_path / "samples.jsonl", text=TEXT, **DRAWN)
+    tuned = finetune(sparse, tmp_path / "tune", text=wrote.path, teacher=folder, **RECIPE["tune"])
     ours, theirs = contents(made.path), contents(tuned.path)
     assert ours.pop("gossamer.json") != theirs.pop("gossamer.json")
     assert ours == theirs
     told = json.loads(json.dumps(tuned.made["tuned"]))  # lists, as on disk
     assert made.made["tuned"] == told
     assert made.made["tuned"][0]["text"]["text"] == "samples.jsonl"
+    told = json.loads((made.path / "gossamer.json").read_text())["made"]["sampled"]
+    assert told == {key: value for key, value in wrote.made.items() if key != "seconds"}
+    assert told["sha256"] == hashlib.sha256(wrote.path.read_bytes()).hexdigest()
+    assert (told["tokens"], told["own"], told["text"]) == (wrote.tokens, 1.0, "given strings")
+    assert told["settings"]["prompt_tokens"] == 8
+
+
+@pytest.mark.parametrize("stage", ["sampling", "tuning"])
+def test_killed_while_it_writes_or_behind_that_it_says_the_same(
+    stage: str, folder: Path, sampled: Applied, tmp_path: Path
+) -> None:
+    def stop(at: str, now: int, total: int) -> None:
+        if at == stage and now > 0:
+            raise Killed
+
+    again = partial(prepared, folder, tmp_path / "sampled", sample=DRAWN, shrink=None)
+    with pytest.raises(Killed):
+        apply_recipe(again(), progress=stop)
+    assert contents(apply_recipe(again()).path) == contents(sampled.path)
+
+
+def test_a_text_that_was_changed_is_told(folder: Path, tmp_path: Path) -> None:
+    recipe = prepared(folder, tmp_path / "out", sample=DRAWN, shrink=None)
+    die_in("finetune", recipe)
+    with open(tmp_path / "out.work" / room.SAMPLES, "ab") as file:
+        file.write(b'{"text": "of others"}\n')
+    with pytest.raises(TextError, match=r"samples.jsonl is not the text that .*made.json tells of"):
+        apply_recipe(recipe)
+
+
+def test_answers_are_rewritten_as_by_hand(folder: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"Say {i} in words.", "response": "In words, please. " * 4} for i in range(3)]
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    asked = {"rewrite": str(pairs), "tokens": 900, "max_new_tokens": 100}
+    made = apply_recipe(prepared(folder, tmp_path / "out", sample=asked, shrink=None))
+    wrote = sample(folder, tmp_path / "samples.jsonl", **asked)
+    assert made.made["sampled"] == {key: value for key, value in wrote.made.items() if key != "seconds"}
+    assert (wrote.made["text"], wrote.made["settings"]["rewrite"]) == ("pairs.jsonl", "pairs.jsonl")
+    sparse = gs.compress(folder, tmp_path / "compress", calibration=TEXT, **RECIPE["compress"]).path
+    tuned = finetune(sparse, tmp_path / "tune", text=wrote.path, teacher=folder, **RECIPE["tune"])
+    assert made.made["tuned"] == json.loads(json.dumps(tuned.made["tuned"]))
+    assert made.made["tuned"][0]["text"]["learned"] < 1
+    assert str(tmp_path) not in (made.path / "gossamer.json").read_text()
+
+
+def test_work_on_other_instructions_is_refused(folder: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    asked = {"rewrite": str(pairs), "tokens": 900, "max_new_tokens": 100}
+    for response in ("In words, please. " * 4, "In other words, please. " * 4):
+        pairs.write_text(json.dumps({"prompt": "Say it.", "response": response}))
+        recipe = prepared(folder, tmp_path / "out", sample=asked, shrink=None)
+        if not (tmp_path / "out.work").exists():
+            die_in("sample", recipe)
+    with pytest.raises(ResumeError, match="differs in instructions"):
+        apply_recipe(recipe)

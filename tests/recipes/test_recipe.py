@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from gossamer.calibrate import Gradient, Gram
 from gossamer.errors import GossamerError, RecipeError, TextError
-from gossamer.models.text import Exchange
+from gossamer.models.text import Exchange, Text
+from gossamer.models.tokenizer import load_tokenizer
 from gossamer.prune import obs
-from gossamer.recipes.predict import _sample, _shrink_seconds, _Sizes, predict
+from gossamer.recipes.predict import _lengths, _sample, _shrink_seconds, _Sizes, predict
 from gossamer.recipes.prepare import Prepared, check_memory, prepare
 from gossamer.recipes.rates import Bench, BlockRates
 from gossamer.recipes.recipe import parse_changes, read_recipe, shipped
-from gossamer.recipes.sample import SampleSettings
+from gossamer.recipes.sample import SampleSettings, exchanges
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.recipes.strict_yaml import parse_yaml
+from gossamer.tune.self_data import Rewrites
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 TEXT = [topics["lambda"] + topics["class"] + topics["try"]]
@@ -137,6 +140,11 @@ def test_changes_reach_into_settings() -> None:
             "ast brings back dense weights by the names of layers, and shrink takes some away",
         ),
         ({"tune.values": "int3"}, "round a second time"),
+        ({"tune.group": 7}, "a scale covers 64 or 32 inputs, got group 7"),
+        ({"compress.group": 7}, "a scale covers 64 or 32 inputs, got group 7"),
+        ({"tune.group": 32}, "int4 in groups of 64, which groups of 32 would round a second time"),
+        ({"tune.group": 64, "compress.group": 32}, "in groups of 32, which groups of 64 would round"),
+        ({"tune.group": 32, "compress.values": "bf16"}, "bf16, which has no scales: leave tune.group out"),
         ({"sample": {"tokens": 100}}, "tune needs 128 tokens of text .* but sample.tokens is 100"),
         ({"sample": {"temperature": -1}}, "temperature"),
         ({"sample": {}, "tune": None}, "there is no tune"),
@@ -159,6 +167,18 @@ def test_changes_reach_into_settings() -> None:
 def test_settings_that_are_wrong_alone_or_together(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(GossamerError, match=says):
         read_recipe(SMALL, changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tune.group": 64},
+        {"tune.group": 32, "compress.group": 32},
+        {"tune.group": 32, "tune.values": "int4", "compress.values": "bf16"},
+    ],
+)
+def test_a_group_that_rounds_once_is_taken(changes: dict[str, Any]) -> None:
+    assert read_recipe(SMALL, changes).tune is not None
 
 
 def test_formats_by_layer_are_tuned_as_one_is() -> None:
@@ -200,6 +220,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
             {"text": ["word " * 20]},
             "sample: the text .* a window of 99",
         ),
+        ({"shrink": None, "sample": {}, "tune.seqlen": 600}, {}, "tune: windows of 600 tokens are longer"),
         ({}, {"text": [Path("there.txt"), Path("nowhere.txt")]}, "there is no text file or folder"),
         ({"compress.seqlen": 4096}, {}, "compress: windows of 4096 tokens are longer"),
         ({"shrink.blocks": 3}, {}, "3 of 3 blocks cannot be removed"),
@@ -344,13 +365,73 @@ def test_texts_written_together_read_weights_together(
     tiny_tokenizer().save_pretrained(source)
     changes = {"shrink": None, "sample": {"tokens": 1000, "prompt_tokens": 8}}
     prepared = prepare(read_recipe(SMALL, changes), tmp_path / "out", model=source, text=TEXT)
-    with Bench(prepared):
+    with Bench(prepared) as bench:
         sizes = _Sizes(prepared)
         weights = sizes.model(sizes.all_blocks, 1)
         for together, faster in ((1, 1), (2, min(2, gain)), (8, gain)):
-            seconds, needed = _sample(prepared, SampleSettings(tokens=1000, together=together), sizes)
+            settings = SampleSettings(tokens=1000, together=together)
+            seconds, needed = _sample(bench, prepared, settings, sizes)
             assert seconds == pytest.approx(1000 * weights * item / 1e9 / faster)
             assert needed - sizes.base == weights * (dtype.itemsize + 2 * item)
+        wide = SampleSettings(tokens=1000, dtype="float32", together=1)
+        assert _sample(bench, prepared, wide, sizes)[1] - sizes.base == weights * (4 + 2 * 4)
+
+
+INSTRUCTIONS = "".join(
+    json.dumps({"prompt": f"Say {i} in words.", "response": "In words, please. " * 4}) + "\n"
+    for i in range(3)
+)
+
+
+def rewriting(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The small recipe, tuned on instructions that the dense model answers anew."""
+    pairs = folder / "pairs.jsonl"
+    if not pairs.exists():
+        pairs.write_text(INSTRUCTIONS)
+    sample = {"rewrite": str(pairs), "tokens": 4000, "max_new_tokens": 200}
+    return {**SMALL, "shrink": None, "sample": {**sample, **changes}}
+
+
+def test_instructions_are_held_against_the_model_before_any_work(folder: Path, tmp_path: Path) -> None:
+    def refused(says: str, **changes: Any) -> None:
+        with pytest.raises(GossamerError, match=says):
+            prepare(read_recipe(rewriting(tmp_path, **changes)), tmp_path / "out", model=folder)
+
+    recipe = read_recipe(rewriting(tmp_path))
+    prepared = prepare(recipe, tmp_path / "out", model=folder)  # and no text, which compress has of Python
+    assert prepared.instructions is not None
+    assert [str(one.prompt) for one in exchanges(prepared.instructions)][:1] == ["Say 0 in words."]
+    assert prepared.record["steps"]["sample"]["rewrite"] == "pairs.jsonl"  # and no path
+    assert json.loads(json.dumps(prepared.record)) == prepared.record
+    refused("sample: cannot read the instruction set nowhere.jsonl", rewrite="nowhere.jsonl")
+    refused("sample.tokens of 200 may be too few: the text pairs.jsonl", tokens=200)
+    refused("sample.dtype: ", dtype="int8")
+    long = {"prompt": "word " * 400, "response": "x"}
+    (tmp_path / "long.jsonl").write_text(INSTRUCTIONS + json.dumps(long))
+    says = r"sample: instruction 4 and its answer are a prompt of [\d,]+ tokens, .* knows only 512"
+    refused(says, rewrite=str(tmp_path / "long.jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}')
+    refused("sample: line 1 of bad.jsonl has no prompt and response", rewrite=str(tmp_path / "bad.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rewriting_reads_prompts_besides(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.recipes.predict.read_bandwidth", lambda: 1e9)
+    prepared = prepare(read_recipe(rewriting(tmp_path)), tmp_path / "out", model=folder)
+    asked, answered = _lengths(prepared, 200)
+    tokenizer, pairs = load_tokenizer(folder), exchanges(prepared.instructions or Text((), ""))
+    prompts = [len(Rewrites(pairs, tokenizer).prompt(i)) for i in range(3)]
+    assert asked == pytest.approx(sum(prompts) / 3)
+    assert 20 < answered == len(tokenizer(pairs[0].response)["input_ids"])
+    assert _lengths(prepared, 5)[1] == 5
+    clock, settings = Seconds(prepared), SampleSettings(tokens=4000, max_new_tokens=200)
+    with Bench(prepared):
+        sizes = _Sizes(prepared)
+        given, _ = _sample(clock, prepared, settings, sizes)  # type: ignore[arg-type]
+        plain, _ = _sample(clock, replace(prepared, instructions=None), settings, sizes)  # type: ignore[arg-type]
+    assert given - plain == pytest.approx(4000 / answered * sizes.all_blocks * 1.0)
 
 
 def test_every_expert_has_a_gram_matrix_of_its_own(tmp_path: Path) -> None:

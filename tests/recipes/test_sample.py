@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,9 @@ def test_the_file_is_text_for_others_and_says_what_it_took(model: Path, tmp_path
     assert made["tokens"] == done.tokens
     assert 0 < made["seconds"] == pytest.approx(done.seconds, abs=1e-3)
     assert made["settings"]["temperature"] == 1.0
+    assert made["sha256"] == hashlib.sha256(done.path.read_bytes()).hexdigest()
+    assert (made["text"], made["text_sha256"]) == ("given strings", read_text(TEXT).sha256)
+    assert made["own"] == 1.0
     assert not (tmp_path / "own.jsonl.work").exists()
     with pytest.raises(OutputError, match="exists already"):
         gs.sample(model, done.path, text=TEXT, **SMALL)
@@ -76,6 +80,8 @@ def test_an_instruction_set_is_answered_anew(tmp_path: Path) -> None:
     )
     records = [json.loads(line) for line in done.path.read_text().splitlines()]
     assert done.own == sum(record["own"] for record in records) > 0
+    assert done.made["own"] == pytest.approx(done.own / len(records), abs=1e-4)
+    assert done.made["text_sha256"] == read_text(pairs).sha256
     assert [record["prompt"] for record in records[:3]] == ["Add 2 and 2.", "Hi", "Add 2 and 2."]
     for i, record in enumerate(records):
         assert record["own"] != (record["response"] == ("4", "Ho")[i % 2])
@@ -96,6 +102,9 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(model: Path, tmp_p
         bad.write_text(line)
         with pytest.raises(TextError, match=said):
             gs.sample("no-such-model", out, rewrite=bad)
+    bad.write_text(json.dumps({"prompt": "word " * 400, "response": "x"}))
+    with pytest.raises(TextError, match="but the model knows only 512 positions"):
+        gs.sample(model, out, rewrite=bad)
     with pytest.raises(TextError, match=r"call it own.txt.jsonl"):
         gs.sample(model, tmp_path / "own.txt", text=TEXT)
     with pytest.raises(TextError, match="give one of them"):

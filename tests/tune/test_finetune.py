@@ -16,6 +16,7 @@ import gossamer as gs
 from gossamer.errors import (
     CalibrationError,
     GossamerError,
+    MatrixError,
     MethodError,
     ModelError,
     OutputError,
@@ -521,6 +522,7 @@ def test_bf16_may_be_tuned_towards_int4(dense: Path, tmp_path: Path) -> None:
         ({"method": "fill"}, MethodError, "did you mean 'full'"),
         ({"options": {"rank": 3}}, MethodError, "does not take these"),
         ({"micro": 3}, MethodError, "do not split"),
+        ({"group": 7}, MatrixError, "a scale covers 64 or 32 inputs"),
         ({"speed": 3}, GossamerError, "the setting speed"),
         ({"tokens": 0}, GossamerError, "the setting tokens"),
         ({"seqlen": 4096}, ModelError, "longer than"),

@@ -153,6 +153,9 @@ def _made_rows(made: dict[str, Any]) -> list[tuple[str, str]]:
     recipe = made.get("recipe")
     if isinstance(recipe, dict):
         rows.append(("recipe", f"{recipe.get('name')} ({str(recipe.get('sha256'))[:12]})"))
+    if isinstance(sampled := made.get("sampled"), dict):
+        drawn = f"{sampled.get('tokens', 0):,} tokens in {sampled.get('records', 0):,} documents"
+        rows.append(("self-written", f"{drawn}, after {sampled.get('text')}"))
     for tuned in made.get("tuned") or ():
         settings = tuned.get("settings", {})
         losses = " + ".join(settings.get("losses", {}))

@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.calibrate import InputNorm, Statistic
 from gossamer.claim import Claim
 from gossamer.errors import MethodError, ModelError
-from gossamer.matrices.values import Quantized, ValueType, quantize, value_types
+from gossamer.matrices.values import Quantized, ValueType, check_group, quantize, value_types
 from gossamer.registry import Registry, with_options
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
 from gossamer.sparse.allocate import allocation
@@ -186,8 +186,8 @@ def check_combination(
     its own, and budgets; where nothing is pruned, the allocation is uniform. ``budget``: bytes, bits a weight
     or time a token, which the allocation sensitivity splits; N:M layers are then dense or in the pattern.
     ``values``: several, such as ``nl4,nl3``, where a budget of bytes or bits chooses one for each layer, all
-    dense. ``seed``: of methods that draw, unless their options have one. Raises PatternError, SparsityError
-    or MethodError with a sentence.
+    dense. ``seed``: of methods that draw, unless their options have one. Raises PatternError, SparsityError,
+    MatrixError or MethodError with a sentence.
     """
     chosen = seeded(method_name, seed, options or {})
     wanted = None if budget is None else parse_budget(budget)
@@ -231,8 +231,7 @@ def check_combination(
             f"{pattern} gives every row the same sparsity, and the allocation global lets rows compete: use "
             "the comparison group model"
         )
-    if group not in (32, 64):
-        raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
+    check_group(group)
     if sparsity == 0 and wanted is None:
         allocation_name = "uniform"
     several = formats if len(formats) > 1 else ()

@@ -18,7 +18,7 @@ from gossamer.recipes.compress import compress
 from gossamer.recipes.finetune import finetune
 from gossamer.recipes.fingerprint import files_of, surroundings
 from gossamer.recipes.prepare import Prepared, needs_text
-from gossamer.recipes.sample import sample
+from gossamer.recipes.sample import read_made, sample
 from gossamer.recipes.shrink import remove_blocks
 
 SAMPLES = "samples.jsonl"
@@ -26,8 +26,9 @@ SAMPLES = "samples.jsonl"
 
 @dataclass(frozen=True)
 class Applied:
-    """The finished checkpoint; how it was made (as in its gossamer.json, ``recipe`` among it); seconds of
-    each stage that ran now, and whether earlier work was found."""
+    """The finished checkpoint; how it was made (as in its gossamer.json, ``recipe`` among it, and
+    ``sampled``, of a text that was tuned on and is not kept); seconds of each stage that ran now, and whether
+    earlier work was found."""
 
     path: Path
     made: dict[str, Any]
@@ -43,7 +44,7 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
     folder holds work of another recipe, model, text or machine, and what the stages raise.
     """
     work = WorkFolder(work_of(prepared.out), _fingerprint(prepared))
-    seconds, last = {}, Path(prepared.model)
+    seconds, last, told = {}, Path(prepared.model), {"recipe": prepared.record}
     with work:
         for stage in prepared.recipe.stages:
             folder = work.path / stage_folder(prepared, stage)
@@ -51,8 +52,11 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
                 start = time.perf_counter()
                 _run(prepared, stage, last, folder, progress)
                 seconds[stage] = time.perf_counter() - start
-            last = last if stage == "sample" else folder
-        made = _sign(last, prepared.record)
+            if stage == "sample":
+                told["sampled"] = read_made(folder)
+            else:
+                last = folder
+        made = _sign(last, told)
         _rename(last, prepared.out)
     work.remove()
     return Applied(prepared.out, made, seconds, work.resumed)
@@ -69,12 +73,13 @@ def _run(prepared: Prepared, stage: str, before: Path, out: Path, progress: Prog
     """One stage, by the function that a person would call."""
     recipe, text = prepared.recipe, prepared.text
     source = prepared.model if before == Path(prepared.model) else before
-    settings = getattr(recipe, stage).model_dump()
+    settings = dict(getattr(recipe, stage))
     if stage == "shrink":
         remove_blocks(source, out, calibration=text, progress=progress, **settings)
     elif stage == "compress":
         compress(source, out, calibration=text, progress=progress, **settings)
     elif stage == "sample":
+        text = text if prepared.instructions is None else None
         sample(prepared.model, out, text=text, progress=progress, **settings)
     else:
         text = text if recipe.sample is None else out.with_name(SAMPLES)
@@ -87,14 +92,15 @@ def _fingerprint(prepared: Prepared) -> dict[str, Any]:
         "recipe": prepared.record,
         "model": files_of(prepared.source.folder),
         "text": prepared.read.sha256 if needs_text(prepared.recipe) else None,
+        "instructions": None if prepared.instructions is None else prepared.instructions.sha256,
         **surroundings(),
     }
 
 
-def _sign(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Puts ``recipe`` into a checkpoint's gossamer.json; what that then says of how it was made."""
+def _sign(folder: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """Puts ``told`` into a checkpoint's gossamer.json; what that then says of how it was made."""
     manifest = read_manifest(folder)
-    made = {**manifest.made, "recipe": record}
+    made = {**manifest.made, **told}
     data = render_manifest(manifest.model_copy(update={"made": made}))
     with atomic_file(folder / MANIFEST, needed=len(data)) as file:
         file.write(data)

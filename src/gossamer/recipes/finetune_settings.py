@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from gossamer.errors import MethodError
-from gossamer.matrices.values import value_type
+from gossamer.matrices.values import check_group, value_type
 from gossamer.tune import WEIGHTS, Loop, TunedWeight
 from gossamer.tune.beside import BesideOptions
 from gossamer.tune.losses import Loss, loss
@@ -61,6 +61,8 @@ class FinetuneSettings(BaseModel):
         self.chosen_losses()
         self.weights()
         self.chosen_beside()
+        if self.group is not None:
+            check_group(self.group)
         if self.values is not None and value_type(self.values).is_integer is False and self.group is not None:
             raise MethodError(f"{self.values} values have no scales: leave out the group")
         if self.batch % self.micro:

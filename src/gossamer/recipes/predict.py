@@ -6,6 +6,7 @@ them), memory within a half.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,17 +18,20 @@ from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.engine import why_not
 from gossamer.models.skeleton import stored_dtype
+from gossamer.models.tokenizer import encode_prompt, load_tokenizer
 from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.layer_shares import allocation_needs, tries
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, input_widths, parameters_of
-from gossamer.recipes.sample import SampleSettings
+from gossamer.recipes.sample import SampleSettings, exchanges
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.shrink import block_count
 from gossamer.tune.blockwise import Blockwise
+from gossamer.tune.self_data import Rewrites
 
+LOOKED_AT = 64  # instructions whose tokens are counted
 MOST_GAINED = 4  # times the speed of one text by itself, where several are written at once (docs/figures.md)
 
 
@@ -74,7 +78,7 @@ def predict(prepared: Prepared) -> Prediction:
         compress = recipe.compress
         add("compress", _compress_seconds(bench, compress, blocks), _compress_bytes(sizes, compress))
         if recipe.sample is not None:
-            add("sample", *_sample(prepared, recipe.sample, sizes))
+            add("sample", *_sample(bench, prepared, recipe.sample, sizes))
         if (tune := recipe.tune) is not None:
             add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), _tune_bytes(sizes, tune))
     return Prediction(tuple(found))
@@ -159,17 +163,38 @@ def _compress_bytes(sizes: _Sizes, settings: CompressSettings) -> int:
     return sizes.base + max(block, before, packing)
 
 
-def _sample(prepared: Prepared, settings: SampleSettings, sizes: _Sizes) -> tuple[float, int]:
+def _sample(bench: Bench, prepared: Prepared, settings: SampleSettings, sizes: _Sizes) -> tuple[float, int]:
     """Seconds and bytes. All weights are read for every token, by the native decoder once for several texts;
     it has a copy of its own, of numbers that are bfloat16 or float32."""
     name, parameter = next(iter(prepared.bare.named_parameters()))
-    stored = stored_dtype(parameter, name, prepared.files)
+    stored = {
+        "auto": stored_dtype(parameter, name, prepared.files),
+        "fast": fast_dtype(),
+    }.get(settings.dtype) or getattr(torch, settings.dtype)
     native = why_not(prepared.bare) is None
     item = stored.itemsize if stored == torch.bfloat16 or not native else torch.float32.itemsize
     held = sizes.model(sizes.all_blocks, item)
     gain = min(settings.together, MOST_GAINED) if native else 1
     loaded = sizes.model(sizes.all_blocks, stored.itemsize)
-    return settings.tokens * held / read_bandwidth() / gain, sizes.base + loaded + 2 * held
+    seconds = settings.tokens * held / read_bandwidth() / gain
+    if prepared.instructions is not None:
+        asked, answered = _lengths(prepared, settings.max_new_tokens)
+        read = bench.rates(round(asked)).forward * sizes.all_blocks
+        seconds += settings.tokens / answered * read
+    return seconds, sizes.base + loaded + 2 * held
+
+
+def _lengths(prepared: Prepared, most: int) -> tuple[float, float]:
+    """Mean tokens of the prompts that have instructions answered anew, and of the answers, were they as long
+    as those given and ``most`` at most: of a few of them, evenly over the file."""
+    assert prepared.instructions is not None
+    tokenizer = load_tokenizer(prepared.source.folder)
+    pairs = exchanges(prepared.instructions)
+    some = pairs[:: math.ceil(len(pairs) / LOOKED_AT)]
+    prompts, count = Rewrites(some, tokenizer), len(some)
+    answers = [encode_prompt(tokenizer, pair.response, chat=False) for pair in some]
+    asked = sum(len(prompts.prompt(index)) for index in range(count)) / count
+    return asked, max(1.0, sum(min(most, len(answer)) for answer in answers) / count)
 
 
 def _tune_seconds(bench: Bench, settings: FinetuneSettings, blocks: int, teacher_blocks: int) -> float:

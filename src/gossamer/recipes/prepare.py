@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +26,20 @@ from gossamer.recipes.finetune import windows_to_tune
 from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.recipes.load import check_context
 from gossamer.recipes.recipe import Recipe
+from gossamer.recipes.sample import check_prompts, exchanges, read_instructions
 from gossamer.shrink import block_count
+from gossamer.tune.self_data import Rewrites
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A recipe that can be applied: ``model`` and ``text`` as the stages take them, ``source`` and ``read``
-    what they are, ``bare`` the model without weights, ``blocks`` how many of its blocks stay; ``reading``:
-    the seconds that it took to cut the text into tokens."""
+    what they are, ``instructions`` those that the dense model answers anew, ``bare`` the model without
+    weights, ``blocks`` how many of its blocks stay; ``reading``: the seconds that it took to cut the text
+    into tokens."""
 
     recipe: Recipe
     model: str
@@ -43,6 +50,7 @@ class Prepared:
     files: WeightFiles
     read: Text
     blocks: int
+    instructions: Text | None = None
     reading: float = 0.0
 
     @property
@@ -81,12 +89,12 @@ def prepare(
         raise ModelError(f"{named} is a checkpoint already: a recipe starts from a dense model")
     named_text = [Path(one) for one in recipe.text] if isinstance(recipe.text, list) else recipe.text
     given = text if text is not None else named_text
-    if given is None and recipe.tune is not None:
+    if given is None and _tune_reads(recipe):
         raise RecipeError(
             f"the recipe {recipe.name} tunes the whole model, for which the prose inside Python is too "
             "little: give a text"
         )
-    read = read_text(given)
+    read, instructions = read_text(given), _instructions(recipe)
     source = resolve(named, progress=progress)
     bare = skeleton(source.folder)
     parts = find_parts(bare)
@@ -94,15 +102,16 @@ def prepare(
     blocks = len(parts.blocks)
     if recipe.shrink is not None:
         blocks -= block_count(recipe.shrink.blocks, blocks)
-    prepared = Prepared(recipe, named, given, out, source, bare, WeightFiles(source.folder), read, blocks)
+    files = WeightFiles(source.folder)
+    prepared = Prepared(recipe, named, given, out, source, bare, files, read, blocks, instructions)
     start = time.perf_counter()
     _check_windows(prepared)
     return replace(prepared, reading=time.perf_counter() - start)
 
 
 def needs_text(recipe: Recipe) -> bool:
-    """Whether a stage of ``recipe`` reads text."""
-    return _compress_reads(recipe) or recipe.stages != ("compress",)
+    """Whether a stage of ``recipe`` reads the text."""
+    return _compress_reads(recipe) or recipe.shrink is not None or _tune_reads(recipe)
 
 
 def _compress_reads(recipe: Recipe) -> bool:
@@ -111,33 +120,44 @@ def _compress_reads(recipe: Recipe) -> bool:
     return bool(needs) or recipe.compress.tune is not None
 
 
+def _tune_reads(recipe: Recipe) -> bool:
+    """Whether what is tuned on is the text, or begins with it."""
+    return recipe.tune is not None and (recipe.sample is None or recipe.sample.rewrite is None)
+
+
+def _instructions(recipe: Recipe) -> Text | None:
+    if recipe.sample is None or recipe.sample.rewrite is None:
+        return None
+    with _told("sample"):
+        return read_instructions(recipe.sample.rewrite)
+
+
 def _check_windows(prepared: Prepared) -> None:
     """Every stage's windows fit the model's context, and the text has enough of them."""
     recipe, label = prepared.recipe, prepared.source.label
-    if not needs_text(recipe):
-        return
     drawn: dict[str, tuple[int, int]] = {}  # windows and their tokens, by stage
     if (shrink := recipe.shrink) is not None:
         drawn["shrink"] = (shrink.windows or shrink.chosen().windows, shrink.seqlen)
     if _compress_reads(recipe):
         drawn["compress"] = (recipe.compress.windows, recipe.compress.seqlen)
     needed = {stage: seqlen for stage, (_, seqlen) in drawn.items()}
-    if recipe.sample is not None:
+    if recipe.sample is not None and prepared.instructions is None:
         needed["sample"] = recipe.sample.prompt_tokens
-    tunes = recipe.tune if recipe.sample is None else None
-    windows = {**needed, "tune": tunes.seqlen} if tunes is not None else needed
+    windows = needed if recipe.tune is None else {**needed, "tune": recipe.tune.seqlen}
     for stage, seqlen in windows.items():
-        try:
+        with _told(stage):
             check_context(prepared.bare.config, seqlen, label)
-        except ModelError as error:
-            raise ModelError(f"{stage}: {error}") from None
+    if not windows:
+        return
     tokenizer = load_tokenizer(prepared.source.folder)
+    _check_instructions(prepared, tokenizer)
+    if not needs_text(recipe):
+        return
+    tunes = recipe.tune if recipe.sample is None else None
     learned = None if tunes is None else learned_tokens(prepared.read, tokenizer)
     for stage, (count, _) in drawn.items():
-        try:
+        with _told(stage):
             check_shares(len(prepared.read.sources), count)
-        except TextError as error:
-            raise TextError(f"{stage}: {error}") from None
     for source in prepared.read.sources or (prepared.read,):
         known = learned if source is prepared.read else None
         tokens = len(tokenize(source, tokenizer) if known is None else known[0])
@@ -148,10 +168,31 @@ def _check_windows(prepared: Prepared) -> None:
                     f"needs {seqlen + 1:,}: give more text, or shorter windows"
                 )
     if tunes is not None and learned is not None:
-        try:
+        with _told("tune"):
             windows_to_tune(prepared.read, learned, tunes)
-        except TextError as error:
-            raise TextError(f"tune: {error}") from None
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Inside, errors begin with ``where`` they were met."""
+    try:
+        yield
+    except (ModelError, TextError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _check_instructions(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The instructions that are answered anew fit the model's context, and are enough to tune on, answers as
+    given, where every one of the model's takes as many tokens as it may."""
+    settings, tune, pairs = prepared.recipe.sample, prepared.recipe.tune, prepared.instructions
+    if settings is None or tune is None or pairs is None:
+        return
+    fewest = math.ceil(settings.tokens / settings.max_new_tokens)
+    some = replace(pairs, documents=tuple(islice(cycle(pairs.documents), fewest)))
+    with _told("sample"):
+        check_prompts(Rewrites(exchanges(pairs), tokenizer), prepared.bare.config, settings.tokens)
+    with _told(f"sample.tokens of {settings.tokens:,} may be too few"):
+        windows_to_tune(some, learned_tokens(some, tokenizer), tune)
 
 
 def check_memory(needed: int, total: int) -> None:

@@ -87,11 +87,7 @@ class Recipe(BaseModel):
                 f"the loss {states[0]} pairs the blocks of model and teacher, and shrink takes some away: "
                 "use losses of what comes out (kl, task)"
             )
-        if self.tune.values is not None and any(one.is_integer for one in combination.stored):
-            raise MethodError(
-                f"compress makes {self.compress.values}, which tune.values would round a second time: "
-                "compress to bf16, or leave tune.values out"
-            )
+        self._check_rounding(self.tune, any(one.is_integer for one in combination.stored))
 
     def _check_way(self, tune: FinetuneSettings, combination: Combination) -> None:
         """Whether the way to tune takes what compress makes."""
@@ -108,10 +104,28 @@ class Recipe(BaseModel):
                 "takes some away: leave one of them out"
             )
 
+    def _check_rounding(self, tune: FinetuneSettings, integers: bool) -> None:
+        """Whether integers are rounded once, whichever stage does it."""
+        made = self.compress.values
+        if tune.values is not None and integers:
+            raise MethodError(
+                f"compress makes {made}, which tune.values would round a second time: compress to bf16, or "
+                "leave tune.values out"
+            )
+        if integers and tune.group not in (None, self.compress.group):
+            raise MethodError(
+                f"compress makes {made} in groups of {self.compress.group}, which groups of {tune.group} "
+                "would round a second time: set compress.group, and leave tune.group out"
+            )
+        if tune.group is not None and tune.values is None and not integers:
+            raise MethodError(f"compress makes {made}, which has no scales: leave tune.group out")
+
     def _check_sample(self, sample: SampleSettings) -> None:
         sample.sampling()
         if self.tune is None:
             raise MethodError("sample lets the dense model write what tune reads, and there is no tune")
+        if sample.rewrite is not None:
+            return  # what is tuned on has the instructions besides
         least = self.tune.seqlen * (self.tune.held_out + self.tune.batch)
         if sample.tokens < least:
             raise MethodError(
