@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from gossamer.errors import MethodError
 from gossamer.tune.sparse import SparseTuning
+
+UNASKED = {"every_n_layers": 1, "offload": False}  # what a Trainer gives where nobody asked for anything
 
 
 class TuningModule(nn.Module):
@@ -50,6 +53,34 @@ class TuningModule(nn.Module):
         """Leaves the model in evaluation mode: no dropout."""
         self.training = mode
         return self
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Runs blocks again in backward passes (`SparseTuning.checkpoint_gradients`); raises MethodError for
+        options other than ``use_reentrant=False``, which is how."""
+        if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
+            raise MethodError(
+                "gradients are checkpointed block by block with use_reentrant=False, not with "
+                f"{dict(gradient_checkpointing_kwargs or {})}: leave these options out"
+            )
+        self.tuning.checkpoint_gradients(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps what blocks computed for backward passes."""
+        self.tuning.checkpoint_gradients(False)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **rest: Any
+    ) -> None:
+        """`gradient_checkpointing_enable`, as newer versions of transformers call it; ``rest``: which layers
+        do so, and where they keep what they read. Raises MethodError unless it is all, and here."""
+        asked = {name: value for name, value in rest.items() if value != UNASKED.get(name)}
+        self.gradient_checkpointing_enable({**(activation_checkpointing_kwargs or {}), **asked})
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable`."""
+        self.gradient_checkpointing_disable()
 
     def schedule(self, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
         """The rate's rise and fall over ``steps`` steps."""
