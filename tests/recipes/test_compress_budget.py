@@ -200,7 +200,7 @@ def test_formats_are_tuned_and_resumed(source: Path, tmp_path: Path) -> None:
     kept = decided.read_text()
     for damaged in ('{"shares"', '{"model.layers.0.mlp.up_proj": 0.5}'):
         decided.write_text(damaged)
-        with pytest.raises(ResumeError, match="allocation.json in the work folder is damaged; delete it"):
+        with pytest.raises(ResumeError, match=r"allocation\.json in the work folder is damaged; delete it"):
             compress(source, tmp_path / "out", **settings)
     decided.write_text(kept)
     again = compress(source, tmp_path / "out", **settings)
