@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibrate import Gradient
+from gossamer.calibrate import Gradient, gradient_kind
 from gossamer.calibrate.modules import Batch, Loss, Waves, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices.values import value_types
@@ -193,7 +193,8 @@ class _Job:
 
     def _prune(self, pack: bool) -> tuple[Sparsified, dict[nn.Module, StructuredLinear]]:
         if self.loss is not None and Gradient in (*self.needs, *allocation_needs(self.combination)):
-            self.gradients = gather_gradients(self.model, self.views, self.batches, self.loss)
+            kind = gradient_kind(self.needs)
+            self.gradients = gather_gradients(self.model, self.views, self.batches, self.loss, kind)
         shares = allocation(self.combination.allocation)(self._infos(), self.combination.sparsity)
         taken = _read_elsewhere(self.model)
         records: list[dict[str, Any]] = []
