@@ -143,6 +143,8 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5, "allocation_name": "owl"}, MethodError),
         ("wanda", {"pattern": "unstructured:row", "sparsity": 0.5, "allocation_name": "global"}, MethodError),
         ("wanda", {"pattern": "16x4:row", "sparsity": 0.5, "allocation_name": "global"}, MethodError),
+        ("admm", {"sparsity": 0.5, "allocation_name": "global"}, MethodError),
+        ("random_search", {"sparsity": 0.5, "allocation_name": "global"}, MethodError),
         ("wanda", {"budget": "60MB"}, MethodError),
         ("wanda", {"budget": "60MB", "allocation_name": "owl"}, MethodError),
         ("wanda", {"budget": "60MB", "allocation_name": "sensitivity", "sparsity": 0.5}, MethodError),

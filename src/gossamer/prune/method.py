@@ -63,8 +63,14 @@ class Method:
     claim: ClassVar[Claim | None] = None
 
     def scores(self, layer: Layer) -> Tensor:
-        """How much each weight is worth keeping, float32 ``(out, in)``, higher = keep."""
+        """How much each weight is worth keeping, float32 ``(out, in)``, higher = keep; of methods that find
+        their masks otherwise there are none."""
         raise NotImplementedError
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether masks come from scores, so that layers may compete by them."""
+        return type(self).scores is not Method.scores
 
     def prune(
         self,
@@ -235,6 +241,11 @@ def check_combination(
         raise MethodError(f"scales stand for 32 or 64 inputs, not {group}")
     if sparsity == 0 and wanted is None:
         allocation_name = "uniform"
+    if allocation_name == "global" and not chosen.has_scores:
+        raise MethodError(
+            f"the masks of {chosen.name} do not come from scores, by which the allocation global lets layers "
+            "compete: use another allocation"
+        )
     several = formats if len(formats) > 1 else ()
     return Combination(chosen, pattern, sparsity, allocation_name, formats[0], group, wanted, several)
 
