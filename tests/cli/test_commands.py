@@ -422,6 +422,19 @@ def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, 
     assert not (tmp_path / "x").exists()
 
 
+def test_essential_names_the_drop_point(model: Path, text: Path) -> None:
+    arguments = ("essential", model, "--text", text, "--windows", "2", "--seqlen", "32", "--nm", "2:4, 1:4")
+    told = run(*arguments, "--grid", "0,0.2,0.4,0.6,0.8,0.95", "--json").document
+    assert [sparsity for sparsity, _ in told["curve"]] == [0, 0.2, 0.4, 0.6, 0.8, 0.95]
+    assert list(told["nm"]) == ["2:4", "1:4"]
+    assert (told["pattern"], told["smoke_test"]) == ("unstructured:model", False)
+    done = run(*arguments)
+    figure = f"{told['nm']['1:4']:.3f}"
+    for word in ("by magnitude, unstructured:model", "prose.txt", "drop point", "at 2:4", figure):
+        assert word in done.out
+    assert run("essential", model, "--grid", "0,half").err.endswith("and 'half' is none\n")
+
+
 def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     task = tmp_path / "own.jsonl"
