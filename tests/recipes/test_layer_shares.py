@@ -10,7 +10,7 @@ import gossamer as gs
 from gossamer.calibrate import InputNorm
 from gossamer.prune import Layer
 from gossamer.recipes.layer_shares import outlier_scores
-from gossamer.sparse.allocate import outlier_share
+from gossamer.sparse.allocate import OWL
 
 
 def layer_of(seed: int, statistic: InputNorm) -> Layer:
@@ -26,7 +26,7 @@ def norms(tokens: int) -> InputNorm:
 
 
 def share(*layers: Layer) -> float:
-    return outlier_share(lambda: [outlier_scores(layer) for layer in layers])
+    return OWL().outlier_share(lambda: [outlier_scores(layer) for layer in layers])
 
 
 def test_outliers_do_not_hang_on_how_many_tokens_a_layer_read() -> None:

@@ -26,7 +26,7 @@ from gossamer.recipes.layer_shares import competing_scores
 from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.measure import windows_for
 from gossamer.sparse import parse_pattern
-from gossamer.sparse.allocate import LayerInfo, allocation
+from gossamer.sparse.allocate import LayerInfo
 
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
@@ -130,7 +130,7 @@ def _prune(weights: dict[str, tuple[Tensor, Tensor]], case: Combination) -> None
     infos = [
         LayerInfo(name, tuple(dense.shape), partial(scores, name)) for name, (_, dense) in weights.items()
     ]
-    shares = allocation(case.allocation)(infos, case.sparsity)
+    shares = case.split(infos, case.sparsity)
     for name, (weight, dense) in weights.items():
         found = case.method.prune(
             Layer(name, dense.float()),
