@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.calibrate import Gradient, WorkFolder, gather, gradient_file
+from gossamer.calibrate import Gradient, SignedGradient, WorkFolder, gather, gradient_file
 from gossamer.errors import CalibrationError, ModelError, OutputError, ResumeError
 from gossamer.models import find_parts, load_model, prunable, weight_of
 from gossamer.models.skeleton import WeightFiles, skeleton
@@ -27,10 +27,16 @@ def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {f"{b.name}.{n}": m for b in find_parts(model).blocks for n, m in prunable(b).items()}
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "qwen3_moe"])
-def test_equals_autograd_over_the_whole_model(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [
+        *((arch, Gradient) for arch in ("llama", "gpt2", "gemma2", "qwen3_moe")),
+        *((arch, SignedGradient) for arch in ("llama", "gpt2")),
+    ],
+)
+def test_equals_autograd_over_the_whole_model(arch: str, kind: type[Gradient], tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "model", arch)
-    work = run(folder, tmp_path / "work")
+    work = run(folder, tmp_path / "work", kind=kind)
     model, _ = load_model(folder, torch.float32)
     expected = {n: [torch.zeros(weight_of(m).shape)] * 2 for n, m in layers_of(model).items()}
     outputs: dict[str, torch.Tensor] = {}
@@ -49,12 +55,13 @@ def test_equals_autograd_over_the_whole_model(arch: str, tmp_path: Path) -> None
         for name, layer in layers_of(model).items():
             turned = type(layer).__name__ == "Conv1D"
             g = layer.weight.grad.T if turned else layer.weight.grad
-            expected[name] = [expected[name][0] + g / 3, expected[name][1] + g.square() / 3]
+            averaged = g if kind is SignedGradient else g.abs()
+            expected[name] = [expected[name][0] + averaged / 3, expected[name][1] + g.square() / 3]
             grad = given[name].grad.reshape(-1, g.shape[0])  # type: ignore[union-attr]
             outputs[name] = outputs.get(name, torch.zeros(g.shape[0])) + grad.square().sum(dim=0) / 3
     assert len(expected) >= 12
     for name, (mean, squares) in expected.items():
-        found = Gradient.read(gradient_file(work, name), tuple(mean.shape))  # type: ignore[arg-type]
+        found = kind.read(gradient_file(work, name), tuple(mean.shape))  # type: ignore[arg-type]
         torch.testing.assert_close(found.mean, mean, atol=1e-6, rtol=1e-3)
         torch.testing.assert_close(found.squares, squares, atol=1e-9, rtol=2e-3)
         torch.testing.assert_close(found.outputs, outputs[name], atol=1e-8, rtol=2e-3)
@@ -144,7 +151,7 @@ def test_a_layer_that_is_called_twice_has_both_outputs() -> None:
     from gossamer.calibrate.gradients import _Sums
 
     layer = torch.nn.Linear(4, 3)
-    sums = _Sums(layer)
+    sums = _Sums(layer, SignedGradient)
     first, second = (layer(torch.randn(2, 5, 4)) for _ in range(2))
     for output in (first, second):
         sums.see(layer, (), output)

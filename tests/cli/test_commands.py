@@ -89,10 +89,27 @@ def test_compress_says_where_gradients_are_not_read(model: Path, tmp_path: Path)
         assert ("nothing here reads gradients" in done.out) == (method == "wanda")
 
 
+def test_compress_sets_options_of_the_allocation(model: Path, text: Path, tmp_path: Path) -> None:
+    """Blocks lie as far apart as owl's λ lets them."""
+    more = ("--calibration", text, "--method", "wanda", "--sparsity", "0.5", "--allocation", "owl")
+    for spread in (0.05, 0.3):
+        out = tmp_path / str(spread)
+        done = run(
+            "compress", model, "-o", out, *SMALL, *more, "--allocation-option", f"spread={spread}", "--json"
+        )
+        assert done.code == 0, done.err
+        found = [layer["sparsity_requested"] for layer in done.document["made"]["layers"]]
+        assert max(found) - min(found) == pytest.approx(2 * spread)
+    done = run("compress", model, "-o", tmp_path / "x", *SMALL, *more, "--allocation-option", "lambda=0.1")
+    assert (done.code, done.err.count("there are: outlier, spread")) == (2, 1)
+    assert not (tmp_path / "x.work").exists()
+
+
 def test_compress_has_the_defaults_of_the_recipe() -> None:
     given = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     expected = CompressSettings().model_dump()
-    assert expected.pop("options") == expected.pop("tune_options") == {}
+    for name in ("options", "allocation_options", "tune_options"):
+        assert expected.pop(name) == {}
     assert {name: given[name] for name in expected} == expected
 
 
@@ -431,6 +448,19 @@ def test_gate_writes_a_checkpoint_that_runs_gated(checkpoint: Path, text: Path, 
     assert again.err.startswith("error: ")
     assert run("gate", checkpoint, "-o", tmp_path / "x", "--method", "none", *SMALL).code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_essential_names_the_drop_point(model: Path, text: Path) -> None:
+    arguments = ("essential", model, "--text", text, "--windows", "2", "--seqlen", "32", "--nm", "2:4, 1:4")
+    told = run(*arguments, "--grid", "0,0.2,0.4,0.6,0.8,0.95", "--json").document
+    assert [sparsity for sparsity, _ in told["curve"]] == [0, 0.2, 0.4, 0.6, 0.8, 0.95]
+    assert list(told["nm"]) == ["2:4", "1:4"]
+    assert (told["pattern"], told["smoke_test"]) == ("unstructured:model", False)
+    done = run(*arguments)
+    figure = f"{told['nm']['1:4']:.3f}"
+    for word in ("by magnitude, unstructured:model", "prose.txt", "drop point", "at 2:4", figure):
+        assert word in done.out
+    assert run("essential", model, "--grid", "0,half").err.endswith("and 'half' is none\n")
 
 
 def test_eval_of_tasks(checkpoint: Path, model: Path, tmp_path: Path) -> None:

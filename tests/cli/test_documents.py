@@ -50,6 +50,7 @@ def test_every_document_has_the_documented_keys(
         "`sample`": ("sample", model, "-o", tmp_path / "own.jsonl", "--text", text, "--tokens", 4),
         "`gate`": ("gate", checkpoint, "-o", tmp_path / "gated", "--text", text, *SMALL),
         "`eval`": ("eval", checkpoint, "--text", text, "--windows", 2, "--seqlen", 32),
+        "`essential`": ("essential", model, "--text", text, "--windows", 2, "--seqlen", 32),
         "`bench`": ("bench", checkpoint, "--prompt", 4, "--decode", 2, "--repeats", 1, "--threads", 1),
         "`bench --profile`": ("bench", checkpoint, "--profile", "--prompt", 4, "--decode", 2, "--threads", 1),
         "`bench --plan`": ("bench", checkpoint, "--plan", "--prompt", 4, "--decode", 2, "--threads", 1),

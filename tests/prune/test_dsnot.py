@@ -79,6 +79,21 @@ def test_swaps_are_those_of_a_plain_loop(pattern: str, start: str, cycles: int |
     assert pruned.record["swapped"] == int((first & ~pruned.mask).sum()) > 0
 
 
+@pytest.mark.parametrize("pattern", ["unstructured:row", "2:4"])
+@pytest.mark.parametrize("start", ["admm", "random_search"])
+def test_a_start_without_scores_gives_the_mask_that_it_finds(start: str, pattern: str) -> None:
+    layer, sparsity = make_layer(), 0.5 if "un" in pattern else None
+    own = check_combination(start, pattern=pattern, sparsity=sparsity)
+    found = own.method.prune(layer, own.pattern, own.sparsity, own.values, 64).mask
+    c = check_combination("dsnot", pattern=pattern, sparsity=sparsity, options={"start": start, "cycles": 0})
+    pruned = c.method.prune(layer, c.pattern, c.sparsity, c.values, 64)
+    assert found is not None
+    assert torch.equal(pruned.mask, found)  # type: ignore[arg-type]
+    assert torch.equal(pruned.weight, layer.weight * found)
+    with pytest.raises(MethodError, match="the masks of dsnot do not come from scores"):
+        check_combination("dsnot", sparsity=0.5, allocation_name="global", options={"start": start})
+
+
 def test_the_means_of_outputs_come_back() -> None:
     layer = make_layer(64, 256)
     c = check_combination("dsnot", sparsity=0.6, options={"cycles": 50})

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.calibrate import Gradient, Gram, InputNorm
+from gossamer.calibrate import Gradient, Gram, InputNorm, gradient_kind
+from gossamer.calibrate.modules import gather_gradients
 from gossamer.errors import GossamerError, MatrixError, MethodError, PatternError, SparsityError
 from gossamer.matrices.values import quantize, value_type
+from gossamer.nn.views import weight_views
 from gossamer.prune import METHODS, Layer, check_combination, method
 from gossamer.sparse import NM, Unstructured
 
@@ -45,8 +47,31 @@ def test_gradient_scores_by_hand() -> None:
     weight, mean = torch.tensor([[2.0, -3.0], [0.0, 1.0]]), torch.tensor([[1.0, -0.5], [9.0, -2.0]])
     squares = torch.tensor([[1.0, 4.0], [81.0, 5.0]])
     layer = Layer("layer", weight, {Gradient: Gradient(mean, squares, torch.ones(2))})
-    assert method("taylor").scores(layer).tolist() == [[2, 1.5], [0, 2]]
+    for mean in ("absolute", "signed"):
+        assert method("taylor", mean=mean).scores(layer).tolist() == [[2, 1.5], [0, 2]]
     assert method("fisher").scores(layer).tolist() == [[2, 18], [0, 2.5]]
+
+
+@pytest.mark.parametrize(("mean", "expected"), [("absolute", [[4, 1]]), ("signed", [[0, 1]])])
+def test_taylor_averages_over_windows_without_signs_unless_asked_to(
+    mean: str, expected: list[list[float]]
+) -> None:
+    """Gradients of two windows, sums over their positions, are (2, 1) and (-2, 1), and weights (2, 1)."""
+    chosen = method("taylor", mean=mean)
+    net = torch.nn.Linear(2, 1, bias=False)
+    net.weight.data = torch.tensor([[2.0, 1.0]])
+    windows = [torch.tensor([[3.0, 0.0], [-1.0, 1.0]]), torch.tensor([[-1.0, 0.5], [-1.0, 0.5]])]
+    views, _ = weight_views(net)
+    found = gather_gradients(
+        net, views, windows, lambda model, x: model(x).sum(), gradient_kind(chosen.needs)
+    )
+    layer = Layer("layer", net.weight.detach(), {Gradient: found[views[0].name]})
+    assert chosen.scores(layer).tolist() == expected
+
+
+def test_taylor_refuses_other_means() -> None:
+    with pytest.raises(MethodError, match="absolute or signed, not 'squared'"):
+        method("taylor", mean="squared")
 
 
 def test_magnitude_by_hand() -> None:
@@ -118,6 +143,8 @@ def test_rounding_weighs_errors_by_the_inputs() -> None:
         ("wanda", {"pattern": "unstructured:model", "sparsity": 0.5, "allocation_name": "owl"}, MethodError),
         ("wanda", {"pattern": "unstructured:row", "sparsity": 0.5, "allocation_name": "global"}, MethodError),
         ("wanda", {"pattern": "16x4:row", "sparsity": 0.5, "allocation_name": "global"}, MethodError),
+        ("admm", {"sparsity": 0.5, "allocation_name": "global"}, MethodError),
+        ("random_search", {"sparsity": 0.5, "allocation_name": "global"}, MethodError),
         ("wanda", {"budget": "60MB"}, MethodError),
         ("wanda", {"budget": "60MB", "allocation_name": "owl"}, MethodError),
         ("wanda", {"budget": "60MB", "allocation_name": "sensitivity", "sparsity": 0.5}, MethodError),

@@ -310,6 +310,26 @@ def test_kept_gradients_serve_other_runs_on_the_same_text(source: Path, tmp_path
     assert not (tmp_path / "none").exists()  # nobody asked for gradients
 
 
+def test_kept_gradients_are_those_of_the_mean_that_is_asked_for(source: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "gradients"
+    settings: dict[str, Any] = {**SMALL, "method": "taylor", "sparsity": 0.5, "gradients": kept}
+    compress(source, tmp_path / "absolute", **settings)
+    signed = {**settings, "options": {"mean": "signed"}}
+    with pytest.raises(ResumeError, match=r"gradients averaged was 'absolute', now 'signed'"):
+        compress(source, tmp_path / "signed", **signed)
+    compress(source, tmp_path / "signed", **{**signed, "gradients": tmp_path / "apart"})
+    weights = [(tmp_path / out / "gossamer.safetensors").read_bytes() for out in ("absolute", "signed")]
+    assert weights[0] != weights[1]
+    state = kept / "state.json"
+    told = json.loads(state.read_text())
+    del told["fingerprint"]["gradients averaged"]  # of the time when all were signed
+    state.write_text(json.dumps(told))
+    with pytest.raises(
+        ResumeError, match=r"gradients averaged was None, now 'absolute'.*or delete gradients"
+    ):
+        compress(source, tmp_path / "again", **settings)
+
+
 def test_gradients_are_read_once_and_only_where_somebody_asks(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

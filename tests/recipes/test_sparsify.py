@@ -362,6 +362,13 @@ def test_every_allocation_shares_the_sparsity(allocation: str) -> None:
     assert len({round(layer["sparsity"], 2) for layer in found.layers}) > 1
 
 
+def test_allocations_take_options() -> None:
+    options = {"method": "wanda", "sparsity": 0.5, "pattern": "unstructured:tensor", "allocation": "owl"}
+    found = gs.sparsify(Mixed(), batches(), **options, allocation_options={"outlier": 2.0, "spread": 0.2})  # type: ignore[arg-type]
+    shares = [layer["sparsity"] for layer in found.layers]
+    assert max(shares) - min(shares) == pytest.approx(0.4, abs=0.05)
+
+
 def test_a_block_of_owl_ends_at_the_first_number() -> None:
     from gossamer.recipes.sparsify import _block
 

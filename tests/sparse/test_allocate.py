@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,12 @@ from hypothesis import strategies as st
 from gossamer.errors import MethodError, ScoreError
 from gossamer.sparse import count_pruned
 from gossamer.sparse.allocate import (
+    OWL,
     LayerInfo,
     allocation,
     er,
     erk,
     global_,
-    outlier_share,
-    owl,
     sensitivity,
     uniform,
 )
@@ -116,7 +116,7 @@ def test_all_allocations_keep_the_budget(shapes: list[tuple[int, int]], sparsity
         return LayerInfo(f"layer{index}", shape, outliers=outliers, curve=curve)
 
     layers = [info(i, shape) for i, shape in enumerate(shapes)]
-    for allocate in (er, erk, owl, sensitivity):
+    for allocate in (er, erk, OWL(), sensitivity):
         split = allocate(layers, sparsity)
         assert kept(layers, split) == pytest.approx(1 - sparsity, abs=1e-6)
         assert all(s is not None and 0 <= s < 1 for s in split.values())
@@ -125,6 +125,7 @@ def test_all_allocations_keep_the_budget(shapes: list[tuple[int, int]], sparsity
 def test_owl_by_hand() -> None:
     """Shares 0, 1 and 4 per mille: densities 0, 0.04 and 0.16 above the least, their mean 0.3."""
     layers = [LayerInfo(f"layer{i}", (10, 10), outliers=r / 1000) for i, r in enumerate([0, 1, 4])]
+    owl = OWL()
     split = owl(layers, 0.7)
     mean = 0.2 / 3
     assert [split[f"layer{i}"] for i in range(3)] == pytest.approx([0.7 + mean, 0.66 + mean, 0.54 + mean])
@@ -140,7 +141,29 @@ def test_owl_by_hand() -> None:
 
 def test_outliers_are_counted_over_a_whole_block() -> None:
     parts = [torch.tensor([[1.0, 1.0], [1.0, 21.0]]), torch.tensor([[0.0, 0.0]])]  # mean 4: one over 20
-    assert outlier_share(lambda: parts) == pytest.approx(1 / 6)
+    assert OWL().outlier_share(lambda: parts) == pytest.approx(1 / 6)
+    assert OWL(outlier=6).outlier_share(lambda: parts) == 0  # one over 24
+
+
+def test_owl_spreads_as_far_as_it_is_told_to() -> None:
+    layers = [LayerInfo(f"layer{i}", (10, 10), outliers=float(i)) for i in range(2)]
+    split = allocation("owl", {"spread": 0.15})(layers, 0.7)
+    assert [split[f"layer{i}"] for i in range(2)] == pytest.approx([0.85, 0.55])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("owl", {"lambda": 0.1}, "the allocation owl does not take .*no 'lambda'.*outlier, spread"),
+        ("owl", {"spread": 0}, "above 0 and at most 0.5, got 0"),
+        ("owl", {"spread": "wide"}, "takes as spread a finite number, got 'wide'"),
+        ("owl", {"outlier": -5}, "above 0, got -5"),
+        ("erk", {"spread": 0.1}, "the allocation erk does not take .*it has none"),
+    ],
+)
+def test_options_of_allocations_are_checked(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(MethodError, match=says):
+        allocation(name, options)
 
 
 def test_sensitivity_is_the_best_split() -> None:

@@ -1,6 +1,6 @@
 """Streaming statistics: the model is walked block by block, and each layer's inputs are summed up."""
 
-from gossamer.calibrate.gradients import Gradient, gather, gradient_file
+from gossamer.calibrate.gradients import Gradient, SignedGradient, gather, gradient_file, gradient_kind
 from gossamer.calibrate.statistics import (
     Gram,
     InputMoments,
@@ -19,12 +19,14 @@ __all__ = [
     "InputNorm",
     "InputPeak",
     "Inputs",
+    "SignedGradient",
     "Statistic",
     "Visit",
     "WorkFolder",
     "fast_dtype",
     "gather",
     "gradient_file",
+    "gradient_kind",
     "matmul_precision",
     "walk",
 ]

@@ -10,11 +10,11 @@ sums, 8 bytes a weight.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,15 @@ POSITIONS = 256  # positions whose logits and their gradients are in memory at o
 
 
 class Gradient(Statistic):
-    """Of the mean loss over the next tokens of a window: ``mean``, the weight's gradient averaged over
-    windows, and ``squares``, the average of its square, float32 ``(out, in)``; ``outputs``, the squared
-    gradient of each output, summed over tokens and averaged over windows, float32 ``(out,)``, or None where
-    outputs were not seen. ``reached``: whether any token came by; else it is that of `unreached`."""
+    """Of the mean loss over the next tokens of a window: ``mean``, the absolute value of the weight's
+    gradient averaged over windows, and ``squares``, the average of its square, float32 ``(out, in)``;
+    ``outputs``, the squared gradient of each output, summed over tokens and averaged over windows, float32
+    ``(out,)``, or None where outputs were not seen. ``reached``: whether any token came by; else it is that
+    of `unreached`."""
 
     name = "gradient"
     passes = "gradient"
+    averaged: ClassVar[str] = "absolute"
 
     def __init__(
         self, mean: Tensor, squares: Tensor, outputs: Tensor | None = None, reached: bool = True
@@ -83,7 +85,12 @@ class Gradient(Statistic):
         return (self.squares.double().sum(dim=1) / length).float()
 
     def select(self, inputs: Tensor) -> Gradient:
-        return Gradient(self.mean[:, inputs], self.squares[:, inputs], self.outputs, self.reached)
+        return type(self)(self.mean[:, inputs], self.squares[:, inputs], self.outputs, self.reached)
+
+    @staticmethod
+    def of_window(gradient: Tensor) -> Tensor:
+        """What ``mean`` averages of the gradient of one window."""
+        return gradient.abs()
 
     def to_bytes(self) -> bytes:
         assert self.outputs is not None
@@ -110,6 +117,23 @@ class Gradient(Statistic):
         return cls(mean.reshape(shape), squares.reshape(shape), outputs, bool(reached))
 
 
+class SignedGradient(Gradient):
+    """A `Gradient` whose ``mean`` is that of the gradient itself, so that windows may cancel out. A method
+    names it in ``needs`` beside `Gradient`, and finds it there."""
+
+    name = "signed_gradient"
+    averaged = "signed"
+
+    @staticmethod
+    def of_window(gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def gradient_kind(needs: Iterable[type[Statistic]]) -> type[Gradient]:
+    """What a gradient pass for ``needs`` gathers."""
+    return SignedGradient if SignedGradient in needs else Gradient
+
+
 def gradient_file(work: WorkFolder, name: str) -> Path:
     """Where the gradients of the layer ``name`` lie."""
     return work.path / f"{name}.gradient"
@@ -121,10 +145,12 @@ def gather(
     work: WorkFolder,
     windows: Tensor,
     *,
+    kind: type[Gradient] = Gradient,
     dtype: torch.dtype | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Leaves a `Gradient` of every prunable layer of the skeleton ``model`` at `gradient_file`.
+    """Leaves a `Gradient` of this ``kind`` of every prunable layer of the skeleton ``model`` at
+    `gradient_file`.
 
     ``windows``: token ids ``(windows, seqlen)``, seqlen >= 2. ``work`` is a folder of its own; a call that
     was interrupted goes on with the block where it stopped, and one that was finished returns at once.
@@ -133,7 +159,7 @@ def gather(
     """
     if windows.shape[1] < 2:
         raise CalibrationError("gradients need windows of at least 2 tokens: one of them must be foretold")
-    _Pass(model, files, work, windows, dtype or fast_dtype(), progress).run()
+    _Pass(model, files, work, windows, kind, dtype or fast_dtype(), progress).run()
     for rest in work.path.glob("*.states"):  # the gradient of the first block's inputs: nobody reads it
         rest.unlink(missing_ok=True)
 
@@ -147,11 +173,12 @@ class _Pass:
         files: WeightFiles,
         work: WorkFolder,
         windows: Tensor,
+        kind: type[Gradient],
         dtype: torch.dtype,
         progress: Progress,
     ) -> None:
         self.model, self.files, self.work, self.windows = model, files, work, windows
-        self.dtype, self.progress = dtype, progress
+        self.kind, self.dtype, self.progress = kind, dtype, progress
         self.parts: ModelParts = find_parts(model)
         self.streams: dict[str, Inputs] = {}
 
@@ -235,7 +262,7 @@ class _Pass:
         """Gradients of the block's inputs window by window, and at the end those of its layers in files."""
         inputs, above = self._open(f"hidden{index}"), self._open(f"gradient{index + 1}")
         layers = prunable(module)
-        sums = {name: _Sums(layer) for name, layer in layers.items()}
+        sums = {name: _Sums(layer, self.kind) for name, layer in layers.items()}
         handles = [layer.register_forward_hook(sums[name].see) for name, layer in layers.items()]
         try:
             for at in range(self.shape[0]):
@@ -263,16 +290,16 @@ class _Pass:
                 statistic = s.finish(full, self.shape[0])
                 beside.append(statistic)
             else:
-                statistic = Gradient.unreached(beside)
+                statistic = self.kind.unreached(beside)
             self.work.write(gradient_file(self.work, full).name, statistic.to_bytes())
 
 
 class _Sums:
     """Sums over windows for one layer; ``given``: what it gave in the window at hand, call by call."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, kind: type[Gradient]) -> None:
         assert isinstance(layer.weight, Tensor)
-        self.weight, self.turned = layer.weight, is_conv1d(layer)
+        self.kind, self.weight, self.turned = kind, layer.weight, is_conv1d(layer)
         shape = weight_of(layer).shape
         self.mean, self.squares = torch.zeros(shape), torch.zeros(shape)
         self.outputs = torch.zeros(shape[0])
@@ -287,7 +314,7 @@ class _Sums:
         if weight is None:
             return
         gradient = (weight.T if self.turned else weight).float()
-        self.mean.add_(gradient)
+        self.mean.add_(self.kind.of_window(gradient))
         self.squares.addcmul_(gradient, gradient)
         for output in outputs:
             if output is not None:
@@ -297,7 +324,7 @@ class _Sums:
     def finish(self, name: str, windows: int) -> Gradient:
         if self.windows == 0:
             raise CalibrationError(f"{name}: no calibration input reached this layer")
-        found = Gradient(self.mean.div_(windows), self.squares.div_(windows), self.outputs.div_(windows))
+        found = self.kind(self.mean.div_(windows), self.squares.div_(windows), self.outputs.div_(windows))
         if not torch.isfinite(found.squares).all():
             raise CalibrationError(f"{name}: its gradients are not finite: NaN or infinite weights after it?")
         return found

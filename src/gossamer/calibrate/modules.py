@@ -121,11 +121,15 @@ def gather_inputs(
 
 
 def gather_gradients(
-    model: nn.Module, views: Sequence[WeightView], batches: Sequence[Batch], loss: Loss
+    model: nn.Module,
+    views: Sequence[WeightView],
+    batches: Sequence[Batch],
+    loss: Loss,
+    kind: type[Gradient] = Gradient,
 ) -> dict[str, Gradient]:
-    """A `Gradient` of each of ``views`` by name: ``loss(model, batch)`` is a scalar, and a batch counts as a
-    window: one sample of the gradient, whose square is that of its mean over what the batch holds. Its
-    ``outputs`` are not seen here."""
+    """A `Gradient` of this ``kind`` of each of ``views`` by name: ``loss(model, batch)`` is a scalar, and a
+    batch counts as a window: one sample of the gradient, whose absolute value and square are those of its
+    mean over what the batch holds. Its ``outputs`` are not seen here."""
     sums = {view.name: (torch.zeros(view.shape), torch.zeros(view.shape)) for view in views}
     weights = [view.weight for view in views]
     was = [weight.requires_grad for weight in weights]
@@ -144,7 +148,7 @@ def gather_gradients(
             for view, grad in zip(views, grads, strict=True):
                 if grad is not None:
                     found = view.matrix_of(grad).float()
-                    sums[view.name][0].add_(found)
+                    sums[view.name][0].add_(kind.of_window(found))
                     sums[view.name][1].addcmul_(found, found)
     finally:
         for weight, needed in zip(weights, was, strict=True):
@@ -156,7 +160,7 @@ def gather_gradients(
             raise CalibrationError(f"{view.name}: its gradients are not finite")
         if not squares.any():
             raise CalibrationError(f"{view.name}: the loss does not depend on it: name it in `skip`")
-        gradients[view.name] = Gradient(mean, squares)
+        gradients[view.name] = kind(mean, squares)
     return gradients
 
 

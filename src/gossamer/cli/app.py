@@ -15,6 +15,7 @@ from gossamer.cli import (
     bench,
     chat,
     compress,
+    essential,
     evaluate,
     files,
     gate,
@@ -45,6 +46,7 @@ app.command("tune")(tune.tune)
 app.command("gate")(gate.gate)
 app.command("sample")(sample.sample)
 app.command("eval")(evaluate.evaluate)
+app.command("essential")(essential.essential)
 app.command("bench")(bench.bench)
 app.command("run")(run.run)
 app.command("chat")(chat.chat)

@@ -41,6 +41,13 @@ def compress(
     allocation: Annotated[
         str, typer.Option(help="How layers share the sparsity: uniform, global, er, erk, owl, sensitivity.")
     ] = "uniform",
+    allocation_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="An option of the allocation, such as owl's spread=0.15; repeatable.",
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -115,6 +122,7 @@ def compress(
     Ctrl-C keeps finished blocks in OUT.work; the same command goes on from there, with the same result.
     """
     chosen = options.parse_options(option or ())
+    allocation_options = options.parse_options(allocation_option or (), option="--allocation-option")
     tune_options = options.parse_options(tune_option or (), option="--tune-option")
     options.use_threads(threads)
     start = time.perf_counter()
@@ -134,6 +142,7 @@ def compress(
             sparsity=sparsity,
             pattern=pattern,
             allocation=allocation,
+            allocation_options=allocation_options,
             budget=budget,
             values=values,
             head_values=head_values,

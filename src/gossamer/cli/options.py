@@ -153,6 +153,14 @@ def parse_options(
     return found
 
 
+def number(text: str, option: str) -> float:
+    """One of several numbers that an ``option`` has; raises MethodError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise MethodError(f"{option} takes numbers with commas between, and {text!r} is none") from None
+
+
 def _typed(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

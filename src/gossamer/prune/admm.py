@@ -59,11 +59,6 @@ class ADMM(Method):
         if not (0 < self.damping < 10 and 0 < self.rho < 1000):
             raise MethodError(f"damping and rho are positive numbers, got {self.damping} and {self.rho}")
 
-    def scores(self, layer: Layer) -> Tensor:
-        """|W_ij| * ||x_j||: what the first step compares."""
-        problem = _problem(layer[Gram], self.damping, self.rho)
-        return layer.weight.masked_fill(problem.dead, 0.0).abs() * problem.norm
-
     def prune(self, layer: Layer, pattern: Pattern, sparsity: float, values: ValueType, group: int) -> Pruned:
         if sparsity == 0:
             return OBS().prune(layer, pattern, sparsity, values, group)

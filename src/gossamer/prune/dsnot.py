@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.calibrate import InputMoments, InputNorm
 from gossamer.claim import Claim, Experiment
 from gossamer.errors import MethodError
-from gossamer.matrices.values import ValueType
+from gossamer.matrices.values import ValueType, value_type
 from gossamer.prune.method import METHODS, Layer, Method, Pruned, round_values, seeded
 from gossamer.sparse import NM, Pattern, Unstructured, mask_from_scores
 
@@ -27,7 +27,8 @@ class DSnoT(Method):
     An output's mean error is the sum of W_ij E[x_j] over its pruned weights. Each cycle grows the pruned
     weight that lowers it most by its size over the variance of its input, and prunes the kept weight of the
     least |W_ij| ||x_j|| that lowers it too (in N:M: of the same group, whatever its sign, as long as the
-    error's sign stays). A weight is swapped once. ``start``: the method of the first mask, one that scores;
+    error's sign stays). A weight is swapped once. ``start``: the method of the first mask, that of its scores
+    for the dense layer where it has any, else the one that it finds, whatever it does to kept weights;
     ``cycles``: swaps a row at most, by default as large a share of it as the authors' 50 are of the 4,096
     inputs of LLaMA-7B, since so many do harm in narrow rows; ``threshold``: mean error at which a row is
     done, by default the authors' 0.1 for sums over windows of 2,048 tokens; ``skip``: layers within a module
@@ -65,14 +66,26 @@ class DSnoT(Method):
         # of this object: its class does not know where it starts
         vars(self)["needs"] = tuple(dict.fromkeys((*DSnoT.needs, *self.first.needs)))
 
+    @property
+    def has_scores(self) -> bool:
+        return self.first.has_scores
+
     def scores(self, layer: Layer) -> Tensor:
         return self.first.scores(layer)
+
+    def start_mask(self, layer: Layer, pattern: Pattern, sparsity: float, group: int) -> Tensor:
+        """The mask before any swap."""
+        if self.first.has_scores:
+            return mask_from_scores(self.first.scores(layer), pattern, sparsity)
+        mask = self.first.prune(layer, pattern, sparsity, value_type("float32"), group).mask
+        assert mask is not None
+        return mask
 
     def prune(self, layer: Layer, pattern: Pattern, sparsity: float, values: ValueType, group: int) -> Pruned:
         importance = layer[InputNorm].norm.square()
         if sparsity == 0:
             return round_values(layer.weight, None, values, group, importance)
-        start = mask_from_scores(self.scores(layer), pattern, sparsity)
+        start = self.start_mask(layer, pattern, sparsity, group)
         mask = start
         if self.skip not in layer.name.split("."):
             mask = self.swap(layer, start, cell_width(pattern, layer.weight.shape[1]))

@@ -15,7 +15,7 @@ from gossamer.errors import MethodError, ModelError
 from gossamer.matrices.values import Quantized, ValueType, check_group, quantize, value_types
 from gossamer.registry import Registry, with_options
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
-from gossamer.sparse.allocate import allocation
+from gossamer.sparse.allocate import Allocation, allocation, uniform
 from gossamer.sparse.budget import Budget, parse_budget
 from gossamer.sparse.masks import resolve_sparsity
 
@@ -63,8 +63,14 @@ class Method:
     claim: ClassVar[Claim | None] = None
 
     def scores(self, layer: Layer) -> Tensor:
-        """How much each weight is worth keeping, float32 ``(out, in)``, higher = keep."""
+        """How much each weight is worth keeping, float32 ``(out, in)``, higher = keep; of methods that find
+        their masks otherwise there are none."""
         raise NotImplementedError
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether masks come from scores, so that layers may compete by them."""
+        return type(self).scores is not Method.scores
 
     def prune(
         self,
@@ -142,7 +148,7 @@ def seeded(name: str, seed: int, options: Mapping[str, Any]) -> Method:
 class Combination:
     """A checked combination of method, pattern, sparsity, allocation and values. ``budget``: what decides
     the sparsity, which is 0 (or N:M's own) then; ``formats``: where it decides each layer's values in its
-    place, those to choose from, ``values`` the first of them."""
+    place, those to choose from, ``values`` the first of them; ``split``: the allocation with its options."""
 
     method: Method
     pattern: Pattern
@@ -152,6 +158,7 @@ class Combination:
     group: int
     budget: Budget | None = None
     formats: tuple[ValueType, ...] = ()
+    split: Allocation = uniform
 
     @property
     def stored(self) -> tuple[ValueType, ...]:
@@ -173,6 +180,7 @@ def check_combination(
     pattern: str | Pattern | None = None,
     sparsity: float | None = None,
     allocation_name: str = "uniform",
+    allocation_options: Mapping[str, Any] | None = None,
     values: str = "float32",
     group: int = 64,
     options: dict[str, Any] | None = None,
@@ -217,7 +225,7 @@ def check_combination(
         raise MethodError(
             f"a budget takes unstructured, N:M and block patterns, not {pattern}: no layout is made for it"
         )
-    allocation(allocation_name)
+    split = allocation(allocation_name, allocation_options)
     if allocation_name != "uniform" and isinstance(pattern, NM) and wanted is None:
         raise MethodError(
             f"{pattern} fixes every layer's sparsity: it cannot be allocated {allocation_name}, save under a "
@@ -233,9 +241,14 @@ def check_combination(
         )
     check_group(group)
     if sparsity == 0 and wanted is None:
-        allocation_name = "uniform"
+        allocation_name, split = "uniform", uniform
+    if allocation_name == "global" and not chosen.has_scores:
+        raise MethodError(
+            f"the masks of {chosen.name} do not come from scores, by which the allocation global lets layers "
+            "compete: use another allocation"
+        )
     several = formats if len(formats) > 1 else ()
-    return Combination(chosen, pattern, sparsity, allocation_name, formats[0], group, wanted, several)
+    return Combination(chosen, pattern, sparsity, allocation_name, formats[0], group, wanted, several, split)
 
 
 def _check_formats(formats: Sequence[ValueType], budget: Budget | None, pattern: object) -> None:

@@ -41,10 +41,6 @@ class RandomSearch(Method):
         if self.draws < 1:
             raise MethodError(f"a search draws at least one mask, not {self.draws}")
 
-    def scores(self, layer: Layer) -> Tensor:
-        """The first draw's scores."""
-        return self._draw(layer, 0)
-
     def prune(self, layer: Layer, pattern: Pattern, sparsity: float, values: ValueType, group: int) -> Pruned:
         gram = layer[Gram].matrix
         if sparsity == 0:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from gossamer.calibrate import Gradient, Gram, Statistic, WorkFolder, gather, gradient_file, walk
+from gossamer.calibrate import (
+    Gradient,
+    Gram,
+    Statistic,
+    WorkFolder,
+    gather,
+    gradient_file,
+    gradient_kind,
+    walk,
+)
 from gossamer.calibrate.stream import Visit
 from gossamer.errors import CheckpointError, ModelError, OutputError, ResumeError
 from gossamer.matrices import Matrix
@@ -226,11 +235,13 @@ class _Job:
         if Gradient not in self.needs:
             return self._check_room()
         assert self.windows is not None
+        kind = gradient_kind(self.needs)
         inputs = {key: value for key, value in self.work.fingerprint.items() if key != "settings"}
+        inputs["gradients averaged"] = kind.averaged
         self.gradients = WorkFolder(self.kept_gradients or self.work.path / "gradients", inputs)
         with self.gradients:
             self._check_room()
-            gather(self.model, self.files, self.gradients, self.windows, progress=self.progress)
+            gather(self.model, self.files, self.gradients, self.windows, kind=kind, progress=self.progress)
 
     def _check_room(self) -> None:
         """Of a run that begins; one that goes on has had it, and needs less."""
@@ -287,7 +298,7 @@ class _Job:
             assert self.gradients is not None
             out, features = layer.weight.shape
             path = gradient_file(self.gradients, name)
-            layer.statistics[Gradient] = Gradient.read(path, (out, features))
+            layer.statistics[Gradient] = gradient_kind(self.needs).read(path, (out, features))
         return layer
 
     def _prune_layer(self, visit: Visit, name: str) -> tuple[Layer, Pruned]:

@@ -27,8 +27,9 @@ class CompressSettings(BaseModel):
     and head, which are never pruned; ``group``: inputs a scale (64 or 32); ``outliers``: inputs with an
     activation of this size or more keep their columns in bfloat16, at most a share ``outlier_share`` of a
     layer's (None: all that are so large; alone it takes the largest); ``seqlen`` and ``windows``: of
-    calibration; ``seed``: of those and of methods that draw; ``options``: of the method; ``tune``: a tuning
-    method that wins quality back block by block, with ``tune_options``.
+    calibration; ``seed``: of those and of methods that draw; ``options``: of the method,
+    ``allocation_options`` of the allocation (of ``owl``: ``outlier`` and ``spread``, the paper's M and λ);
+    ``tune``: a tuning method that wins quality back block by block, with ``tune_options``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class CompressSettings(BaseModel):
     sparsity: float | None = None
     pattern: str | None = None
     allocation: str = "uniform"
+    allocation_options: dict[str, Any] = Field(default_factory=dict)
     budget: str | None = None
     values: str = "int4"
     head_values: str = "int8"
@@ -61,6 +63,7 @@ class CompressSettings(BaseModel):
             pattern=pattern,
             sparsity=self.sparsity,
             allocation_name=self.allocation,
+            allocation_options=self.allocation_options,
             values=self.values,
             group=self.group,
             options=self.options,

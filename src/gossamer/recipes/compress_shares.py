@@ -28,7 +28,7 @@ from gossamer.recipes.layer_shares import (
     outlier_scores,
 )
 from gossamer.recipes.side_by_side import side_by_side
-from gossamer.sparse.allocate import LayerInfo, allocation, least_error, least_error_formats, outlier_share
+from gossamer.sparse.allocate import OWL, LayerInfo, least_error, least_error_formats
 
 LayerOf = Callable[[Visit, str], Layer]
 
@@ -68,7 +68,7 @@ def allocate(
         visits = walk(folder, "scoring", allocation_needs(combination))
         layers = measure(layers, combination, folder, visits, layer_of)
     if prices is None:
-        found = Allocated(allocation(combination.allocation)(layers, combination.sparsity))
+        found = Allocated(combination.split(layers, combination.sparsity))
         if measure is None:
             return found
     else:
@@ -144,8 +144,10 @@ def _outliers(
     def scores(visit: Visit) -> Iterator[Tensor]:
         return (outlier_scores(layer_of(visit, name)) for name in visit.layers)
 
+    assert isinstance(combination.split, OWL)
     for visit in visits:
-        work.write(f"{visit.name}.outliers", json.dumps(outlier_share(partial(scores, visit))).encode())
+        found = combination.split.outlier_share(partial(scores, visit))
+        work.write(f"{visit.name}.outliers", json.dumps(found).encode())
     return [replace(layer, outliers=_read_json(work.path / f"{layer.block}.outliers")) for layer in layers]
 
 

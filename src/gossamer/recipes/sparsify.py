@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.calibrate import Gradient
+from gossamer.calibrate import Gradient, gradient_kind
 from gossamer.calibrate.modules import Batch, Loss, Waves, gather_gradients, gather_inputs, waves
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices.values import value_types
@@ -34,7 +34,7 @@ from gossamer.prune.method import DEFAULT_PATTERN, check_finite
 from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
 from gossamer.recipes.prune_layer import mean_sparsity, pack_layer, prune_layer, record_of
-from gossamer.sparse.allocate import LayerInfo, allocation, outlier_share
+from gossamer.sparse.allocate import OWL, LayerInfo
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def sparsify(
     pattern: str | None = None,
     sparsity: float | None = None,
     allocation: str = "uniform",
+    allocation_options: Mapping[str, Any] | None = None,
     values: str = "float32",
     group: int = 64,
     outliers: float | None = None,
@@ -83,9 +84,9 @@ def sparsify(
     recurrent, attention and transformer layers with ``batch_first=False``. For other layers every row counts.
     Layers that have one weight are pruned once, on what all of them read.
 
-    ``method``, ``pattern``, ``sparsity``, ``allocation``, ``values``, ``group``, ``outliers``,
-    ``outlier_share``, ``seed`` and ``options`` as for `compress` (neither pattern nor sparsity: ``32:64``);
-    what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
+    ``method``, ``pattern``, ``sparsity``, ``allocation``, ``allocation_options``, ``values``, ``group``,
+    ``outliers``, ``outlier_share``, ``seed`` and ``options`` as for `compress` (neither pattern nor sparsity:
+    ``32:64``); what ``owl`` takes for a block ends at the first number in a weight's name. ``skip``: regular
     expressions, found anywhere in a weight's name, of those to leave as they are (a classifier's last layer).
     ``loss``: a scalar of model and batch, for what reads gradients: some methods, and the allocation
     ``sensitivity``. A batch is one sample of the gradient: of a single one the scores of ``fisher`` rank as
@@ -105,6 +106,7 @@ def sparsify(
         pattern=DEFAULT_PATTERN if pattern is None and sparsity is None else pattern,
         sparsity=sparsity,
         allocation_name=allocation,
+        allocation_options=allocation_options,
         values=values,
         group=group,
         options=dict(options or {}),
@@ -193,8 +195,9 @@ class _Job:
 
     def _prune(self, pack: bool) -> tuple[Sparsified, dict[nn.Module, StructuredLinear]]:
         if self.loss is not None and Gradient in (*self.needs, *allocation_needs(self.combination)):
-            self.gradients = gather_gradients(self.model, self.views, self.batches, self.loss)
-        shares = allocation(self.combination.allocation)(self._infos(), self.combination.sparsity)
+            kind = gradient_kind(self.needs)
+            self.gradients = gather_gradients(self.model, self.views, self.batches, self.loss, kind)
+        shares = self.combination.split(self._infos(), self.combination.sparsity)
         taken = _read_elsewhere(self.model)
         records: list[dict[str, Any]] = []
         masks: dict[str, Tensor] = {}
@@ -253,7 +256,9 @@ class _Job:
         blocks: dict[str, list[Tensor]] = {}
         for layer in self._dense():
             blocks.setdefault(infos[layer.name].block, []).append(outlier_scores(layer))
-        shares = {block: outlier_share(partial(blocks.__getitem__, block)) for block in blocks}
+        owl = self.combination.split
+        assert isinstance(owl, OWL)
+        shares = {block: owl.outlier_share(partial(blocks.__getitem__, block)) for block in blocks}
         for name, info in infos.items():
             infos[name] = replace(info, outliers=shares[info.block])
 

@@ -7,7 +7,7 @@ layers cost (bytes, time) is split by `least_error`, of which `sensitivity` is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import MethodError, ScoreError
+from gossamer.registry import with_options
 from gossamer.sparse.masks import check_sparsity, count_pruned
 
 Allocation = Callable[["Sequence[LayerInfo]", float], "dict[str, float | None]"]
@@ -139,37 +140,49 @@ def _in_proportion(
     return {la.name: 0.0 if i in full else 1 - epsilon * ratios[i] for i, la in enumerate(layers)}
 
 
-OUTLIER, SPREAD = 5.0, 0.08  # OWL's M and lambda, its authors' choice for LLaMA
-
-
-def outlier_share(scores: Callable[[], Iterable[Tensor]]) -> float:
-    """The share of a block's scores that are over OUTLIER times their mean; ``scores`` gives those of one
-    layer after the other, and is called twice."""
-    total = count = over = 0.0
-    for part in scores():
-        total, count = total + float(part.sum(dtype=torch.float64)), count + part.numel()
-    for part in scores():
-        over += int((part > OUTLIER * total / count).sum())
-    return over / count
-
-
-def owl(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class OWL:
     """Blocks with more outliers among |W_ij| ||x_j|| keep more: densities rise with their share, at most
-    2 * SPREAD from least to most (Yin et al. 2024, Outlier Weighed Layerwise Sparsity)."""
-    check_sparsity(sparsity)
-    found = [layer.outliers for layer in layers if layer.outliers is not None]
-    if len(found) < len(layers):
-        raise MethodError("the allocation owl needs the share of outliers in every block")
-    shares, sizes = np.array(found), np.array([layer.size for layer in layers], dtype=float)
-    span = float(shares.max() - shares.min())
-    if span == 0:
-        return uniform(layers, sparsity)
-    more = (shares - shares.min()) / span * 2 * SPREAD
-    more -= (more * sizes).sum() / sizes.sum()
-    # near sparsity 0 or 1 there is less room than SPREAD
-    more *= min(1.0, sparsity / more.max(), 0.99 * (1 - sparsity) / -more.min())
-    # where the room is all used, rounding may pass it
-    return {la.name: max(0.0, float(sparsity - m)) for la, m in zip(layers, more, strict=True)}
+    2 * ``spread`` from least to most (Yin et al. 2024, Outlier Weighed Layerwise Sparsity).
+
+    ``outlier``: times the mean of a block's scores, over which one is an outlier (M); ``spread``: λ. Both are
+    by default the authors' choice for LLaMA. Raises MethodError where they are none.
+    """
+
+    outlier: float = 5.0
+    spread: float = 0.08
+
+    def __post_init__(self) -> None:
+        if self.outlier <= 0:
+            raise MethodError(f"owl's outlier is a multiple of the mean above 0, got {self.outlier:g}")
+        if not 0 < self.spread <= 0.5:
+            raise MethodError(f"owl's spread of sparsities is above 0 and at most 0.5, got {self.spread:g}")
+
+    def outlier_share(self, scores: Callable[[], Iterable[Tensor]]) -> float:
+        """The share of outliers among a block's scores; ``scores`` gives those of one layer after the other,
+        and is called twice."""
+        total = count = over = 0.0
+        for part in scores():
+            total, count = total + float(part.sum(dtype=torch.float64)), count + part.numel()
+        for part in scores():
+            over += int((part > self.outlier * total / count).sum())
+        return over / count
+
+    def __call__(self, layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
+        check_sparsity(sparsity)
+        found = [layer.outliers for layer in layers if layer.outliers is not None]
+        if len(found) < len(layers):
+            raise MethodError("the allocation owl needs the share of outliers in every block")
+        shares, sizes = np.array(found), np.array([layer.size for layer in layers], dtype=float)
+        span = float(shares.max() - shares.min())
+        if span == 0:
+            return uniform(layers, sparsity)
+        more = (shares - shares.min()) / span * 2 * self.spread
+        more -= (more * sizes).sum() / sizes.sum()
+        # near sparsity 0 or 1 there is less room than the spread
+        more *= min(1.0, sparsity / more.max(), 0.99 * (1 - sparsity) / -more.min())
+        # where the room is all used, rounding may pass it
+        return {la.name: max(0.0, float(sparsity - m)) for la, m in zip(layers, more, strict=True)}
 
 
 def sensitivity(layers: Sequence[LayerInfo], sparsity: float) -> dict[str, float | None]:
@@ -297,18 +310,18 @@ def _buy_back(choices: Sequence[Sequence[Level]], chosen: list[Level], left: flo
         chosen[index] = level
 
 
-ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": uniform,
-    "global": global_,
-    "er": er,
-    "erk": erk,
-    "owl": owl,
-    "sensitivity": sensitivity,
+_ALLOCATIONS: dict[str, Callable[..., Allocation]] = {
+    "uniform": lambda: uniform,
+    "global": lambda: global_,
+    "er": lambda: er,
+    "erk": lambda: erk,
+    "owl": OWL,
+    "sensitivity": lambda: sensitivity,
 }
 
 
-def allocation(name: str) -> Allocation:
-    """The allocation called ``name``; raises MethodError with the list."""
-    if name not in ALLOCATIONS:
-        raise MethodError(f"unknown allocation {name!r} (there are: {', '.join(sorted(ALLOCATIONS))})")
-    return ALLOCATIONS[name]
+def allocation(name: str, options: Mapping[str, Any] | None = None) -> Allocation:
+    """The allocation called ``name`` with its options; raises MethodError for an unknown name or option."""
+    if name not in _ALLOCATIONS:
+        raise MethodError(f"unknown allocation {name!r} (there are: {', '.join(sorted(_ALLOCATIONS))})")
+    return with_options(_ALLOCATIONS[name], options or {}, f"the allocation {name}")
