@@ -18,7 +18,7 @@ from gossamer.cli.reproduce import seconds_of
 from gossamer.dynamic.activations import method as gating
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
-from gossamer.errors import CheckpointError, MethodError
+from gossamer.errors import CheckpointError, MethodError, ModelError
 from gossamer.evaluate import paired_ratio
 from gossamer.matrices import Packed, Sum
 from gossamer.models import load_checkpoint
@@ -534,23 +534,44 @@ def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_run_has_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tiny_folder(tmp_path / "model", max_position_embeddings=2048)
-    asked, file = {"magnitude": claim(str(long))}, tmp_path / "catalogue.md"
-    monkeypatch.setattr(import_module("gossamer.report.reproduce"), "claimed", lambda: asked)
-    words = [
-        "reproduce",
-        "magnitude",
-        "--page",
-        str(file),
-        "--work",
-        str(tmp_path / "work"),
-        "--windows",
-        "1",
-    ]
-    for option, text in (("--calibration", PROSE[:20_000]), ("--text", PROSE[20_000:])):
-        (tmp_path / option).write_text(text)
-        words += [option, str(tmp_path / option)]
+    words, file = of_a_run(tmp_path, monkeypatch, "magnitude")
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     row = next(line for line in file.read_text().splitlines() if line.startswith("| `magnitude` |"))
     assert "ratio" in row
+
+
+def test_a_claim_that_cannot_run_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, file = of_a_run(tmp_path, monkeypatch, "wanda", "magnitude")
+    out = tmp_path / "claims.json"
+    done = CliRunner().invoke(app, [*words, "--out", str(out), "--json"])
+    assert done.exit_code == 2, done.output
+    first, *_, last = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert first == "error: wanda: this model's folder is gone"
+    assert last == "error: no verdict on wanda, as said above"
+    assert "the budget is used up" not in done.stderr
+    assert [one["name"] for one in json.loads(done.stdout)] == ["magnitude"] == list(verdicts_in(out))
+    row = next(line for line in file.read_text().splitlines() if line.startswith("| `magnitude` |"))
+    assert "ratio" in row
+
+
+def of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[list[str], Path]:
+    """The words of a command that runs small claims of ``names``, of which that of wanda fails, and the page
+    that it writes."""
+    long = tiny_folder(tmp_path / "model", max_position_embeddings=2048)
+    module, file = import_module("gossamer.report.reproduce"), tmp_path / "catalogue.md"
+    monkeypatch.setattr(module, "claimed", lambda: {name: claim(str(long)) for name in names})
+
+    def made(name: str, *args: Any) -> dict[str, Any]:
+        if name == "wanda":
+            raise ModelError("this model's folder is gone")
+        return one_shot.figures(name, *args)
+
+    monkeypatch.setattr(module, "figures", made)
+    words = ["reproduce", *names, "--page", str(file), "--work", str(tmp_path / "work"), "--windows", "1"]
+    for option, text in (("--calibration", PROSE[:20_000]), ("--text", PROSE[20_000:])):
+        (tmp_path / option).write_text(text)
+        words += [option, str(tmp_path / option)]
+    return words, file

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from gossamer.claim import Claim
-from gossamer.errors import CheckpointError, MethodError
+from gossamer.errors import CheckpointError, GossamerError, MethodError
 from gossamer.evaluate import exp, paired_ratio, perplexity_ratio_interval
 from gossamer.matrices.atomic import output_error
 from gossamer.progress import Progress, silent
@@ -142,13 +142,18 @@ def _interval(claim: Claim, ours: dict[str, Any], theirs: dict[str, Any]) -> tup
 
 def run_all(
     names: Sequence[str], work: str | Path, *, budget: float | None = None, **options: Any
-) -> Iterator[Verdict]:
-    """The claims of ``names`` in turn, none begun once ``budget`` seconds are over."""
+) -> Iterator[tuple[str, Verdict | GossamerError]]:
+    """The claims of ``names`` in turn, each with its verdict, or with what kept it from one; none is begun
+    once ``budget`` seconds are over."""
     start = time.monotonic()
     for name in names:
         if budget is not None and time.monotonic() - start > budget:
             return
-        yield reproduce(name, work, **options)
+        try:
+            came: Verdict | GossamerError = reproduce(name, work, **options)
+        except GossamerError as error:
+            came = error
+        yield name, came
 
 
 def verdicts_in(file: Path) -> dict[str, dict[str, Any]]:
