@@ -93,7 +93,7 @@ def methods() -> list[MethodFacts]:
         needs, within = (("Quantiles",), "layer") if thresholds else ((), "token")
         found.append(_facts("activations", name, needs, (gating.gates,), within))
     for name in POLICIES:
-        found.append(_facts("attention", name, (), ("blocks of keys",), "block of queries"))
+        found.append(_facts("attention", name, POLICIES[name].needs, ("blocks of keys",), "block of queries"))
     for name in CACHES:
         caching = CACHES[name]
         found.append(_facts("cache", name, caching.needs, (caching.keeps,), caching.reads))
