@@ -20,9 +20,11 @@ from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.errors import CheckpointError, MethodError, ModelError
 from gossamer.evaluate import paired_ratio
+from gossamer.evaluate.size import size_of_folder
 from gossamer.matrices import Packed, Sum
 from gossamer.models import load_checkpoint
 from gossamer.prune import METHODS, Claim, Experiment
+from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.measure import quality
@@ -30,6 +32,7 @@ from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.report import Texts, claimed, one_shot, reproduce, texts, verdicts_in
 from gossamer.report.catalogue_page import page
 from gossamer.report.reproduce import run_all
+from gossamer.sparse import allocate
 from tiny import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +76,40 @@ def test_formats_are_contenders(model: str, tmp_path: Path) -> None:
     layers = {name: load_checkpoint(path).model.layers for name, path in made.items()}
     assert isinstance(layers["llm_int8"][0].self_attn.q_proj.matrix, Sum)
     assert isinstance(layers["int8"][0].self_attn.q_proj.matrix, Packed)
+
+
+def test_allocations_are_those_that_compress_knows() -> None:
+    assert {*ALLOCATIONS, "uniform"} == {*allocate.ALLOCATIONS}
+    assert all(ALLOCATIONS[name].split is allocate.ALLOCATIONS[name] for name in ALLOCATIONS)
+
+
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+def test_claims_of_allocations_run(name: str, model: str, tmp_path: Path) -> None:
+    whole = claimed()[name]
+    settings = whole.experiment.compressed[name]
+    tiny = replace(whole.experiment, model=model, windows=2, seqlen=64)
+    found = reproduce(name, tmp_path, claim=replace(whole, experiment=tiny), texts=TEXTS)
+    assert found.ratio != 1
+    made, theirs = (next(path for path in tmp_path.glob(f"{one}-*") if path.is_dir())
+                    for one in (name, whole.than))  # fmt: skip
+    ours, uniform = (size_of_folder(path) for path in (made, theirs))
+    assert ours.linear_bits <= 1.02 * uniform.linear_bits
+    asked = json.loads((made / "gossamer.json").read_text())["made"]["settings"]
+    assert (asked["method"], asked["allocation"]) == (settings["method"], name)
+
+
+def test_figures_of_an_allocation_are_of_the_code_that_splits(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = claimed()["owl"].experiment
+
+    def asked() -> list[str]:
+        return [texts.label(one_shot._asked(name, experiment, TEXTS)) for name in ("owl", "wanda")]
+
+    before = asked()
+    (tmp_path / "changed.py").write_text("it splits otherwise")
+    monkeypatch.setattr(allocate, "__file__", str(tmp_path / "changed.py"))
+    assert [old == new for old, new in zip(before, asked(), strict=True)] == [False, True]
 
 
 def test_seeds_are_runs_of_their_own_and_figures_their_means(model: str, tmp_path: Path) -> None:

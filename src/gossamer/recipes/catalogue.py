@@ -12,6 +12,7 @@ from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, FORMATS, METHODS
+from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
@@ -21,6 +22,7 @@ from gossamer.tune.self_data import PROMPTS
 
 FAMILIES: dict[str, Registry[Any]] = {
     "prune": METHODS,
+    "allocation": ALLOCATIONS,
     "format": FORMATS,
     "shrink": DEPTH,
     "tune": TUNERS,
@@ -36,11 +38,11 @@ _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel:
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``format`` (how
-    kept ones are stored), ``shrink`` (whole blocks), ``tune`` (what was kept, a block at a time),
-    ``finetune`` (which weights of a checkpoint move), ``loss`` (what they are drawn to), ``text`` (what they
-    are tuned on), ``activations`` (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how
-    keys and values are kept);
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``allocation`` (how
+    the sparsity is shared out over layers), ``format`` (how kept weights are stored), ``shrink`` (whole
+    blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint move),
+    ``loss`` (what they are drawn to), ``text`` (what they are tuned on), ``activations`` (inputs, at run
+    time), ``attention`` (keys, at run time) or ``cache`` (how keys and values are kept);
     ``options``: what ``--option`` and its like may set, with defaults (None: chosen by what there is);
     ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what
     it drops, looks at or keeps; ``comparison_group``: what plain "unstructured" means, or where scores
@@ -73,6 +75,9 @@ def methods() -> list[MethodFacts]:
         aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
         group = pruning.comparison_group
         found.append(_facts("prune", name, needs, patterns, group, aliases))
+    for name in ALLOCATIONS:
+        shares = ALLOCATIONS[name]
+        found.append(_facts("allocation", name, shares.needs, shares.accepts, shares.group))
     for name in FORMATS:
         needs = tuple(kind.__name__ for kind in FORMATS[name].needs)
         found.append(_facts("format", name, needs, ("any, and dense",), "layer"))

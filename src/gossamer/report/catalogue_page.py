@@ -22,6 +22,7 @@ FEW = 20  # windows; fewer are told
 EARLIER = " (an earlier form of the claim)"
 TITLES = {
     "prune": "Pruning",
+    "allocation": "One sparsity shared out over layers",
     "format": "Number formats",
     "shrink": "Fewer blocks",
     "tune": "Tuning what was kept, block by block",
