@@ -30,6 +30,7 @@ from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.measure import quality
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.report import Texts, claimed, one_shot, reproduce, texts, verdicts_in
+from gossamer.report.baselines import equal_bytes
 from gossamer.report.catalogue_page import page
 from gossamer.report.reproduce import run_all
 from gossamer.sparse import allocate
@@ -54,7 +55,7 @@ def claim(model: str, **changes: Any) -> Claim:
 
 def test_a_verdict_is_its_figures(model: str, tmp_path: Path) -> None:
     found = reproduce("magnitude", tmp_path / "work", claim=claim(model, factor=1.0), texts=TEXTS)
-    assert set(found.figures) == {"magnitude", "random", "dense"}
+    assert set(found.figures) == {"magnitude", "random", "dense_bfloat16", "dense"}
     ours, theirs = (found.figures[name]["perplexity"] for name in ("magnitude", "random"))
     assert found.ratio == pytest.approx(ours / theirs)
     assert found.holds == (ours <= theirs)
@@ -76,6 +77,37 @@ def test_formats_are_contenders(model: str, tmp_path: Path) -> None:
     layers = {name: load_checkpoint(path).model.layers for name, path in made.items()}
     assert isinstance(layers["llm_int8"][0].self_attn.q_proj.matrix, Sum)
     assert isinstance(layers["int8"][0].self_attn.q_proj.matrix, Packed)
+
+
+def test_pruning_has_its_baselines_whatever_the_claim_names(model: str, tmp_path: Path) -> None:
+    asked = claim(model)
+    asked = replace(asked, experiment=replace(asked.experiment, against=(), values="bfloat16"), than="dense")
+    found = reproduce("wanda", tmp_path, claim=asked, texts=TEXTS)
+    assert set(found.figures) == {"wanda", "random", "magnitude", "dense_int8", "dense"}
+    assert found.claim == asked
+    folders = (next(path for path in tmp_path.glob(f"{one}-*") if path.is_dir())
+               for one in ("wanda", "dense_int8"))  # fmt: skip
+    pruned, dense = (size_of_folder(path) for path in folders)
+    assert dense.sparsity == 0
+    assert 8 < dense.linear_bits <= pruned.linear_bits
+    told, figure = page({"wanda": found.to_dict()}), found.figures["dense_int8"]["perplexity"]
+    assert f", int8 of equal bytes {figure:.4g}: ratio" in told
+    before = found.to_dict()
+    del before["figures"]["dense_int8"]
+    assert f"{found.ratio:.3g}" in page({"wanda": before})
+    assert " of equal bytes" not in page({"wanda": before})
+
+
+@pytest.mark.parametrize(("pattern", "sparsity", "values", "dense"), [
+    ("unstructured", 0.5, "float32", "bfloat16"), ("unstructured", 0.5, "bfloat16", "int8"),
+    ("2:4", None, "bfloat16", "int8"), ("unstructured", 0.6, "bfloat16", "nl4"),
+    ("unstructured", 0.7, "bfloat16", "nl4"), ("32:64", None, "int4", "nl3"),
+    ("16x4", 0.3, "int4", None), ("16x4", 0.2, "int4", "nl3"), ("unstructured", 0.0, "bfloat16", None),
+])  # fmt: skip
+def test_the_dense_model_of_equal_bytes(
+    pattern: str, sparsity: float | None, values: str, dense: str | None
+) -> None:
+    assert equal_bytes(Experiment(pattern=pattern, sparsity=sparsity, values=values)) == dense
 
 
 def test_allocations_are_those_that_compress_knows() -> None:

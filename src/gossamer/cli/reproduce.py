@@ -54,6 +54,7 @@ def reproduce(
 ) -> None:
     """Run the claims of methods' papers in miniature, with their baselines, and say whether they hold."""
     from gossamer.prune import ALIASES
+    from gossamer.report.baselines import with_baselines
     from gossamer.report.reproduce import claimed, run_all, verdicts_in
     from gossamer.report.texts import forget
 
@@ -67,7 +68,10 @@ def reproduce(
         if as_json:
             show.document({name: claim.to_dict() for name, claim in claims.items()})
         else:
-            rows = [(name, claim.says, ", ".join(claim.experiment.against)) for name, claim in claims.items()]
+            rows = [
+                (name, claim.says, ", ".join(dict.fromkeys(with_baselines(name, claim.experiment).against)))
+                for name, claim in claims.items()
+            ]
             show.columns("Claims", ("method", "the paper says", "beside"), rows, left=3)
         return
     chosen = list(claims) if every else names

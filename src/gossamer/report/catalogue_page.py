@@ -9,6 +9,7 @@ from typing import Any
 
 from gossamer.claim import BY_CONTENDER, Experiment
 from gossamer.recipes.catalogue import MethodFacts, methods
+from gossamer.report.baselines import PREFIX
 
 HEAD = """# Catalogue
 
@@ -16,7 +17,9 @@ Every method of the project, one small file each. Made by `gossamer reproduce --
 miniature experiment of the claim: the method's figure, that of what it is held
 against, and their ratio with its 95 % bootstrap interval over windows (not clearly: the interval, or one of
 several seeds, lies on the other side of what was asked). A claim that does not hold says so;
-methods without a figure have not been run, or their claim is not data yet.
+methods without a figure have not been run. Claims of pruning methods and allocations run beside random and
+magnitude masks, and beside the dense model in the widest number format that takes no more bytes (rounded by
+the sweep of `obs`); figures that do not name the last are of before that.
 """
 FEW = 20  # windows; fewer are told
 EARLIER = " (an earlier form of the claim)"
@@ -89,6 +92,9 @@ def measured(verdict: Mapping[str, Any]) -> str:
     values = f"{metric} {figures[name][metric]:.4g}, {than} {figures[than][metric]:.4g}"
     if "dense" in figures and than != "dense":
         values += f", dense {figures['dense'][metric]:.4g}"
+    for one in figures:
+        if one.startswith(PREFIX):
+            values += f", {one.removeprefix(PREFIX)} of equal bytes {figures[one][metric]:.4g}"
     interval = verdict["interval"]
     around = "" if interval is None else f" [{interval[0]:.3g} to {interval[1]:.3g}]"
     bound = f"{claim['bound'].replace('_', ' ')} {claim['factor']:g}"

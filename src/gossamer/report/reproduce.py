@@ -17,6 +17,7 @@ from gossamer.evaluate import exp, paired_ratio, perplexity_ratio_interval
 from gossamer.matrices.atomic import output_error
 from gossamer.progress import Progress, silent
 from gossamer.recipes.catalogue import methods
+from gossamer.report.baselines import with_baselines
 from gossamer.report.one_shot import figures
 from gossamer.report.texts import Texts
 
@@ -64,9 +65,9 @@ def reproduce(
     seeds: int = 1,
     progress: Progress = silent,
 ) -> Verdict:
-    """Runs the claim of the method ``name`` (or ``claim`` in its place): the method, ``claim.than`` and all
-    that its experiment names beside, on the same windows. ``seeds``: of calibration text, methods and tuning,
-    one run for each.
+    """Runs the claim of the method ``name`` (or ``claim`` in its place): the method, ``claim.than``, all that
+    its experiment names beside, and the baselines of pruning, on the same windows. ``seeds``: of calibration
+    text, methods and tuning, one run for each.
 
     Figures are kept under ``work``, so that an interrupted run goes on and contenders are measured once for
     all claims that share them. Raises MethodError for a method without a claim.
@@ -81,10 +82,11 @@ def reproduce(
     except OSError as error:
         raise output_error(error, work, None) from error
     start = time.perf_counter()
-    names = dict.fromkeys([name, claim.than, *claim.experiment.against, "dense"])
+    whole = with_baselines(name, claim.experiment)
+    names = dict.fromkeys([name, claim.than, *whole.against, "dense"])
     runs = [
         {one: figures(one, experiment, texts, work, progress) for one in names}
-        for experiment in (replace(claim.experiment, seed=claim.experiment.seed + i) for i in range(seeds))
+        for experiment in (replace(whole, seed=whole.seed + i) for i in range(seeds))
     ]
     found = {one: _mean([run[one] for run in runs]) for one in names}
     ratio, *ratios = (
