@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +26,7 @@ from gossamer.matrices import Packed, Sum
 from gossamer.models import load_checkpoint
 from gossamer.prune import METHODS, Claim, Experiment
 from gossamer.prune.allocations import ALLOCATIONS
+from gossamer.recipes.catalogue import FAMILIES, WITHOUT_CLAIM, without_claim
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.measure import quality
@@ -515,6 +517,47 @@ def test_the_page_in_the_docs_is_that_of_the_verdicts_beside_it() -> None:
     assert told == page(verdicts), (
         "gossamer reproduce --out benchmarks/results/claims.json --page docs/catalogue.md"
     )
+
+
+CITED = re.compile(r"([A-Z][\w-]+)(?: et al\.| (?:&|and) [A-Z][\w-]+)?,? \(?(19\d\d|20[0-3]\d)\b")
+
+
+def cited(text: str) -> set[tuple[str, str]]:
+    """Last names and years of papers."""
+    return set(CITED.findall(re.sub(r'\s*"?\s*\n\s*"?', " ", text)))
+
+
+def test_papers_are_found_where_lines_break() -> None:
+    text = '(Wilson 1927) of windows of 2048;\n"Boyd et al. "\n    "2011, a book; Martens &\n Grosse 2015"'
+    assert cited(text) == {("Wilson", "1927"), ("Boyd", "2011"), ("Martens", "2015")}
+
+
+def test_every_paper_is_on_the_page() -> None:
+    """Of a module that registers a method, or says why no claim runs, that is so; others name none that is
+    not there."""
+    told, package = page({}), ROOT / "src" / "gossamer"
+    made = [family[name] for family in FAMILIES.values() for name in family]
+    homes = {getattr(one, "split", one).__module__ for one in made} | set(WITHOUT_CLAIM)
+    lost, unlisted = {}, []
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        text = path.read_text(encoding="utf-8")
+        if "UNCLAIMED = " in text and module not in WITHOUT_CLAIM:
+            unlisted.append(module)
+        if module not in homes and (missing := cited(text) - cited(told)):
+            lost[module] = missing
+    assert (lost, unlisted) == ({}, [])
+
+
+def test_what_has_no_claim_says_where_its_figures_stand() -> None:
+    told = page({}).partition("## Without a claim that runs")[2]
+    figures = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    titles = set(re.findall("^#+ (.*)$", figures, re.MULTILINE))
+    for one in without_claim():
+        assert one.figures in {"", *titles}
+        assert f"| {one.name} | {one.cite} | " in told
+        assert one.why.endswith(".")
+    assert "| [Sparse attention on a long prompt](figures.md#sparse-attention-on-a-long-prompt) |" in told
 
 
 def test_the_page_says_what_is_searched_for_beforehand() -> None:

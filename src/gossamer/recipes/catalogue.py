@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from gossamer.claim import Claim
+from gossamer.claim import Claim, Unclaimed
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
@@ -33,6 +34,26 @@ FAMILIES: dict[str, Registry[Any]] = {
     "attention": POLICIES,
     "cache": CACHES,
 }
+WITHOUT_CLAIM = (
+    "gossamer.evaluate.drop_point",
+    "gossamer.matrices.compose",
+    "gossamer.recipes.gpusq",
+    "gossamer.dynamic.activations.natural",
+    "gossamer.dynamic.activations.orthogonal",
+    "gossamer.dynamic.activations.sirius",
+    "gossamer.dynamic.attention.seer",
+    "gossamer.dynamic.attention.label_blocks",
+    "gossamer.dynamic.cache.quantize",
+    "gossamer.dynamic.cache.key_basis",
+    "gossamer.dynamic.activations.ppl_p",
+    "gossamer.evaluate.layer_error",
+    "gossamer.evaluate.confidence",
+    "gossamer.evaluate.probes",
+    "gossamer.evaluate.task_scores",
+    "gossamer.evaluate.bootstrap",
+    "gossamer.models.sampling",
+)
+"""Modules of what is published and in no family; their ``UNCLAIMED`` says what it is."""
 _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
 
 
@@ -103,6 +124,11 @@ def methods() -> list[MethodFacts]:
         caching = CACHES[name]
         found.append(_facts("cache", name, caching.needs, (caching.keeps,), caching.reads))
     return found
+
+
+def without_claim() -> list[Unclaimed]:
+    """What is published beside the methods of the families, and why no claim of it runs."""
+    return [import_module(module).UNCLAIMED for module in WITHOUT_CLAIM]
 
 
 def _facts(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn.listen import listening
@@ -27,6 +28,13 @@ from gossamer.tune.losses.task import Task
 from gossamer.tune.modules import ModuleTuning
 
 Labelled = tuple[Tensor, Tensor | None]
+UNCLAIMED = Unclaimed(
+    name="GPUSQ-ViT",
+    cite="Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantization",
+    figures="Tuning what is kept",
+    why="It is of vision transformers, and claims run on a language model: `python -m benchmarks.gpusq` "
+    "trains one and runs it.",
+)
 
 
 @dataclass(frozen=True)
