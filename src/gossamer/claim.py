@@ -1,4 +1,5 @@
-"""What a paper claims of its method, as data: the sentence, a miniature experiment, and its bound."""
+"""What a paper claims of its method, as data: the sentence, a miniature experiment, and its bound; or why
+nothing of it runs as a claim."""
 
 from __future__ import annotations
 
@@ -90,3 +91,14 @@ class Claim:
     def to_dict(self) -> dict[str, Any]:
         """Plain values as JSON gives them back: lists for tuples."""
         return dict(json.loads(json.dumps(asdict(self))))
+
+
+@dataclass(frozen=True)
+class Unclaimed:
+    """Something published of which no claim runs. ``figures``: the section of docs/figures.md that holds what
+    was measured of it (empty: there is none); ``why``: what keeps it from a claim, in one sentence."""
+
+    name: str
+    cite: str
+    figures: str
+    why: str

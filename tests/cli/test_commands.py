@@ -19,6 +19,7 @@ from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import FORMATS, METHODS
+from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.shrink import DEPTH
@@ -386,6 +387,7 @@ def test_methods_lists_the_registry() -> None:
     told = run("methods", "--json").document
     families = {
         "prune": METHODS,
+        "allocation": ALLOCATIONS,
         "format": FORMATS,
         "shrink": DEPTH,
         "tune": TUNERS,

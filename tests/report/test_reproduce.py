@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,21 +19,26 @@ from gossamer.cli.reproduce import seconds_of
 from gossamer.dynamic.activations import method as gating
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
-from gossamer.errors import CheckpointError, MethodError
+from gossamer.errors import CheckpointError, MethodError, ModelError
 from gossamer.evaluate import paired_ratio
+from gossamer.evaluate.size import size_of_folder
 from gossamer.matrices import Packed, Sum
 from gossamer.models import load_checkpoint
 from gossamer.prune import METHODS, Claim, Experiment
-from gossamer.recipes.catalogue import methods
+from gossamer.prune.allocations import ALLOCATIONS
+from gossamer.recipes.catalogue import FAMILIES, WITHOUT_CLAIM, without_claim
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.measure import quality
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.report import Texts, claimed, one_shot, reproduce, texts, verdicts_in
+from gossamer.report.baselines import equal_bytes
 from gossamer.report.catalogue_page import page
 from gossamer.report.reproduce import run_all
+from gossamer.sparse import allocate
 from tiny import tiny_folder
 
+ROOT = Path(__file__).parents[2]
 PROSE = "".join(topics.values())
 TEXTS = Texts([PROSE[:20_000]], [PROSE[20_000:60_000]], windows=4, seqlen=64)
 
@@ -51,7 +57,7 @@ def claim(model: str, **changes: Any) -> Claim:
 
 def test_a_verdict_is_its_figures(model: str, tmp_path: Path) -> None:
     found = reproduce("magnitude", tmp_path / "work", claim=claim(model, factor=1.0), texts=TEXTS)
-    assert set(found.figures) == {"magnitude", "random", "dense"}
+    assert set(found.figures) == {"magnitude", "random", "dense_bfloat16", "dense"}
     ours, theirs = (found.figures[name]["perplexity"] for name in ("magnitude", "random"))
     assert found.ratio == pytest.approx(ours / theirs)
     assert found.holds == (ours <= theirs)
@@ -73,6 +79,71 @@ def test_formats_are_contenders(model: str, tmp_path: Path) -> None:
     layers = {name: load_checkpoint(path).model.layers for name, path in made.items()}
     assert isinstance(layers["llm_int8"][0].self_attn.q_proj.matrix, Sum)
     assert isinstance(layers["int8"][0].self_attn.q_proj.matrix, Packed)
+
+
+def test_pruning_has_its_baselines_whatever_the_claim_names(model: str, tmp_path: Path) -> None:
+    asked = claim(model)
+    asked = replace(asked, experiment=replace(asked.experiment, against=(), values="bfloat16"), than="dense")
+    found = reproduce("wanda", tmp_path, claim=asked, texts=TEXTS)
+    assert set(found.figures) == {"wanda", "random", "magnitude", "dense_int8", "dense"}
+    assert found.claim == asked
+    folders = (next(path for path in tmp_path.glob(f"{one}-*") if path.is_dir())
+               for one in ("wanda", "dense_int8"))  # fmt: skip
+    pruned, dense = (size_of_folder(path) for path in folders)
+    assert dense.sparsity == 0
+    assert 8 < dense.linear_bits <= pruned.linear_bits
+    told, figure = page({"wanda": found.to_dict()}), found.figures["dense_int8"]["perplexity"]
+    assert f", int8 of equal bytes {figure:.4g}: ratio" in told
+    before = found.to_dict()
+    del before["figures"]["dense_int8"]
+    assert f"{found.ratio:.3g}" in page({"wanda": before})
+    assert " of equal bytes" not in page({"wanda": before})
+
+
+@pytest.mark.parametrize(("pattern", "sparsity", "values", "dense"), [
+    ("unstructured", 0.5, "float32", "bfloat16"), ("unstructured", 0.5, "bfloat16", "int8"),
+    ("2:4", None, "bfloat16", "int8"), ("unstructured", 0.6, "bfloat16", "nl4"),
+    ("unstructured", 0.7, "bfloat16", "nl4"), ("32:64", None, "int4", "nl3"),
+    ("16x4", 0.3, "int4", None), ("16x4", 0.2, "int4", "nl3"), ("unstructured", 0.0, "bfloat16", None),
+])  # fmt: skip
+def test_the_dense_model_of_equal_bytes(
+    pattern: str, sparsity: float | None, values: str, dense: str | None
+) -> None:
+    assert equal_bytes(Experiment(pattern=pattern, sparsity=sparsity, values=values)) == dense
+
+
+def test_allocations_are_those_that_compress_knows() -> None:
+    assert {*ALLOCATIONS, "uniform"} == {*allocate.ALLOCATIONS}
+    assert all(ALLOCATIONS[name].split is allocate.ALLOCATIONS[name] for name in ALLOCATIONS)
+
+
+@pytest.mark.parametrize("name", list(ALLOCATIONS))
+def test_claims_of_allocations_run(name: str, model: str, tmp_path: Path) -> None:
+    whole = claimed()[name]
+    settings = whole.experiment.compressed[name]
+    tiny = replace(whole.experiment, model=model, windows=2, seqlen=64)
+    found = reproduce(name, tmp_path, claim=replace(whole, experiment=tiny), texts=TEXTS)
+    assert found.ratio != 1
+    made, theirs = (next(path for path in tmp_path.glob(f"{one}-*") if path.is_dir())
+                    for one in (name, whole.than))  # fmt: skip
+    ours, uniform = (size_of_folder(path) for path in (made, theirs))
+    assert ours.linear_bits <= 1.02 * uniform.linear_bits
+    asked = json.loads((made / "gossamer.json").read_text())["made"]["settings"]
+    assert (asked["method"], asked["allocation"]) == (settings["method"], name)
+
+
+def test_figures_of_an_allocation_are_of_the_code_that_splits(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = claimed()["owl"].experiment
+
+    def asked() -> list[str]:
+        return [texts.label(one_shot._asked(name, experiment, TEXTS)) for name in ("owl", "wanda")]
+
+    before = asked()
+    (tmp_path / "changed.py").write_text("it splits otherwise")
+    monkeypatch.setattr(allocate, "__file__", str(tmp_path / "changed.py"))
+    assert [old == new for old, new in zip(before, asked(), strict=True)] == [False, True]
 
 
 def test_seeds_are_runs_of_their_own_and_figures_their_means(model: str, tmp_path: Path) -> None:
@@ -440,13 +511,59 @@ def test_a_verdict_just_run_is_of_todays_claim(
     assert "an earlier form" not in row
 
 
-def test_the_page_in_the_docs_has_every_method() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "catalogue.md").read_text(encoding="utf-8")
-    assert [m.name for m in methods() if f"| `{m.name}` | {m.says}".replace("|", "") not in plain(text)] == []
+def test_the_page_in_the_docs_is_that_of_the_verdicts_beside_it() -> None:
+    verdicts = verdicts_in(ROOT / "benchmarks" / "results" / "claims.json")
+    told = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
+    assert told == page(verdicts), (
+        "gossamer reproduce --out benchmarks/results/claims.json --page docs/catalogue.md"
+    )
 
 
-def plain(text: str) -> str:
-    return text.replace("\\|", "|").replace("|", "")
+CITED = re.compile(r"([A-Z][\w-]+)(?: et al\.| (?:&|and) [A-Z][\w-]+)?,? \(?(19\d\d|20[0-3]\d)\b")
+
+
+def cited(text: str) -> set[tuple[str, str]]:
+    """Last names and years of papers."""
+    return set(CITED.findall(re.sub(r'\s*"?\s*\n\s*"?', " ", text)))
+
+
+def test_papers_are_found_where_lines_break() -> None:
+    text = '(Wilson 1927) of windows of 2048;\n"Boyd et al. "\n    "2011, a book; Martens &\n Grosse 2015"'
+    assert cited(text) == {("Wilson", "1927"), ("Boyd", "2011"), ("Martens", "2015")}
+
+
+def test_every_paper_is_on_the_page() -> None:
+    """Of a module that registers a method, or says why no claim runs, that is so; others name none that is
+    not there."""
+    told, package = page({}), ROOT / "src" / "gossamer"
+    made = [family[name] for family in FAMILIES.values() for name in family]
+    homes = {getattr(one, "split", one).__module__ for one in made} | set(WITHOUT_CLAIM)
+    lost, unlisted = {}, []
+    for path in sorted(package.rglob("*.py")):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        text = path.read_text(encoding="utf-8")
+        if "UNCLAIMED = " in text and module not in WITHOUT_CLAIM:
+            unlisted.append(module)
+        if module not in homes and (missing := cited(text) - cited(told)):
+            lost[module] = missing
+    assert (lost, unlisted) == ({}, [])
+
+
+def test_what_has_no_claim_says_where_its_figures_stand() -> None:
+    told = page({}).partition("## Without a claim that runs")[2]
+    figures = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    titles = set(re.findall("^#+ (.*)$", figures, re.MULTILINE))
+    for one in without_claim():
+        assert one.figures in {"", *titles}
+        assert f"| {one.name} | {one.cite} | " in told
+        assert one.why.endswith(".")
+    assert "| [Sparse attention on a long prompt](figures.md#sparse-attention-on-a-long-prompt) |" in told
+
+
+def test_the_page_says_what_is_searched_for_beforehand() -> None:
+    rows = {line.split("|")[1].strip(" `"): line for line in page({}).splitlines() if line.startswith("| `")}
+    assert "| a window of text |" in rows["minference"]
+    assert "| no data |" in rows["sink_window"]
 
 
 def test_damaged_verdicts_are_refused(tmp_path: Path) -> None:
@@ -534,23 +651,44 @@ def test_the_command_lists_refuses_and_writes_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_run_has_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tiny_folder(tmp_path / "model", max_position_embeddings=2048)
-    asked, file = {"magnitude": claim(str(long))}, tmp_path / "catalogue.md"
-    monkeypatch.setattr(import_module("gossamer.report.reproduce"), "claimed", lambda: asked)
-    words = [
-        "reproduce",
-        "magnitude",
-        "--page",
-        str(file),
-        "--work",
-        str(tmp_path / "work"),
-        "--windows",
-        "1",
-    ]
-    for option, text in (("--calibration", PROSE[:20_000]), ("--text", PROSE[20_000:])):
-        (tmp_path / option).write_text(text)
-        words += [option, str(tmp_path / option)]
+    words, file = of_a_run(tmp_path, monkeypatch, "magnitude")
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     row = next(line for line in file.read_text().splitlines() if line.startswith("| `magnitude` |"))
     assert "ratio" in row
+
+
+def test_a_claim_that_cannot_run_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, file = of_a_run(tmp_path, monkeypatch, "wanda", "magnitude")
+    out = tmp_path / "claims.json"
+    done = CliRunner().invoke(app, [*words, "--out", str(out), "--json"])
+    assert done.exit_code == 2, done.output
+    first, *_, last = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert first == "error: wanda: this model's folder is gone"
+    assert last == "error: no verdict on wanda, as said above"
+    assert "the budget is used up" not in done.stderr
+    assert [one["name"] for one in json.loads(done.stdout)] == ["magnitude"] == list(verdicts_in(out))
+    row = next(line for line in file.read_text().splitlines() if line.startswith("| `magnitude` |"))
+    assert "ratio" in row
+
+
+def of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> tuple[list[str], Path]:
+    """The words of a command that runs small claims of ``names``, of which that of wanda fails, and the page
+    that it writes."""
+    long = tiny_folder(tmp_path / "model", max_position_embeddings=2048)
+    module, file = import_module("gossamer.report.reproduce"), tmp_path / "catalogue.md"
+    monkeypatch.setattr(module, "claimed", lambda: {name: claim(str(long)) for name in names})
+
+    def made(name: str, *args: Any) -> dict[str, Any]:
+        if name == "wanda":
+            raise ModelError("this model's folder is gone")
+        return one_shot.figures(name, *args)
+
+    monkeypatch.setattr(module, "figures", made)
+    words = ["reproduce", *names, "--page", str(file), "--work", str(tmp_path / "work"), "--windows", "1"]
+    for option, text in (("--calibration", PROSE[:20_000]), ("--text", PROSE[20_000:])):
+        (tmp_path / option).write_text(text)
+        words += [option, str(tmp_path / option)]
+    return words, file

@@ -22,6 +22,7 @@ def methods(as_json: AsJson = False) -> None:
         return
     for family, title, what, notes in (
         ("prune", "Pruning methods", "patterns", (NM_NOTE,)),
+        ("allocation", "Allocations: one sparsity shared out over layers", "patterns", ()),
         ("format", "Number formats of what is kept", "patterns", ()),
         ("shrink", "Removing whole blocks", "removes", ()),
         ("tune", "Tuning of what was kept, block by block", "patterns", ()),

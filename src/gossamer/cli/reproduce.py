@@ -14,7 +14,7 @@ import typer
 from gossamer.cli import options, show
 from gossamer.cli.guard import guarded, resumable
 from gossamer.cli.progress import progress
-from gossamer.errors import MethodError, OutputError
+from gossamer.errors import GossamerError, MethodError, OutputError
 
 if TYPE_CHECKING:
     from gossamer.report.reproduce import Texts, Verdict
@@ -54,6 +54,7 @@ def reproduce(
 ) -> None:
     """Run the claims of methods' papers in miniature, with their baselines, and say whether they hold."""
     from gossamer.prune import ALIASES
+    from gossamer.report.baselines import with_baselines
     from gossamer.report.reproduce import claimed, run_all, verdicts_in
     from gossamer.report.texts import forget
 
@@ -67,7 +68,10 @@ def reproduce(
         if as_json:
             show.document({name: claim.to_dict() for name, claim in claims.items()})
         else:
-            rows = [(name, claim.says, ", ".join(claim.experiment.against)) for name, claim in claims.items()]
+            rows = [
+                (name, claim.says, ", ".join(dict.fromkeys(with_baselines(name, claim.experiment).against)))
+                for name, claim in claims.items()
+            ]
             show.columns("Claims", ("method", "the paper says", "beside"), rows, left=3)
         return
     chosen = list(claims) if every else names
@@ -81,22 +85,30 @@ def reproduce(
     known = {} if out is None else verdicts_in(out)
     if refresh:
         forget(work)
-    found = []
+    found, failed = [], dict[str, GossamerError]()
     with resumable(work), progress() as report:
-        verdicts = run_all(chosen, work, budget=seconds_of(budget), texts=texts, seeds=seeds, progress=report)
-        for verdict in verdicts:
-            found.append(verdict)
+        every_claim = run_all(
+            chosen, work, budget=seconds_of(budget), texts=texts, seeds=seeds, progress=report
+        )
+        for name, came in every_claim:
+            if isinstance(came, GossamerError):
+                failed[name] = came
+                print(f"error: {name}: {came}", file=sys.stderr, flush=True)
+                continue
+            found.append(came)
             if out is not None:
-                _merge(out, verdict)
+                _merge(out, came)
             if not as_json:
-                _show(verdict)
+                _show(came)
     if as_json:
         show.document([verdict.to_dict() for verdict in found])
-    if len(found) < len(chosen):
-        left = ", ".join(chosen[len(found) :])
-        print(f"the budget is used up; not run: {left}", file=sys.stderr)
+    if left := chosen[len(found) + len(failed) :]:
+        print(f"the budget is used up; not run: {', '.join(left)}", file=sys.stderr)
     if page is not None:
         _write_page(page, known | {verdict.name: verdict.to_dict() for verdict in found})
+    if failed:
+        told = f"no verdict on {', '.join(failed)}, as said above"
+        raise MethodError(told) from next(iter(failed.values()))
 
 
 def seconds_of(budget: str | None) -> float | None:

@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import EvaluationError
 
 RESAMPLES = 10_000
 _BLOCK = 4_000_000  # random indices drawn at a time: 32 MB
+UNCLAIMED = Unclaimed(
+    name="bootstrap intervals",
+    cite="Efron 1979, Bootstrap Methods: Another Look at the Jackknife; Hesterberg 2015, What Teachers "
+    "Should Know About the Bootstrap",
+    figures="",
+    why="They are a measure: what the verdicts of this page are clear by.",
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import EvaluationError
+
+UNCLAIMED = Unclaimed(
+    name="essential sparsity",
+    cite="Jaiswal et al. 2023, The Emergence of Essential Sparsity in Large Pre-trained Models",
+    figures="",
+    why="It gives a curve and where that breaks (`gossamer.essential_sparsity`), not a figure to hold "
+    "against another one.",
+)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import EvaluationError
 
 _BLOCK = 1024  # columns of the Gram matrix that are held in float64 at once
+UNCLAIMED = Unclaimed(
+    name="relative output error of a layer",
+    cite="Frantar & Alistarh 2022, Optimal Brain Compression",
+    figures="Grids",
+    why="It is a measure: what pruning methods make small, layer by layer.",
+)
 
 
 def reconstruction_error(weight: Tensor, replaced: Tensor, gram: Tensor | None = None) -> float:

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import EvaluationError
 from gossamer.evaluate.bootstrap import Interval
+
+UNCLAIMED = Unclaimed(
+    name="flips, and intervals of accuracy",
+    cite="Dutta et al. 2024, Accuracy is Not All You Need; Agresti & Min 2005; Wilson 1927; asked by Gao et "
+    "al. 2024, The Language Model Evaluation Harness",
+    figures="What perplexity hides",
+    why="They are measures, of which nothing is claimed.",
+)
 
 
 @dataclass(frozen=True)

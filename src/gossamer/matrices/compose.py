@@ -9,10 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import MatrixError
 from gossamer.matrices.dense import Dense
 from gossamer.matrices.inference import Compiled, Kept, Stages, Term, product
 from gossamer.matrices.matrix import Description, Matrix, check_target, fit_error, from_description
+
+UNCLAIMED = Unclaimed(
+    name="sparse plus low rank",
+    cite="Zhou & Tao 2011, GoDec: Randomized Low-rank & Sparse Matrix Decomposition in Noisy Case",
+    figures="Sums and products",
+    why="It fits any matrix, and no method of pruning asks for it: only bytes and speed are measured.",
+)
 
 
 class Composite(Matrix):

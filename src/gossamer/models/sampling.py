@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import ModelError, SamplingError
 
 Floats = NDArray[np.floating[Any]]
@@ -28,6 +29,13 @@ _RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "repetition_penalty": (Real, lambda x: 0 < x < math.inf, "above 0 (1: no penalty)"),
     "seed": (Integral, lambda x: x >= 0, "a whole number, 0 or more"),
 }
+UNCLAIMED = Unclaimed(
+    name="penalties and filters of sampling",
+    cite="Keskar et al. 2019, CTRL; Holtzman et al. 2020, The Curious Case of Neural Text Degeneration; "
+    "Nguyen et al. 2024, min-p",
+    figures="",
+    why="Tokens are drawn alike by dense and sparse models.",
+)
 
 
 @dataclass(frozen=True)

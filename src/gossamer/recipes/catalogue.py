@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from gossamer.claim import Claim
+from gossamer.claim import Claim, Unclaimed
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, FORMATS, METHODS
+from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
@@ -21,6 +23,7 @@ from gossamer.tune.self_data import PROMPTS
 
 FAMILIES: dict[str, Registry[Any]] = {
     "prune": METHODS,
+    "allocation": ALLOCATIONS,
     "format": FORMATS,
     "shrink": DEPTH,
     "tune": TUNERS,
@@ -31,16 +34,36 @@ FAMILIES: dict[str, Registry[Any]] = {
     "attention": POLICIES,
     "cache": CACHES,
 }
+WITHOUT_CLAIM = (
+    "gossamer.evaluate.drop_point",
+    "gossamer.matrices.compose",
+    "gossamer.recipes.gpusq",
+    "gossamer.dynamic.activations.natural",
+    "gossamer.dynamic.activations.orthogonal",
+    "gossamer.dynamic.activations.sirius",
+    "gossamer.dynamic.attention.seer",
+    "gossamer.dynamic.attention.label_blocks",
+    "gossamer.dynamic.cache.quantize",
+    "gossamer.dynamic.cache.key_basis",
+    "gossamer.dynamic.activations.ppl_p",
+    "gossamer.evaluate.layer_error",
+    "gossamer.evaluate.confidence",
+    "gossamer.evaluate.probes",
+    "gossamer.evaluate.task_scores",
+    "gossamer.evaluate.bootstrap",
+    "gossamer.models.sampling",
+)
+"""Modules of what is published and in no family; their ``UNCLAIMED`` says what it is."""
 _WORDS = {Unstructured: "unstructured", NM: "N:M", Block: "RxC blocks", Channel: "channels"}
 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``format`` (how
-    kept ones are stored), ``shrink`` (whole blocks), ``tune`` (what was kept, a block at a time),
-    ``finetune`` (which weights of a checkpoint move), ``loss`` (what they are drawn to), ``text`` (what they
-    are tuned on), ``activations`` (inputs, at run time), ``attention`` (keys, at run time) or ``cache`` (how
-    keys and values are kept);
+    """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``allocation`` (how
+    the sparsity is shared out over layers), ``format`` (how kept weights are stored), ``shrink`` (whole
+    blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint move),
+    ``loss`` (what they are drawn to), ``text`` (what they are tuned on), ``activations`` (inputs, at run
+    time), ``attention`` (keys, at run time) or ``cache`` (how keys and values are kept);
     ``options``: what ``--option`` and its like may set, with defaults (None: chosen by what there is);
     ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what
     it drops, looks at or keeps; ``comparison_group``: what plain "unstructured" means, or where scores
@@ -73,6 +96,9 @@ def methods() -> list[MethodFacts]:
         aliases = tuple(sorted(alias for alias, meant in ALIASES.items() if meant == name))
         group = pruning.comparison_group
         found.append(_facts("prune", name, needs, patterns, group, aliases))
+    for name in ALLOCATIONS:
+        shares = ALLOCATIONS[name]
+        found.append(_facts("allocation", name, shares.needs, shares.accepts, shares.group))
     for name in FORMATS:
         needs = tuple(kind.__name__ for kind in FORMATS[name].needs)
         found.append(_facts("format", name, needs, ("any, and dense",), "layer"))
@@ -93,11 +119,16 @@ def methods() -> list[MethodFacts]:
         needs, within = (("Quantiles",), "layer") if thresholds else ((), "token")
         found.append(_facts("activations", name, needs, (gating.gates,), within))
     for name in POLICIES:
-        found.append(_facts("attention", name, (), ("blocks of keys",), "block of queries"))
+        found.append(_facts("attention", name, POLICIES[name].needs, ("blocks of keys",), "block of queries"))
     for name in CACHES:
         caching = CACHES[name]
         found.append(_facts("cache", name, caching.needs, (caching.keeps,), caching.reads))
     return found
+
+
+def without_claim() -> list[Unclaimed]:
+    """What is published beside the methods of the families, and why no claim of it runs."""
+    return [import_module(module).UNCLAIMED for module in WITHOUT_CLAIM]
 
 
 def _facts(

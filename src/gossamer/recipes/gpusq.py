@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.calibrate.modules import Batch, call
+from gossamer.claim import Unclaimed
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn.listen import listening
@@ -27,6 +28,13 @@ from gossamer.tune.losses.task import Task
 from gossamer.tune.modules import ModuleTuning
 
 Labelled = tuple[Batch, Tensor | None]
+UNCLAIMED = Unclaimed(
+    name="GPUSQ-ViT",
+    cite="Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantization",
+    figures="Tuning what is kept",
+    why="It is of vision transformers, and claims run on a language model: `python -m benchmarks.gpusq` "
+    "trains one and runs it.",
+)
 
 
 def logits_of(out: Any) -> Tensor:

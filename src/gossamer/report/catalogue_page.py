@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from gossamer.claim import BY_CONTENDER, Experiment
-from gossamer.recipes.catalogue import MethodFacts, methods
+from gossamer.recipes.catalogue import MethodFacts, methods, without_claim
+from gossamer.report.baselines import PREFIX
 
 HEAD = """# Catalogue
 
-Every method of the project, one small file each. Made by `gossamer reproduce --page`. *Measured* is the
-miniature experiment of the claim: the method's figure, that of what it is held
-against, and their ratio with its 95 % bootstrap interval over windows (not clearly: the interval, or one of
-several seeds, lies on the other side of what was asked). A claim that does not hold says so;
-methods without a figure have not been run, or their claim is not data yet.
+Every method of the project, one small file each, and at the end what else is published. Made by
+`gossamer reproduce --page`. *Measured* is the miniature experiment of the claim: the method's figure, that of
+what it is held against, and their ratio with its 95 % bootstrap interval over windows (not clearly: the
+interval, or one of several seeds, lies on the other side of what was asked). A claim that does not hold says
+so; methods without a figure have not been run. Claims of pruning methods and allocations run beside random
+and magnitude masks, and beside the dense model in the widest number format that takes no more bytes (rounded
+by the sweep of `obs`); figures that do not name the last are of before that.
 """
 FEW = 20  # windows; fewer are told
 EARLIER = " (an earlier form of the claim)"
 TITLES = {
     "prune": "Pruning",
+    "allocation": "One sparsity shared out over layers",
     "format": "Number formats",
     "shrink": "Fewer blocks",
     "tune": "Tuning what was kept, block by block",
@@ -41,15 +45,30 @@ def page(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
     for family in dict.fromkeys(method.family for method in found):
         rows = [["method", "what it is", "needs", "accepts", "paper", "claim", "measured here", "run it"]]
         rows += [_row(method, verdicts.get(method.name)) for method in found if method.family == family]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "|" + " --- |" * len(rows[0]))
-        parts += [f"## {TITLES.get(family, family)}\n", "\n".join(lines) + "\n"]
-    return "\n".join(parts)
+        parts += [f"## {TITLES.get(family, family)}\n", _table(rows)]
+    rows = [["what", "paper", "its figures", "why no claim of it runs"]]
+    rows += [_cells([one.name, one.cite, _section(one.figures), one.why]) for one in without_claim()]
+    return "\n".join([*parts, "## Without a claim that runs\n", _table(rows)])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(texts: Sequence[str]) -> list[str]:
+    return [text.replace("|", "\\|").replace("\n", " ") for text in texts]
+
+
+def _section(title: str) -> str:
+    """A link to a section of the figures."""
+    return f"[{title}](figures.md#{title.lower().replace(' ', '-')})" if title else "none"
 
 
 def _row(method: MethodFacts, verdict: Mapping[str, Any] | None) -> list[str]:
     claim = method.claim.says if method.claim else ""
-    cells = [
+    return _cells([
         f"`{method.name}`",
         method.says,
         ", ".join(method.needs) or "no data",
@@ -58,8 +77,7 @@ def _row(method: MethodFacts, verdict: Mapping[str, Any] | None) -> list[str]:
         claim,
         "" if verdict is None else measured(verdict) + _outdated(method, verdict),
         f"`gossamer reproduce {method.name}`" if method.claim else "",
-    ]
-    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+    ])  # fmt: skip
 
 
 def _outdated(method: MethodFacts, verdict: Mapping[str, Any]) -> str:
@@ -88,6 +106,9 @@ def measured(verdict: Mapping[str, Any]) -> str:
     values = f"{metric} {figures[name][metric]:.4g}, {than} {figures[than][metric]:.4g}"
     if "dense" in figures and than != "dense":
         values += f", dense {figures['dense'][metric]:.4g}"
+    for one in figures:
+        if one.startswith(PREFIX):
+            values += f", {one.removeprefix(PREFIX)} of equal bytes {figures[one][metric]:.4g}"
     interval = verdict["interval"]
     around = "" if interval is None else f" [{interval[0]:.3g} to {interval[1]:.3g}]"
     bound = f"{claim['bound'].replace('_', ' ')} {claim['factor']:g}"

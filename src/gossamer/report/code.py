@@ -20,7 +20,8 @@ def code_of(names: Iterable[str]) -> dict[str, Any]:
     for method in methods():
         if method.name in known:
             made = FAMILIES[method.family][method.name]
-            source = getattr(sys.modules[made.__module__], "__file__", None)
+            home = getattr(made, "split", made).__module__  # of an allocation, where its function stands
+            source = getattr(sys.modules[home], "__file__", None)
             sha256 = source and checksums_of(Path(source)).sha256
             found[f"{method.family} {method.name}"] = [method.options, sha256]
     return found

@@ -186,4 +186,4 @@ def _named(name: str, experiment: Experiment) -> Iterator[str]:
         return
     for kind in ("compressed", "shrunk", "gated", "attending", "caching"):
         made = getattr(experiment, kind).get(name, {})
-        yield from (made[key] for key in ("method", "tune") if key in made)
+        yield from (made[key] for key in ("method", "tune", "allocation") if key in made)

@@ -12,11 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from gossamer.claim import Claim
-from gossamer.errors import CheckpointError, MethodError
+from gossamer.errors import CheckpointError, GossamerError, MethodError
 from gossamer.evaluate import exp, paired_ratio, perplexity_ratio_interval
 from gossamer.matrices.atomic import output_error
 from gossamer.progress import Progress, silent
 from gossamer.recipes.catalogue import methods
+from gossamer.report.baselines import with_baselines
 from gossamer.report.one_shot import figures
 from gossamer.report.texts import Texts
 
@@ -64,9 +65,9 @@ def reproduce(
     seeds: int = 1,
     progress: Progress = silent,
 ) -> Verdict:
-    """Runs the claim of the method ``name`` (or ``claim`` in its place): the method, ``claim.than`` and all
-    that its experiment names beside, on the same windows. ``seeds``: of calibration text, methods and tuning,
-    one run for each.
+    """Runs the claim of the method ``name`` (or ``claim`` in its place): the method, ``claim.than``, all that
+    its experiment names beside, and the baselines of pruning, on the same windows. ``seeds``: of calibration
+    text, methods and tuning, one run for each.
 
     Figures are kept under ``work``, so that an interrupted run goes on and contenders are measured once for
     all claims that share them. Raises MethodError for a method without a claim.
@@ -81,10 +82,11 @@ def reproduce(
     except OSError as error:
         raise output_error(error, work, None) from error
     start = time.perf_counter()
-    names = dict.fromkeys([name, claim.than, *claim.experiment.against, "dense"])
+    whole = with_baselines(name, claim.experiment)
+    names = dict.fromkeys([name, claim.than, *whole.against, "dense"])
     runs = [
         {one: figures(one, experiment, texts, work, progress) for one in names}
-        for experiment in (replace(claim.experiment, seed=claim.experiment.seed + i) for i in range(seeds))
+        for experiment in (replace(whole, seed=whole.seed + i) for i in range(seeds))
     ]
     found = {one: _mean([run[one] for run in runs]) for one in names}
     ratio, *ratios = (
@@ -142,13 +144,18 @@ def _interval(claim: Claim, ours: dict[str, Any], theirs: dict[str, Any]) -> tup
 
 def run_all(
     names: Sequence[str], work: str | Path, *, budget: float | None = None, **options: Any
-) -> Iterator[Verdict]:
-    """The claims of ``names`` in turn, none begun once ``budget`` seconds are over."""
+) -> Iterator[tuple[str, Verdict | GossamerError]]:
+    """The claims of ``names`` in turn, each with its verdict, or with what kept it from one; none is begun
+    once ``budget`` seconds are over."""
     start = time.monotonic()
     for name in names:
         if budget is not None and time.monotonic() - start > budget:
             return
-        yield reproduce(name, work, **options)
+        try:
+            came: Verdict | GossamerError = reproduce(name, work, **options)
+        except GossamerError as error:
+            came = error
+        yield name, came
 
 
 def verdicts_in(file: Path) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.activations.sites import linear_sites, run_body, tap
 from gossamer.errors import CalibrationError, SparsityError
+
+UNCLAIMED = Unclaimed(
+    name="natural sparsity",
+    cite="Li et al. 2023, The Lazy Neuron Phenomenon",
+    figures="Dropped activations",
+    why="It counts the zeros of a model and changes none, and the paper is of models with ReLU.",
+)
 
 
 def natural_sparsity(model: nn.Module, windows: Tensor, fraction: float = 0.0) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gossamer.claim import Unclaimed
 from gossamer.errors import ModelError
 from gossamer.models.walk import find_parts
 
@@ -24,6 +25,13 @@ READERS = {
 }
 
 _PARTS = {"self_attn", "mlp", *READERS}  # a block that has more reads its norms elsewhere
+UNCLAIMED = Unclaimed(
+    name="WINA's orthogonal columns",
+    cite="Chen et al. 2025, WINA: Weight Informed Neuron Activation",
+    figures="Dropped activations",
+    why="It makes another model to gate, which no setting of an experiment does and the decoder does not "
+    "run.",
+)
 
 
 class RotatedNorm(nn.Module):

@@ -7,11 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.activations.calibrate import Calibrated
 from gossamer.errors import SparsityError
 from gossamer.evaluate import evaluate
 
 MOST = 0.98  # where the search ends
+UNCLAIMED = Unclaimed(
+    name="PPL-p %",
+    cite="Luo et al. 2024, Sparsing Law: Towards Large Language Models with Greater Activation Sparsity",
+    figures="Dropped activations",
+    why="It is a measure: the sparsity that a model bears under any method of gating.",
+)
 
 
 @dataclass(frozen=True)

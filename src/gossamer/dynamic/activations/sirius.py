@@ -12,9 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.activations.gates import Gates
 from gossamer.errors import MethodError
 from gossamer.models.session import DecodingSession, ScoringSession, Session
+
+UNCLAIMED = Unclaimed(
+    name="Sirius",
+    cite="Zhou et al. 2024, Sirius: Contextual Sparsity with Correction for Efficient LLMs",
+    figures="Dropped activations",
+    why="It is of written answers and the time that they take, and claims hold perplexity and KL alone.",
+)
 
 
 class DenseSession(ScoringSession, Protocol):

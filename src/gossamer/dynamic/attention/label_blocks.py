@@ -8,12 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.attention.policy import Policy, check_counts, numbers, whole
 from gossamer.engine import Look
 from gossamer.errors import MethodError
 from gossamer.kernels import BLOCK
 
 Labels = Sequence[Sequence[Sequence[int]]]  # [layer][head of keys]
+UNCLAIMED = Unclaimed(
+    name="Double Sparsity by blocks",
+    cite="Yang et al. 2024, Post-Training Sparse Attention with Double Sparsity",
+    figures="Caches",
+    why="It is the native decoder's form of `double_sparsity`, whose claim runs in transformers.",
+)
 
 
 @dataclass(frozen=True)

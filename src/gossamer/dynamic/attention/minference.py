@@ -69,6 +69,7 @@ class MInference(Policy):
     """The pattern of each ``(layer, head)`` in ``heads``, as `search` found them, and ``other`` elsewhere;
     for prompts alone: a query that comes by itself looks at everything."""
 
+    needs = ("a window of text",)
     claim = Claim(
         says="Patterns found once for each head read long prompts up to ten times as fast and "
         "maintain accuracy.",

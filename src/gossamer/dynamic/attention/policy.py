@@ -20,6 +20,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     claim: ClassVar[Claim | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()  # what is calibrated beforehand
     static: ClassVar[bool] = False  # whether positions alone decide
 
     @classmethod

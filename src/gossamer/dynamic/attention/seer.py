@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.attention.plug import Watch
 from gossamer.dynamic.attention.policy import Policy, block_means, check_counts, for_heads, largest
 from gossamer.engine import Look
@@ -17,6 +18,12 @@ from gossamer.kernels.attention import visible
 
 STEPS, RATE = 150, 3e-3  # of Adam, for all layers alike
 PULL = 1e-2  # towards the identity: a text of calibration has few blocks
+UNCLAIMED = Unclaimed(
+    name="SeerAttention",
+    cite="Gao et al. 2024, SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs",
+    figures="Sparse attention on a long prompt",
+    why="Its gates are trained on text first, which no setting of an experiment does.",
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.attention.plug import Watch
 from gossamer.dynamic.cache.method import head_dim, kv_heads
 from gossamer.dynamic.cache.parts import split
 from gossamer.dynamic.cache.rotation import Rotation
 from gossamer.errors import MethodError
+
+UNCLAIMED = Unclaimed(
+    name="ShadowKV with a basis found beforehand",
+    cite="Sun et al. 2024, ShadowKV: KV Cache in Shadows",
+    figures="Caches",
+    why="It is the native decoder's form of `low_rank_keys`, whose claim runs in transformers.",
+)
 
 
 class _Grams(Watch):

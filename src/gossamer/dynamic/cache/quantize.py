@@ -7,11 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.claim import Unclaimed
 from gossamer.dynamic.cache.parts import split
 
 BITS = (2, 4, 8)
 GROUP = 64  # positions that share a scale of a channel
 _MOST = torch.finfo(torch.float16).max
+UNCLAIMED = Unclaimed(
+    name="KIVI",
+    cite="Liu et al. 2024, KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+    figures="Caches",
+    why="It runs as the contender `kivi` of the claim of `gear`, whose codes it is.",
+)
 
 
 @dataclass(frozen=True)
