@@ -93,11 +93,11 @@ def test_pruning_has_its_baselines_whatever_the_claim_names(model: str, tmp_path
     assert dense.sparsity == 0
     assert 8 < dense.linear_bits <= pruned.linear_bits
     told, figure = page({"wanda": found.to_dict()}), found.figures["dense_int8"]["perplexity"]
-    assert f", int8 of equal bytes {figure:.4g}: ratio" in told
+    assert f", dense int8 {figure:.4g}: ratio" in told
     before = found.to_dict()
     del before["figures"]["dense_int8"]
     assert f"{found.ratio:.3g}" in page({"wanda": before})
-    assert " of equal bytes" not in page({"wanda": before})
+    assert "dense int8" not in page({"wanda": before})
 
 
 @pytest.mark.parametrize(("pattern", "sparsity", "values", "dense"), [

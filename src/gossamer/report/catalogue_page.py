@@ -108,7 +108,7 @@ def measured(verdict: Mapping[str, Any]) -> str:
         values += f", dense {figures['dense'][metric]:.4g}"
     for one in figures:
         if one.startswith(PREFIX):
-            values += f", {one.removeprefix(PREFIX)} of equal bytes {figures[one][metric]:.4g}"
+            values += f", {one.replace('_', ' ')} {figures[one][metric]:.4g}"
     interval = verdict["interval"]
     around = "" if interval is None else f" [{interval[0]:.3g} to {interval[1]:.3g}]"
     bound = f"{claim['bound'].replace('_', ' ')} {claim['factor']:g}"
