@@ -87,7 +87,7 @@ class Global(Shares):
 class Owl(Shares):
     """Blocks with more outliers among |W_ij| ||x_j|| keep more weights."""
 
-    split = staticmethod(allocate.owl)
+    split = allocate.OWL
     needs = ("InputNorm",)
     claim = Claim(
         says="LLaMA-7B at 70 %: perplexity 61.22 lower than that of Wanda with one sparsity for all blocks.",

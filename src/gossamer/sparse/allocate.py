@@ -310,7 +310,7 @@ def _buy_back(choices: Sequence[Sequence[Level]], chosen: list[Level], left: flo
         chosen[index] = level
 
 
-_ALLOCATIONS: dict[str, Callable[..., Allocation]] = {
+ALLOCATIONS: dict[str, Callable[..., Allocation]] = {
     "uniform": lambda: uniform,
     "global": lambda: global_,
     "er": lambda: er,
@@ -322,6 +322,6 @@ _ALLOCATIONS: dict[str, Callable[..., Allocation]] = {
 
 def allocation(name: str, options: Mapping[str, Any] | None = None) -> Allocation:
     """The allocation called ``name`` with its options; raises MethodError for an unknown name or option."""
-    if name not in _ALLOCATIONS:
-        raise MethodError(f"unknown allocation {name!r} (there are: {', '.join(sorted(_ALLOCATIONS))})")
-    return with_options(_ALLOCATIONS[name], options or {}, f"the allocation {name}")
+    if name not in ALLOCATIONS:
+        raise MethodError(f"unknown allocation {name!r} (there are: {', '.join(sorted(ALLOCATIONS))})")
+    return with_options(ALLOCATIONS[name], options or {}, f"the allocation {name}")
