@@ -18,7 +18,15 @@ from gossamer.errors import GossamerError, RecipeError, TextError
 from gossamer.models.text import Exchange, Text
 from gossamer.models.tokenizer import load_tokenizer
 from gossamer.prune import obs
-from gossamer.recipes.predict import _lengths, _sample, _shrink_seconds, _Sizes, predict
+from gossamer.recipes.predict import (
+    LEFT_OVER,
+    _lengths,
+    _sample,
+    _shrink_seconds,
+    _Sizes,
+    _tune_bytes,
+    predict,
+)
 from gossamer.recipes.prepare import Prepared, check_memory, prepare
 from gossamer.recipes.rates import Bench, BlockRates
 from gossamer.recipes.recipe import parse_changes, read_recipe, shipped
@@ -449,6 +457,39 @@ def test_a_share_of_blocks_is_that_which_is_removed() -> None:
     clock: Any = Seconds(Any)
     settings = [ShrinkSettings(method="loss", windows=1, blocks=blocks) for blocks in (0.25, 3)]
     assert len({_shrink_seconds(clock, one, 10) for one in settings}) == 1
+
+
+@pytest.mark.parametrize(
+    ("way", "values", "least", "most"),
+    [
+        ({}, "int4", 17, 17),
+        ({"method": "ast"}, "int4", 17, 17),
+        ({"method": "lora", "options": {"rank": 2}}, "int4", 9.5, 10.5),
+        ({"method": "scales"}, "int4", 10, 10),
+        ({"method": "jackpot"}, "bf16", 21 + 4, 21 + 4),  # and the dense model's weights in float32
+        ({"method": "maskllm"}, "bf16", 38 + 4, 38 + 4),
+    ],
+)
+def test_every_way_to_tune_takes_memory_of_its_own(
+    way: dict[str, Any], values: str, least: float, most: float, folder: Path, tmp_path: Path
+) -> None:
+    """Bytes a weight of the linears, beside what the loss ``task`` takes for the model by itself; and a
+    teacher counts where a loss reads it."""
+    tune = {"seqlen": 2, "batch": 1, "held_out": 2, "losses": {"task": 1}, "bfloat16": False, **way}
+    recipe = read_recipe(SMALL, {"shrink": None, "tune": tune, "compress.values": values})
+    prepared = prepare(recipe, tmp_path / "out", model=folder, text=TEXT)
+    assert recipe.tune is not None
+    sizes = _Sizes(prepared)
+    teacher = sizes.model(sizes.all_blocks, 1)
+    weights = sizes.blocks * sizes.linear
+    needed = _tune_bytes(sizes, recipe.tune, "2:4", teacher)
+    kept = 2 * (sizes.blocks * sizes.wide * 4 * 2 + sizes.blocks * sizes.hidden * 4)
+    made = (4 + LEFT_OVER) * weights
+    alone = sizes.model(sizes.blocks, 4) + made + kept + 32 * sizes.vocabulary + 4 * sizes.edge
+    dense = 4 * (teacher - weights) if most in (25, 42) else 0  # embeddings and norms come along
+    assert least <= (needed - sizes.base - alone - dense) / weights <= most
+    taught = recipe.tune.model_copy(update={"losses": {"kl": 1.0}})
+    assert _tune_bytes(sizes, taught, "2:4", teacher) - needed == 4 * teacher
 
 
 def test_more_memory_than_there_is_is_refused() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer.calibrate import WorkFolder, fast_dtype
+from gossamer.calibrate import WorkFolder
 from gossamer.errors import CheckpointError, GossamerError, ModelError, TextError
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
@@ -97,8 +97,7 @@ class _Job:
             raise CheckpointError(f"{checkpoint} is no Gossamer checkpoint: `gossamer compress` makes one")
         if (checkpoint / "activations.json").is_file():
             raise ModelError(f"{checkpoint.name} was gated for the weights it has: tune first, then gate")
-        self.dtype = torch.float32 if settings.bfloat16 is False else torch.bfloat16
-        self.dtype = fast_dtype() if settings.bfloat16 is None else self.dtype
+        self.dtype = settings.dtype()
         self.contents = open_checkpoint(checkpoint)
         self.teacher_files: dict[str, str] = {}
         self.teacher: PreTrainedModel | None = None

@@ -32,6 +32,7 @@ from gossamer.tune.blockwise import Blockwise
 from gossamer.tune.self_data import Rewrites
 
 LOOKED_AT = 64  # instructions whose tokens are counted
+LEFT_OVER = 4  # bytes a tuned weight of temporaries whose memory the C library keeps: 3 to 5, measured
 MOST_GAINED = 4  # times the speed of one text by itself, where several are written at once (docs/figures.md)
 
 
@@ -80,7 +81,9 @@ def predict(prepared: Prepared) -> Prediction:
         if recipe.sample is not None:
             add("sample", *_sample(bench, prepared, recipe.sample, sizes))
         if (tune := recipe.tune) is not None:
-            add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), _tune_bytes(sizes, tune))
+            pattern = str(compress.combination().pattern)
+            needed = _tune_bytes(sizes, tune, pattern, teacher=sizes.model(sizes.all_blocks, 1))
+            add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), needed)
     return Prediction(tuple(found))
 
 
@@ -92,16 +95,16 @@ class _Sizes:
         block = parts.blocks[0].module
         self.base = resident_bytes()
         self.all_blocks, self.blocks = len(parts.blocks), prepared.blocks
-        self.block = parameters_of(block)
-        shapes = [tuple(weight_of(layer).shape) for layer in prunable(block).values()]
-        self.linear = sum(out * features for out, features in shapes)
+        self.block, layers = parameters_of(block), prunable(block).values()
+        self.shapes = [(out, width) for out, width in (weight_of(layer).shape for layer in layers)]
+        self.linear = sum(out * features for out, features in self.shapes)
         grams = sorted(width**2 for width in input_widths(prunable(block)))
         self.grams = sum(grams)
         self.solved = sum(grams[-torch.get_num_threads() :])  # of the inputs of the layers solved at once
         self.edge = int(config.vocab_size) * int(config.hidden_size)
         self.edges = self.edge * (1 if parts.tied else 2)
         self.vocabulary, self.hidden = int(config.vocab_size), int(config.hidden_size)
-        self.wide = sum(out for out, _ in shapes) + 6 * self.hidden  # numbers a token within a block
+        self.wide = sum(out for out, _ in self.shapes) + 6 * self.hidden  # numbers a token within a block
         self.item = fast_dtype().itemsize
 
     def model(self, blocks: int, item: int) -> int:
@@ -215,13 +218,20 @@ def _tune_seconds(bench: Bench, settings: FinetuneSettings, blocks: int, teacher
     return min(found) + (settings.evaluations + 1) * settings.held_out / settings.micro * judged
 
 
-def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings) -> int:
-    """All weights under tuning (latents, gradients, two moments, the best so far, masks, weights made), both
-    models, and what backward keeps."""
-    tokens = settings.seqlen * settings.micro
+def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings, pattern: str | None, teacher: int) -> int:
+    """All weights under tuning and those made of them, the model, the dense ones that are read beside it, and
+    what backward keeps."""
+    tokens, item = settings.seqlen * settings.micro, settings.dtype().itemsize
     depth = 2 if settings.gradient_checkpointing else sizes.blocks
-    kept = tokens * (depth * sizes.wide * sizes.item * 2 + sizes.blocks * sizes.hidden * sizes.item)
-    tuned = sizes.blocks * sizes.linear * (5 * 4 + 1 + sizes.item)
-    models = sizes.model(sizes.blocks, sizes.item) + sizes.model(sizes.all_blocks, sizes.item)
+    kept = tokens * (depth * sizes.wide * item * 2 + sizes.blocks * sizes.hidden * item)
+    kind = settings.weights()
+    options = kind.chosen(kind.within(pattern, settings.options))
+    state = sum(kind.state_bytes(shape, options) for shape in sizes.shapes)
+    tuned = int(sizes.blocks * (state + sizes.linear * (item + LEFT_OVER)))
+    models = sizes.model(sizes.blocks, item)
+    if any(loss.needs_teacher for loss, _ in settings.chosen_losses()):
+        models += teacher * item
+    if kind.brings_back(options):
+        models += teacher * torch.float32.itemsize
     logits = 4 * 4 * min(tokens, 256) * sizes.vocabulary
-    return sizes.base + tuned + models + kept + logits + sizes.edge * sizes.item
+    return sizes.base + tuned + models + kept + logits + sizes.edge * item
