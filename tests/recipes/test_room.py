@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from gossamer.errors import OutputError
+from gossamer.bench.memory import Memory
+from gossamer.errors import MethodError, OutputError
 from gossamer.recipes import room
 from gossamer.recipes.compress import compress
 from tiny import tiny_folder
@@ -102,3 +103,10 @@ def test_what_lies_there_already_counts(tmp_path: Path, monkeypatch: pytest.Monk
     room.check_room({work: 900, other: 600})
     with pytest.raises(OutputError, match=r"at least 1,001 bytes are needed in .*work and .*none.work"):
         room.check_room({work: 901, other: 600})  # of one disk
+
+
+def test_more_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "usable_memory", lambda: Memory(16 * 10**9, 0))
+    room.check_memory(16 * 10**9)
+    with pytest.raises(MethodError, match=r"20.0 GB of memory are needed, and 16.0 GB may be used here"):
+        room.check_memory(20 * 10**9)
