@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gossamer import kernels
 from gossamer.bench import timing
+from gossamer.bench.memory import Memory
 from gossamer.bench.timing import (
     TORCH,
     Times,
@@ -69,10 +70,7 @@ def test_prompts_of_one_row_and_none_need_no_timing_of_their_own(forms: list[Pac
 
 
 def test_copies_leave_room_in_memory(forms: list[Packed], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Memory:
-        available = 4 * 3 * 10_000
-
-    monkeypatch.setattr(timing.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(timing, "usable_memory", lambda: Memory(0, available=4 * 3 * 10_000))
     walked = [times.walked // times.nbytes for times in time_forms(forms, rows=0, copies=1000)]
     assert walked == [10_000 // forms[0].nbytes, 10_000 // forms[1].nbytes, 1]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_run import SMALL, run
 
+from gossamer.bench.memory import Memory
 from gossamer.calibrate import fast_dtype
 from gossamer.cli.compress import compress as command
 from gossamer.cli.tune import tune as tune_command
@@ -589,17 +590,24 @@ def test_apply_says_what_is_wrong_before_any_work(model: Path, text: Path, tmp_p
 def test_apply_starts_with_too_little_memory_only_where_told(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import psutil
-
-    class Small:
-        total = 1 << 20
-
-    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    monkeypatch.setattr("gossamer.recipes.room.usable_memory", lambda: Memory(1 << 20, 1 << 20))
     arguments = ("apply", "fast", model, "-o", tmp_path / "out", "--text", text, "--dry-run")
     small = ("--set", "compress.seqlen=48", "--set", "compress.windows=4")
     done = run(*arguments, *small)
-    assert (done.code, "this machine has 0.0 GB" in done.err) == (2, True)
+    assert (done.code, "0.0 GB may be used here" in done.err) == (2, True)
     assert run(*arguments, *small, "--anyway").code == 0
+
+
+def test_tune_starts_with_too_little_memory_only_where_told(
+    model: Path, text: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.recipes.room.usable_memory", lambda: Memory(1 << 20, 1 << 20))
+    few = ("--tokens", "64", "--seqlen", "32", "--batch", "1", "--held-out", "2", "--evaluations", "1")
+    arguments = ("tune", checkpoint, "-o", tmp_path / "out", "--teacher", model, "--text", text, *few)
+    done = run(*arguments)
+    assert (done.code, "0.0 GB may be used here" in done.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments, "--anyway").code == 0
 
 
 def test_sample_writes_a_text_and_says_what_it_took(model: Path, text: Path, tmp_path: Path) -> None:

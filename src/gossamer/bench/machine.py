@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from gossamer import kernels
+from gossamer.bench.memory import usable_memory
 from gossamer.errors import EvaluationError
 from gossamer.kernels.native import native
 
@@ -68,7 +69,7 @@ def machine_facts(*, bandwidth: bool = True) -> Machine:
         threads=torch.get_num_threads(),
         isa=isa,
         cache_bytes=last_level_cache(),
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=usable_memory().total,
         load=load,
         torch=torch.__version__,
         python=platform.python_version(),
@@ -145,7 +146,7 @@ def read_bandwidth(seconds: float = 0.5, working_set: int | None = None) -> floa
     of the free memory at most), or one of ``working_set`` bytes where that is smaller (1 MiB at least), which
     a cache may hold."""
     cache = last_level_cache() or 32 << 20
-    room = psutil.virtual_memory().available // 4
+    room = usable_memory().available // 4
     size = min(max(256 << 20, 4 * cache), room, *([] if working_set is None else [working_set]))
     buffer = torch.ones(max(1 << 20, size) // 8, dtype=torch.int64)
     read = buffer.sum

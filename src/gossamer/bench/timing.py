@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
-import psutil
 import torch
 from torch import Tensor
 
 from gossamer import kernels
 from gossamer.bench.machine import PAST_CACHE, last_level_cache
+from gossamer.bench.memory import usable_memory
 from gossamer.kernels.native import native
 from gossamer.matrices import Packed
 
@@ -90,7 +90,7 @@ def token_seconds(forms: Sequence[Packed], copies: int) -> list[float]:
 def _counts(sizes: Sequence[int], copies: int) -> list[int]:
     """How many copies are walked of weights of so many bytes: no more than no cache holds, and so that most
     of the free memory stays free."""
-    room = psutil.virtual_memory().available // 4 // len(sizes)
+    room = usable_memory().available // 4 // len(sizes)
     return [max(1, min(copies, past_cache(size), room // size)) for size in sizes]
 
 

@@ -68,18 +68,17 @@ def apply(
     if recipe is None or out is None:
         raise RecipeError("name a recipe and -o OUT, or see those that ship with --list")
     options.use_threads(threads)
-    import psutil
-
     from gossamer.recipes.predict import predict
-    from gossamer.recipes.prepare import check_memory, prepare
+    from gossamer.recipes.prepare import prepare
     from gossamer.recipes.recipe import parse_changes, read_recipe
+    from gossamer.recipes.room import check_memory
 
     chosen = read_recipe(recipe, parse_changes(changes or []))
     with progress() as report:
         prepared = prepare(chosen, out, model=model, text=text, progress=report)
         predicted = predict(prepared)
     if not anyway:
-        check_memory(predicted.bytes, psutil.virtual_memory().total)
+        check_memory(predicted.bytes)
     _say(predicted, to_stderr=as_json or not dry_run, title=f"{chosen.name}: {chosen.sha256[:12]}")
     if dry_run:
         if as_json:

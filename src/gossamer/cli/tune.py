@@ -126,6 +126,9 @@ def tune(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of windows, and of which are held out.")] = 0,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Start although there is less memory than is predicted.")
+    ] = False,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -142,38 +145,38 @@ def tune(
         from gossamer.bench import peak_bytes
         from gossamer.recipes.describe import describe_checkpoint
         from gossamer.recipes.finetune import finetune
+        from gossamer.recipes.predict import finetune_bytes
+        from gossamer.recipes.room import check_memory
 
-        done = finetune(
-            checkpoint,
-            out,
-            text=text,
-            teacher=teacher,
-            progress=report,
-            method=method,
-            options=chosen,
-            losses=losses,
-            loss_options=loss_options,
-            values=values,
-            group=group,
-            beside=options.parse_options(beside, option="--beside") if beside else None,
-            norms=norms,
-            tokens=tokens,
-            minutes=minutes,
-            seqlen=seqlen,
-            batch=batch,
-            micro=micro,
-            rate=rate,
-            scale_rate=scale_rate,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            clip=clip,
-            bfloat16=bf16,
-            held_out=held_out,
-            evaluations=evaluations,
-            patience=patience,
-            seed=seed,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        settings: dict[str, Any] = {
+            "method": method,
+            "options": chosen,
+            "losses": losses,
+            "loss_options": loss_options,
+            "values": values,
+            "group": group,
+            "beside": options.parse_options(beside, option="--beside") if beside else None,
+            "norms": norms,
+            "tokens": tokens,
+            "minutes": minutes,
+            "seqlen": seqlen,
+            "batch": batch,
+            "micro": micro,
+            "rate": rate,
+            "scale_rate": scale_rate,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "clip": clip,
+            "bfloat16": bf16,
+            "held_out": held_out,
+            "evaluations": evaluations,
+            "patience": patience,
+            "seed": seed,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        if not anyway:
+            check_memory(finetune_bytes(checkpoint, teacher, progress=report, **settings))
+        done = finetune(checkpoint, out, text=text, teacher=teacher, progress=report, **settings)
     found, seconds, peak = describe_checkpoint(done.path), time.perf_counter() - start, peak_bytes()
     outcome = done.outcome
     if as_json:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from gossamer.calibrate import fast_dtype
 from gossamer.errors import MethodError
 from gossamer.matrices.values import check_group, value_type
 from gossamer.tune import WEIGHTS, Loop, TunedWeight
@@ -92,6 +94,12 @@ class FinetuneSettings(BaseModel):
     def chosen_beside(self) -> BesideOptions | None:
         """Of low-rank parameters; raises MethodError."""
         return BesideOptions.of(self.beside)
+
+    def dtype(self) -> torch.dtype:
+        """What the models compute in."""
+        if self.bfloat16 is None:
+            return fast_dtype()
+        return torch.bfloat16 if self.bfloat16 else torch.float32
 
     def loop(self) -> Loop:
         """How long the loop runs, and when it looks."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,21 +18,30 @@ from gossamer.bench.memory import resident_bytes
 from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.engine import why_not
+from gossamer.models.checkpoint import sketch_of
 from gossamer.models.skeleton import stored_dtype
 from gossamer.models.tokenizer import encode_prompt, load_tokenizer
 from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.paths import expanded
+from gossamer.progress import Progress, silent
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.finetune import open_to_tune, teacher_sketch
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.layer_shares import allocation_needs, tries
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, input_widths, parameters_of
 from gossamer.recipes.sample import SampleSettings, exchanges
+from gossamer.recipes.settings import checked
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.shrink import block_count
 from gossamer.tune.blockwise import Blockwise
 from gossamer.tune.self_data import Rewrites
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LOOKED_AT = 64  # instructions whose tokens are counted
+LEFT_OVER = 4  # bytes a tuned weight of temporaries whose memory the C library keeps: 3 to 5, measured
 MOST_GAINED = 4  # times the speed of one text by itself, where several are written at once (docs/figures.md)
 
 
@@ -66,7 +76,8 @@ class Prediction:
 
 def predict(prepared: Prepared) -> Prediction:
     """Times one block of the model for a few seconds, and counts."""
-    recipe, sizes, blocks = prepared.recipe, _Sizes(prepared), prepared.blocks
+    recipe, blocks = prepared.recipe, prepared.blocks
+    sizes = _Sizes(prepared.bare, blocks)
     found: list[StagePrediction] = []
 
     def add(stage: str, seconds: float, needed: int) -> None:
@@ -80,28 +91,45 @@ def predict(prepared: Prepared) -> Prediction:
         if recipe.sample is not None:
             add("sample", *_sample(bench, prepared, recipe.sample, sizes))
         if (tune := recipe.tune) is not None:
-            add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), _tune_bytes(sizes, tune))
+            pattern = str(compress.combination().pattern)
+            needed = _tune_bytes(sizes, tune, pattern, teacher=sizes.model(sizes.all_blocks, 1))
+            add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), needed)
     return Prediction(tuple(found))
 
 
-class _Sizes:
-    """Numbers of a model, and what a process takes without it."""
+def finetune_bytes(
+    checkpoint: Path, teacher: str | Path | None = None, *, progress: Progress = silent, **settings: Any
+) -> int:
+    """Resident memory that `finetune` will take at its peak; raises what it raises for these arguments."""
+    chosen = checked(FinetuneSettings, settings)
+    chosen.check()
+    contents = open_to_tune(expanded(checkpoint), "none")
+    bare, pattern = sketch_of(contents), contents.manifest.made.get("pattern")
+    kind = chosen.weights()
+    needed = any(loss.needs_teacher for loss, _ in chosen.chosen_losses())
+    read = needed or kind.brings_back(kind.chosen(kind.within(pattern, chosen.options)))
+    dense = parameters_of(teacher_sketch(contents, teacher, progress)) if read else 0
+    return _tune_bytes(_Sizes(bare, len(find_parts(bare).blocks)), chosen, pattern, dense)
 
-    def __init__(self, prepared: Prepared) -> None:
-        parts, config = find_parts(prepared.bare), prepared.bare.config.get_text_config()
+
+class _Sizes:
+    """Numbers of a model of which ``blocks`` blocks stay, and what a process takes without it."""
+
+    def __init__(self, bare: PreTrainedModel, blocks: int) -> None:
+        parts, config = find_parts(bare), bare.config.get_text_config()
         block = parts.blocks[0].module
         self.base = resident_bytes()
-        self.all_blocks, self.blocks = len(parts.blocks), prepared.blocks
-        self.block = parameters_of(block)
-        shapes = [tuple(weight_of(layer).shape) for layer in prunable(block).values()]
-        self.linear = sum(out * features for out, features in shapes)
+        self.all_blocks, self.blocks = len(parts.blocks), blocks
+        self.block, layers = parameters_of(block), prunable(block).values()
+        self.shapes = [(out, width) for out, width in (weight_of(layer).shape for layer in layers)]
+        self.linear = sum(out * features for out, features in self.shapes)
         grams = sorted(width**2 for width in input_widths(prunable(block)))
         self.grams = sum(grams)
         self.solved = sum(grams[-torch.get_num_threads() :])  # of the inputs of the layers solved at once
         self.edge = int(config.vocab_size) * int(config.hidden_size)
         self.edges = self.edge * (1 if parts.tied else 2)
         self.vocabulary, self.hidden = int(config.vocab_size), int(config.hidden_size)
-        self.wide = sum(out for out, _ in shapes) + 6 * self.hidden  # numbers a token within a block
+        self.wide = sum(out for out, _ in self.shapes) + 6 * self.hidden  # numbers a token within a block
         self.item = fast_dtype().itemsize
 
     def model(self, blocks: int, item: int) -> int:
@@ -215,13 +243,20 @@ def _tune_seconds(bench: Bench, settings: FinetuneSettings, blocks: int, teacher
     return min(found) + (settings.evaluations + 1) * settings.held_out / settings.micro * judged
 
 
-def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings) -> int:
-    """All weights under tuning (latents, gradients, two moments, the best so far, masks, weights made), both
-    models, and what backward keeps."""
-    tokens = settings.seqlen * settings.micro
+def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings, pattern: str | None, teacher: int) -> int:
+    """All weights under tuning and those made of them, the model, the dense ones that are read beside it, and
+    what backward keeps."""
+    tokens, item = settings.seqlen * settings.micro, settings.dtype().itemsize
     depth = 2 if settings.gradient_checkpointing else sizes.blocks
-    kept = tokens * (depth * sizes.wide * sizes.item * 2 + sizes.blocks * sizes.hidden * sizes.item)
-    tuned = sizes.blocks * sizes.linear * (5 * 4 + 1 + sizes.item)
-    models = sizes.model(sizes.blocks, sizes.item) + sizes.model(sizes.all_blocks, sizes.item)
+    kept = tokens * (depth * sizes.wide * item * 2 + sizes.blocks * sizes.hidden * item)
+    kind = settings.weights()
+    options = kind.chosen(kind.within(pattern, settings.options))
+    state = sum(kind.state_bytes(shape, options) for shape in sizes.shapes)
+    tuned = int(sizes.blocks * (state + sizes.linear * (item + LEFT_OVER)))
+    models = sizes.model(sizes.blocks, item)
+    if any(loss.needs_teacher for loss, _ in settings.chosen_losses()):
+        models += teacher * item
+    if kind.brings_back(options):
+        models += teacher * torch.float32.itemsize
     logits = 4 * 4 * min(tokens, 256) * sizes.vocabulary
-    return sizes.base + tuned + models + kept + logits + sizes.edge * sizes.item
+    return sizes.base + tuned + models + kept + logits + sizes.edge * item

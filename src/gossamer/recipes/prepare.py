@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gossamer.errors import MethodError, ModelError, RecipeError, TextError
+from gossamer.errors import ModelError, RecipeError, TextError
 from gossamer.matrices.atomic import check_free
 from gossamer.models.manifest import is_checkpoint
 from gossamer.models.place import check_layers
@@ -193,12 +193,3 @@ def _check_instructions(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) 
         check_prompts(Rewrites(exchanges(pairs), tokenizer), prepared.bare.config, settings.tokens)
     with _told(f"sample.tokens of {settings.tokens:,} may be too few"):
         windows_to_tune(some, learned_tokens(some, tokenizer), tune)
-
-
-def check_memory(needed: int, total: int) -> None:
-    """Raises MethodError where a stage would need more bytes than the machine has."""
-    if needed > total:
-        raise MethodError(
-            f"about {needed / 1e9:.1f} GB of memory are needed, and this machine has {total / 1e9:.1f} GB: "
-            "tune shorter windows or fewer at once (tune.micro, tune.gradient_checkpointing)"
-        )

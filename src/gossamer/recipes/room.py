@@ -1,5 +1,5 @@
-"""Whether the disk has room for what a compression leaves there, asked before it begins: the least that it
-takes, so that nothing is refused that would have fitted."""
+"""Whether memory and disk have room for a job, asked before it begins; of the disk the least that it takes,
+so that nothing is refused that would have fitted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from gossamer.bench import usable_memory
 from gossamer.calibrate import Gradient, fast_dtype
-from gossamer.errors import OutputError
+from gossamer.errors import MethodError, OutputError
 from gossamer.matrices.values import value_type
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.layer_shares import allocation_needs
@@ -44,8 +45,27 @@ def walk_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: 
     return int(max(streams + inner, 2 * (inner + outer)))
 
 
+def saves_bytes(values: int, moments: int, checkpoint: int, evaluations: int) -> int:
+    """At the peak of tuning: the last state and the best one, and beside them the next state, or at the end
+    the checkpoint. ``values``: of what is tuned, ``moments``: of the optimizer once it has stepped;
+    ``checkpoint``: of the weight file that is made; ``evaluations``: how many there are at least."""
+    state = values + moments
+    first = values if evaluations < 2 else state
+    return max(first + values + state, values + state + checkpoint)
+
+
 def _stream(settings: CompressSettings, hidden: int) -> int:
     return settings.windows * settings.seqlen * hidden * fast_dtype().itemsize
+
+
+def check_memory(needed: int) -> None:
+    """Raises MethodError where a job would need more bytes than this process may have."""
+    total = usable_memory().total
+    if needed > total:
+        raise MethodError(
+            f"about {needed / 1e9:.1f} GB of memory are needed, and {total / 1e9:.1f} GB may be used here: "
+            "tune shorter windows or fewer at once (micro, gradient_checkpointing), or start --anyway"
+        )
 
 
 def check_room(needed: Mapping[Path, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -115,6 +116,12 @@ class TunedWeight(nn.Module):
         """``options`` with the ``pattern`` of the masks to begin with, for a method that has that option."""
         known = pattern is not None and cls.has_pattern()
         return {**({"pattern": pattern} if known else {}), **options}
+
+    @classmethod
+    def state_bytes(cls, shape: tuple[int, int], options: Any) -> float:
+        """What tuning keeps in memory of a weight ``shape`` from step to step, the finished weight apart:
+        here what is tuned, its gradient and AdamW's two moments, in float32, and the mask."""
+        return 17 * math.prod(shape)
 
     @classmethod
     def brings_back(cls, options: Any) -> bool:

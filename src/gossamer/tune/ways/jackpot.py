@@ -89,6 +89,11 @@ class JackpotWeight(MaskSearch):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         check_kept(mask, int(self._wanted().sum()), self._pattern)
 
+    @classmethod
+    def state_bytes(cls, shape: tuple[int, int], options: JackpotOptions) -> float:
+        """The weight and its gradient; importance, its gradient and speed; the mask."""
+        return 21 * math.prod(shape)
+
     def leaf(self) -> Tensor:
         return self.importance
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,6 +58,11 @@ class LoraWeight(TunedWeight):
         generator = torch.Generator().manual_seed(seed_of(first))
         self.A = nn.Parameter(torch.randn(rank, width, generator=generator) / width**0.5)
         self.B = nn.Parameter(torch.zeros(out, rank))
+
+    @classmethod
+    def state_bytes(cls, shape: tuple[int, int], options: LoraOptions) -> float:
+        """W0, the gradient of W and the mask; of A and B what AdamW keeps."""
+        return 9 * math.prod(shape) + 16 * min(options.rank, *shape) * sum(shape)
 
     def size(self) -> float:
         """Steps of B as large as those of W itself. Larger ones, which move single weights as far as tuning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from math import comb
+from math import comb, prod
 from typing import Any, ClassVar
 
 import torch
@@ -110,6 +110,13 @@ class MaskLlmWeight(MaskSearch):
         self.register_buffer("done", torch.zeros((), dtype=torch.float64))
         self._noise: tuple[int, Tensor] | None = None
         self._learns = False
+
+    @classmethod
+    def state_bytes(cls, shape: tuple[int, int], options: MaskLlmOptions) -> float:
+        """The weight and its gradient; of every mask of a group a logit, its gradient, moments and noise."""
+        pattern = parse_pattern(options.pattern)
+        assert isinstance(pattern, NM)
+        return (8 + 20 * comb(pattern.m, pattern.n) / pattern.m) * prod(shape)
 
     def size(self) -> float:
         return float(self.logits.detach().abs().mean())

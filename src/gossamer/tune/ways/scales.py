@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class ScalesWeight(TunedWeight):
         self.values, self.group = quantized.values, quantized.group
         self.factors = nn.Parameter(quantized.scales.float())
         self.register_buffer("codes", quantized.q, persistent=False)
+
+    @classmethod
+    def state_bytes(cls, shape: tuple[int, int], options: Any) -> float:
+        """The weight, its gradient, mask and codes; scales are few."""
+        return 10 * math.prod(shape)
 
     def size(self) -> float:
         return SHARE_OF_SIZE * float(self.factors.detach().abs().mean())
