@@ -22,6 +22,7 @@ from gossamer.matrices.layouts import (
 )
 from gossamer.matrices.validation import check_sections
 from gossamer.matrices.values import VALUES, ValueType, value_type
+from gossamer.sparse import NM, mask_from_scores
 
 ALL = tuple(VALUES)
 LAYOUTS = ("dense", "columns", "bitmap", "16x4", "32:64", "7:64")
@@ -417,6 +418,20 @@ def test_choose_layout() -> None:
     few = torch.rand(32, 128, generator=generator) < 0.9
     assert choose_layout(few, int4) == "dense"
     assert choose_layout(few, value_type("float32")) == "bitmap"
+
+
+@pytest.mark.parametrize("cols", [9, 65, 66, 67, 73, 127, 191])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 8), NM(32, 64)])
+def test_ragged_patterns_have_room(pattern: NM, cols: int) -> None:
+    mask = mask_from_scores(torch.rand(20, cols, generator=torch.Generator().manual_seed(cols)), pattern)
+    values, layout = value_type("float32"), choose_layout(mask, value_type("float32"))
+    assert layout == (f"{64 // pattern.m * pattern.n}:64" if cols >= 64 else "bitmap")
+    weight = torch.randn(20, cols) * mask
+    sections = pack_sections(weight, values, layout, mask=mask)
+    check_sections(sections, values, layout, (20, cols))
+    again = unpack_sections(sections, values, layout, (20, cols))
+    assert torch.equal(again.weight, weight)
+    assert torch.equal(again.mask, mask)  # type: ignore[arg-type]
 
 
 # --- what is refused --------------------------------------------------------------------------------------

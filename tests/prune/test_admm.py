@@ -111,6 +111,14 @@ def test_sparsity_rises_within_the_pattern() -> None:
     assert ((~half).sum(dim=1) == 16).all()
 
 
+def test_on_the_way_no_more_is_pruned_than_the_pattern_does() -> None:
+    """Of 9 inputs 2:4 prunes four, less than half."""
+    scores = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))
+    final = rising_mask(scores, NM(2, 4), 0.5, 1.0)
+    assert int((~final).sum()) == 8 * 4
+    assert torch.equal(rising_mask(scores, NM(2, 4), 0.5, 0.9999), final)
+
+
 def test_without_pruning_it_is_the_sweep() -> None:
     layer = make_layer()
     found, swept = (prune(name, layer, "unstructured", 0.0, "int4") for name in ("admm", "obs"))

@@ -83,7 +83,7 @@ def test_unstructured_counts_are_exact(
 
 
 @given(shapes, st.integers(1, 64), st.integers(2, 64), st.integers(0, 99), st.sampled_from([0, 2]))
-def test_nm_keeps_exactly_n_of_m_and_rounds_the_ragged_end(
+def test_nm_keeps_exactly_n_of_m_and_no_less_of_the_ragged_end(
     shape: tuple[int, int], n: int, m: int, seed: int, levels: int
 ) -> None:
     n = min(n, m)
@@ -92,8 +92,21 @@ def test_nm_keeps_exactly_n_of_m_and_rounds_the_ragged_end(
     whole = cols - cols % m
     assert (mask[:, :whole].reshape(rows, -1, m).sum(2) == n).all()
     rest = cols - whole
-    assert (rest - mask[:, whole:].sum(1) == math.floor(rest * (m - n) / m + 0.5)).all()
+    assert (mask[:, whole:].sum(1) == math.ceil(rest * n / m)).all()
     check_mask(mask, NM(n, m))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"), [(NM(2, 4), [1, 1, 2, 2]), (NM(1, 4), [1, 1, 1, 1]), (NM(3, 4), [1, 2, 3, 3])]
+)
+def test_a_last_group_is_never_pruned_whole(pattern: NM, kept: list[int]) -> None:
+    """Widths of 1 to 4, and those of a convolution over 1x3x3 and 3x3x3 inputs."""
+    for width, count in enumerate(kept, start=1):
+        assert mask_from_scores(torch.rand(5, width), pattern).sum(dim=1).tolist() == [count] * 5
+    for width, last in ((9, kept[0]), (27, kept[2])):
+        mask = mask_from_scores(torch.rand(5, width), pattern)
+        assert mask.sum(dim=1).tolist() == [width // 4 * pattern.n + last] * 5
+        assert int(mask.sum()) == most_kept((5, width), pattern, pattern.sparsity)
 
 
 @given(shapes, sparsities, st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))

@@ -134,4 +134,5 @@ def rising_mask(scores: Tensor, pattern: Pattern, sparsity: float, share: float)
     if not isinstance(pattern, NM):
         return mask_from_scores(scores, pattern, sparsity * share)
     kept = mask_from_scores(scores, pattern, sparsity)
-    return mask_from_scores(scores.masked_fill(kept, torch.inf), Unstructured("tensor"), sparsity * share)
+    pruned = 1 - int(kept.sum()) / kept.numel()
+    return mask_from_scores(scores.masked_fill(kept, torch.inf), Unstructured("tensor"), pruned * share)

@@ -65,7 +65,8 @@ def mask_from_scores(scores: Tensor, pattern: Pattern, sparsity: float | None = 
 
     ``scores``: float ``(out_features, in_features)``; returns bool of that shape. Per comparison group
     of n entries exactly ``floor(sparsity * n + 0.5)`` are pruned; among equal scores the lower index
-    goes first; the result is deterministic. For N:M the sparsity is the pattern's own. The group
+    goes first; the result is deterministic. For N:M the sparsity is the pattern's own, of a last group of
+    fewer inputs at most. The group
     ``model`` is not one tensor's affair: allocate first (``allocate.global_``), then it compares as
     ``tensor``. Raises ScoreError on NaN, SparsityError, PatternError where the pattern cannot apply.
     """
@@ -136,8 +137,9 @@ def _nm_mask(scores: Tensor, pattern: NM) -> Tensor:
 
 
 def ragged_pruned(pattern: NM, width: int) -> int:
-    """How many weights a last group of ``width`` < M inputs loses: the pattern's sparsity, rounded."""
-    return math.floor(Fraction(width * (pattern.m - pattern.n), pattern.m) + Fraction(1, 2))
+    """How many weights a last group of ``width`` < M inputs loses: at most the pattern's share, since
+    else every output would lose all of one input, or of two of 1:4."""
+    return width * (pattern.m - pattern.n) // pattern.m
 
 
 def most_kept(shape: tuple[int, int], pattern: Pattern, sparsity: float) -> int:

@@ -28,8 +28,8 @@ class Unstructured:
 class NM:
     """Keep ``n`` of every ``m`` consecutive weights along the input dimension (2:4 keeps 2).
 
-    Some tools name the pruned count instead. A ragged last group of r < m inputs keeps
-    ``r - floor(r * (m - n) / m + 0.5)``: the same sparsity, rounded as everywhere.
+    Some tools name the pruned count instead. A ragged last group of r < m inputs keeps ``ceil(r * n / m)``,
+    so that every output keeps some of it.
     """
 
     n: int
