@@ -186,11 +186,8 @@ class _Job:
     def _load_teacher(self, asked: str | Path | None) -> None:
         """The teacher, where a loss needs one, and where dense weights are brought back the model that has
         all their bits."""
-        kind = self.settings.weights()
         needed = any(loss.needs_teacher for loss, _ in self.settings.chosen_losses())
-        beside = self.settings.chosen_beside()
-        brings_back = kind.brings_back(kind.chosen(self._options()))
-        brings_back |= beside is not None and beside.begin == "lost"
+        brings_back = self.settings.brings_back(self.contents.manifest.made.get("pattern"))
         if brings_back:
             self.dense = self._loaded(asked, torch.float32)
         if needed:

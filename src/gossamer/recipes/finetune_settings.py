@@ -95,6 +95,12 @@ class FinetuneSettings(BaseModel):
         """Of low-rank parameters; raises MethodError."""
         return BesideOptions.of(self.beside)
 
+    def brings_back(self, pattern: str | None) -> bool:
+        """Whether the dense model's weights are read, of a checkpoint in such a ``pattern``."""
+        kind, beside = self.weights(), self.chosen_beside()
+        lost = beside is not None and beside.begin == "lost"
+        return lost or kind.brings_back(kind.chosen(kind.within(pattern, self.options)))
+
     def dtype(self) -> torch.dtype:
         """What the models compute in."""
         if self.bfloat16 is None:

@@ -105,9 +105,8 @@ def finetune_bytes(
     chosen.check()
     contents = open_to_tune(expanded(checkpoint), "none")
     bare, pattern = sketch_of(contents), contents.manifest.made.get("pattern")
-    kind = chosen.weights()
     needed = any(loss.needs_teacher for loss, _ in chosen.chosen_losses())
-    read = needed or kind.brings_back(kind.chosen(kind.within(pattern, chosen.options)))
+    read = needed or chosen.brings_back(pattern)
     dense = parameters_of(teacher_sketch(contents, teacher, progress)) if read else 0
     return _tune_bytes(_Sizes(bare, len(find_parts(bare).blocks)), chosen, pattern, dense)
 
@@ -256,7 +255,7 @@ def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings, pattern: str | None, 
     models = sizes.model(sizes.blocks, item)
     if any(loss.needs_teacher for loss, _ in settings.chosen_losses()):
         models += teacher * item
-    if kind.brings_back(options):
+    if settings.brings_back(pattern):
         models += teacher * torch.float32.itemsize
     logits = 4 * 4 * min(tokens, 256) * sizes.vocabulary
     return sizes.base + tuned + models + kept + logits + sizes.edge * item
