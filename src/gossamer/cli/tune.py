@@ -143,6 +143,7 @@ def tune(
     start = time.perf_counter()
     with resumable(work_of(out)), progress() as report:
         from gossamer.bench import peak_bytes
+        from gossamer.matrices.atomic import check_free
         from gossamer.recipes.describe import describe_checkpoint
         from gossamer.recipes.finetune import finetune
         from gossamer.recipes.predict import finetune_bytes
@@ -174,6 +175,7 @@ def tune(
             "seed": seed,
             "gradient_checkpointing": gradient_checkpointing,
         }
+        check_free(out)
         if not anyway:
             check_memory(finetune_bytes(checkpoint, teacher, progress=report, **settings))
         done = finetune(checkpoint, out, text=text, teacher=teacher, progress=report, **settings)
