@@ -530,6 +530,18 @@ def test_apply_starts_with_too_little_memory_only_where_told(
     assert run(*arguments, *small, "--anyway").code == 0
 
 
+def test_tune_starts_with_too_little_memory_only_where_told(
+    model: Path, text: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.recipes.room.usable_memory", lambda: Memory(1 << 20, 1 << 20))
+    few = ("--tokens", "64", "--seqlen", "32", "--batch", "1", "--held-out", "2", "--evaluations", "1")
+    arguments = ("tune", checkpoint, "-o", tmp_path / "out", "--teacher", model, "--text", text, *few)
+    done = run(*arguments)
+    assert (done.code, "0.0 GB may be used here" in done.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+    assert run(*arguments, "--anyway").code == 0
+
+
 def test_sample_writes_a_text_and_says_what_it_took(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "own.jsonl"
     few = ("--tokens", "20", "--prompt-tokens", "4", "--max-new-tokens", "6", "--threads", "1")

@@ -374,7 +374,7 @@ def test_texts_written_together_read_weights_together(
     changes = {"shrink": None, "sample": {"tokens": 1000, "prompt_tokens": 8}}
     prepared = prepare(read_recipe(SMALL, changes), tmp_path / "out", model=source, text=TEXT)
     with Bench(prepared) as bench:
-        sizes = _Sizes(prepared)
+        sizes = _Sizes(prepared.bare, prepared.blocks)
         weights = sizes.model(sizes.all_blocks, 1)
         for together, faster in ((1, 1), (2, min(2, gain)), (8, gain)):
             settings = SampleSettings(tokens=1000, together=together)
@@ -436,7 +436,7 @@ def test_rewriting_reads_prompts_besides(
     assert _lengths(prepared, 5)[1] == 5
     clock, settings = Seconds(prepared), SampleSettings(tokens=4000, max_new_tokens=200)
     with Bench(prepared):
-        sizes = _Sizes(prepared)
+        sizes = _Sizes(prepared.bare, prepared.blocks)
         given, _ = _sample(clock, prepared, settings, sizes)  # type: ignore[arg-type]
         plain, _ = _sample(clock, replace(prepared, instructions=None), settings, sizes)  # type: ignore[arg-type]
     assert given - plain == pytest.approx(4000 / answered * sizes.all_blocks * 1.0)
@@ -448,7 +448,7 @@ def test_every_expert_has_a_gram_matrix_of_its_own(tmp_path: Path) -> None:
     config = prepared.bare.config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     attention = {hidden, config.num_attention_heads * config.head_dim}
-    sizes = _Sizes(prepared)
+    sizes = _Sizes(prepared.bare, prepared.blocks)
     assert sizes.grams == sum(w**2 for w in attention) + config.num_experts * (hidden**2 + inner**2)
     assert 0 < sizes.solved <= torch.get_num_threads() * hidden**2
 
@@ -479,7 +479,7 @@ def test_every_way_to_tune_takes_memory_of_its_own(
     recipe = read_recipe(SMALL, {"shrink": None, "tune": tune, "compress.values": values})
     prepared = prepare(recipe, tmp_path / "out", model=folder, text=TEXT)
     assert recipe.tune is not None
-    sizes = _Sizes(prepared)
+    sizes = _Sizes(prepared.bare, prepared.blocks)
     teacher = sizes.model(sizes.all_blocks, 1)
     weights = sizes.blocks * sizes.linear
     needed = _tune_bytes(sizes, recipe.tune, "2:4", teacher)

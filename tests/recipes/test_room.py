@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -11,9 +13,14 @@ from typing import Any
 import pytest
 
 from gossamer.bench.memory import Memory
-from gossamer.errors import MethodError, OutputError
+from gossamer.calibrate import fast_dtype
+from gossamer.errors import CheckpointError, GossamerError, MethodError, ModelError, OutputError
+from gossamer.models.skeleton import empty_model
 from gossamer.recipes import room
 from gossamer.recipes.compress import compress
+from gossamer.recipes.finetune import finetune
+from gossamer.recipes.predict import finetune_bytes
+from gossamer.recipes.rates import parameters_of
 from tiny import tiny_folder
 
 TEXT = "The cat sat on the mat. " * 400
@@ -110,3 +117,94 @@ def test_more_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -
     room.check_memory(16 * 10**9)
     with pytest.raises(MethodError, match=r"20.0 GB of memory are needed, and 16.0 GB may be used here"):
         room.check_memory(20 * 10**9)
+
+
+TUNED: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "one evaluation": {"evaluations": 1},
+    "fewer steps than evaluations": {"tokens": 1},
+    "lora": {"method": "lora", "options": {"rank": 2}},
+    "scales": {"method": "scales"},
+    "towards int3": {"values": "int3"},
+    "masks": {"method": "ast", "options": {"pattern": "2:4"}},
+}
+BRIEF: dict[str, Any] = {
+    "text": [TEXT], "seqlen": 32, "batch": 2, "held_out": 2, "tokens": 256, "evaluations": 3,
+    "losses": {"task": 1}, "rate": 1e-4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    source = tiny_folder(folder / "model", vocab_size=384, num_hidden_layers=2)
+    return compress(source, folder / "sparse", method="magnitude", pattern="2:4", values="int4").path
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuning_takes_what_was_asked_for(
+    name: str, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    peak = [0]
+    replace = os.replace
+
+    def watched(old: Any, new: Any) -> None:
+        peak[0] = max(peak[0], used(tmp_path / "out.work"))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", watched)
+    monkeypatch.setattr(
+        "gossamer.recipes.finetune.check_room", lambda needed: asked.append(sum(needed.values()))
+    )
+    finetune(sparse, tmp_path / "out", **{**BRIEF, **TUNED[name]})
+    assert len(asked) == 1
+    assert 0.5 * peak[0] < asked[0] <= peak[0]
+
+
+def test_tuning_on_a_full_disk_is_refused_once(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    steps: list[int] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "tuning":
+            steps.append(done)
+            if done >= 128:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+        with pytest.raises(OutputError, match=r"bytes are needed in .*out.work, 1,000 are free"):
+            finetune(sparse, tmp_path / "out", progress=stop, **BRIEF)
+    assert not steps
+    assert not (tmp_path / "out.work").exists()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(sparse, tmp_path / "out", progress=stop, **BRIEF)
+    monkeypatch.setattr("gossamer.recipes.finetune.check_room", lambda needed: pytest.fail("asked again"))
+    assert finetune(sparse, tmp_path / "out", **BRIEF).resumed
+
+
+def in_blocks(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a checkpoint says of the packed linears of its blocks."""
+    matrices = json.loads((checkpoint / "gossamer.json").read_text())["matrices"]
+    return [matrix for name, matrix in matrices.items() if ".layers." in name]
+
+
+def test_what_tuning_keeps_in_memory_is_known_before(sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the checkpoint and the teacher, of which nothing is read but where it says what it is made of."""
+    monkeypatch.setattr("gossamer.recipes.predict.resident_bytes", lambda: 0)
+    dense = sparse.parent / "model"
+    brief = {key: value for key, value in BRIEF.items() if key != "text"}
+    one = finetune_bytes(sparse, "no-such-model", **brief)  # the loss task asks for none
+    with pytest.raises(ModelError, match="no-such-model"):
+        finetune_bytes(sparse, "no-such-model", **{**brief, "losses": {"kl": 1}})
+    taught = finetune_bytes(sparse, dense, **{**brief, "losses": {"kl": 1}})
+    assert taught - one == parameters_of(empty_model(dense)) * fast_dtype().itemsize
+    scales = finetune_bytes(sparse, dense, **{**brief, "method": "scales"})
+    assert one - scales == 7 * sum(math.prod(matrix["shape"]) for matrix in in_blocks(sparse))
+    with pytest.raises(CheckpointError, match="is no Gossamer checkpoint"):
+        finetune_bytes(dense, **brief)
+    with pytest.raises(GossamerError, match="the setting speed"):
+        finetune_bytes(sparse, speed=1)

@@ -99,6 +99,9 @@ def tune(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of windows, and of which are held out.")] = 0,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Start although there is less memory than is predicted.")
+    ] = False,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -113,34 +116,36 @@ def tune(
     start = time.perf_counter()
     with resumable(work_of(out)), progress() as report:
         from gossamer.bench import peak_bytes
+        from gossamer.matrices.atomic import check_free
         from gossamer.recipes.describe import describe_checkpoint
         from gossamer.recipes.finetune import finetune
+        from gossamer.recipes.predict import finetune_bytes
+        from gossamer.recipes.room import check_memory
 
-        done = finetune(
-            checkpoint,
-            out,
-            text=text,
-            teacher=teacher,
-            progress=report,
-            method=method,
-            options=chosen,
-            losses=losses,
-            loss_options=loss_options,
-            values=values,
-            group=group,
-            norms=norms,
-            tokens=tokens,
-            minutes=minutes,
-            seqlen=seqlen,
-            batch=batch,
-            micro=micro,
-            rate=rate,
-            held_out=held_out,
-            evaluations=evaluations,
-            patience=patience,
-            seed=seed,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        settings: dict[str, Any] = {
+            "method": method,
+            "options": chosen,
+            "losses": losses,
+            "loss_options": loss_options,
+            "values": values,
+            "group": group,
+            "norms": norms,
+            "tokens": tokens,
+            "minutes": minutes,
+            "seqlen": seqlen,
+            "batch": batch,
+            "micro": micro,
+            "rate": rate,
+            "held_out": held_out,
+            "evaluations": evaluations,
+            "patience": patience,
+            "seed": seed,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        check_free(out)
+        if not anyway:
+            check_memory(finetune_bytes(checkpoint, teacher, progress=report, **settings))
+        done = finetune(checkpoint, out, text=text, teacher=teacher, progress=report, **settings)
     found, seconds, peak = describe_checkpoint(done.path), time.perf_counter() - start, peak_bytes()
     outcome = done.outcome
     if as_json:

@@ -7,6 +7,9 @@ Work in progress lies in ``OUT.work``; the same call goes on where it stopped, w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +21,12 @@ from gossamer.calibrate import WorkFolder
 from gossamer.errors import CheckpointError, GossamerError, ModelError, TextError
 from gossamer.matrices import Matrix, Packed
 from gossamer.matrices.atomic import check_free
+from gossamer.matrices.storage import nbytes
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
 from gossamer.models.checkpoint_writer import CheckpointWriter
-from gossamer.models.contents import open_checkpoint
+from gossamer.models.contents import Contents, Verify, open_checkpoint
 from gossamer.models.manifest import WEIGHTS as WEIGHTS_FILE
-from gossamer.models.skeleton import load_model
+from gossamer.models.skeleton import empty_model, load_model
 from gossamer.models.sources import resolve
 from gossamer.models.text import Text, TextSource, learned_tokens, read_text, tuning_windows
 from gossamer.models.tokenizer import load_tokenizer
@@ -33,6 +37,7 @@ from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
 from gossamer.recipes.load import check_context
 from gossamer.recipes.prune_layer import mean_sparsity
+from gossamer.recipes.room import check_room, saves_bytes
 from gossamer.recipes.settings import checked
 from gossamer.tune import Outcome, Saves, SparseTuning, Windows, held_out_losses, train
 
@@ -93,12 +98,8 @@ class _Job:
         progress: Progress,
     ) -> None:
         self.out, self.settings, self.progress = out, settings, progress
-        if not is_checkpoint(checkpoint):
-            raise CheckpointError(f"{checkpoint} is no Gossamer checkpoint: `gossamer compress` makes one")
-        if (checkpoint / "activations.json").is_file():
-            raise ModelError(f"{checkpoint.name} was gated for the weights it has: tune first, then gate")
         self.dtype = settings.dtype()
-        self.contents = open_checkpoint(checkpoint)
+        self.contents = open_to_tune(checkpoint)
         self.teacher_files: dict[str, str] = {}
         self.teacher: PreTrainedModel | None = None
         self.dense: PreTrainedModel | None = None
@@ -135,6 +136,7 @@ class _Job:
             clip=s.clip,
             gradient_checkpointing=s.gradient_checkpointing,
         )
+        self._check_room(tuning, saves)
         self.teacher = self.dense = None  # the tuning keeps them for as long as it needs them
         outcome = train(
             tuning, self.windows, self.held_out, s.loop(), saves, progress=self.progress, before=before
@@ -145,6 +147,19 @@ class _Job:
         self.work.remove()
         learned = self.windows.share
         return Finetuned(self.out, made, outcome, learned, self.work.resumed, self.text.smoke)
+
+    def _check_room(self, tuning: SparseTuning, saves: Saves) -> None:
+        """Of a run that begins; one that goes on has had it."""
+        if saves.numbers() is not None:
+            return
+        s, steps = self.settings, 1
+        if s.patience is None and s.minutes is None:
+            steps = math.ceil((s.loop().tokens or 1) / (s.batch * s.seqlen))
+        values = sum(nbytes(tensor) for tensor in tuning.values().values())
+        moments = 2 * sum(nbytes(parameter) for parameter in tuning.parameters())
+        same = s.values is None and not s.weights().frees_masks
+        size = self.contents.manifest.files[WEIGHTS_FILE].size if same else 0
+        check_room({self.work.path: saves_bytes(values, moments, size, min(s.evaluations, steps))})
 
     def _before(self) -> dict[str, float]:
         """Held-out losses of the checkpoint as it is, where what is tuned begins elsewhere: at dense
@@ -180,24 +195,12 @@ class _Job:
 
     def _loaded(self, asked: str | Path | None, dtype: torch.dtype) -> PreTrainedModel:
         """The dense model in evaluation mode."""
-        source = asked or self.contents.manifest.made.get("model")
-        if source is None:
-            raise ModelError("the checkpoint does not say which model it was made from: name the teacher")
-        try:
-            path = expanded(source)
-            if is_checkpoint(path):
-                model, label, folder = load_checkpoint(path, dtype=dtype), path.resolve().name, path
+        with _of_teacher(self.contents, asked) as source:
+            label, folder = _find(source, self.progress)
+            if is_checkpoint(folder):
+                model = load_checkpoint(folder, dtype=dtype)
             else:
-                found = resolve(str(source), progress=self.progress)
-                model, _ = load_model(found.folder, dtype, apart=True)
-                label, folder = found.label, found.folder
-        except GossamerError as error:
-            if asked is not None:
-                raise
-            raise ModelError(
-                f"the checkpoint was made from {source!r}, which is not found from here: name the dense "
-                f"model as the teacher ({error})"
-            ) from error
+                model, _ = load_model(folder, dtype, apart=True)
         ours, theirs = (load_tokenizer(f).get_vocab() for f in (self.contents.path, folder))
         if ours != theirs:
             raise ModelError(f"the teacher {label} has another vocabulary than the checkpoint")
@@ -263,6 +266,49 @@ class _Job:
             value = stored[target]
             writer.add_matrix(name, value) if isinstance(value, Matrix) else writer.add_tensor(name, value)
         writer.finish(made)
+
+
+def open_to_tune(checkpoint: Path, verify: Verify = "crc") -> Contents:
+    """The checkpoint in that folder; raises a GossamerError for what is none, or is damaged or gated."""
+    if not is_checkpoint(checkpoint):
+        raise CheckpointError(f"{checkpoint} is no Gossamer checkpoint: `gossamer compress` makes one")
+    if (checkpoint / "activations.json").is_file():
+        raise ModelError(f"{checkpoint.name} was gated for the weights it has: tune first, then gate")
+    return open_checkpoint(checkpoint, verify)
+
+
+def teacher_sketch(
+    contents: Contents, asked: str | Path | None, progress: Progress = silent
+) -> PreTrainedModel:
+    """The dense model that a checkpoint is tuned by (as `finetune` takes it), without weights."""
+    with _of_teacher(contents, asked) as source:
+        return empty_model(_find(source, progress)[1])
+
+
+@contextmanager
+def _of_teacher(contents: Contents, asked: str | Path | None) -> Iterator[str | Path]:
+    """The name or folder of the teacher; errors inside tell of one that nobody named."""
+    source = asked or contents.manifest.made.get("model")
+    if source is None:
+        raise ModelError("the checkpoint does not say which model it was made from: name the teacher")
+    try:
+        yield source
+    except GossamerError as error:
+        if asked is not None:
+            raise
+        raise ModelError(
+            f"the checkpoint was made from {source!r}, which is not found from here: name the dense "
+            f"model as the teacher ({error})"
+        ) from error
+
+
+def _find(source: str | Path, progress: Progress) -> tuple[str, Path]:
+    """The label and the folder of a dense model, or of a checkpoint."""
+    path = expanded(source)
+    if is_checkpoint(path):
+        return path.resolve().name, path
+    found = resolve(str(source), progress=progress)
+    return found.label, found.folder
 
 
 def windows_to_tune(text: Text, tokens: tuple[Tensor, Tensor], settings: FinetuneSettings) -> Windows:

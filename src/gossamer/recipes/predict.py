@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,19 +18,27 @@ from gossamer.bench.memory import resident_bytes
 from gossamer.calibrate import Gradient, Gram, fast_dtype
 from gossamer.calibrate.stream import BATCH_TOKENS
 from gossamer.engine import why_not
+from gossamer.models.checkpoint import sketch_of
 from gossamer.models.skeleton import stored_dtype
 from gossamer.models.tokenizer import encode_prompt, load_tokenizer
 from gossamer.models.walk import find_parts, prunable, weight_of
+from gossamer.paths import expanded
+from gossamer.progress import Progress, silent
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.finetune import open_to_tune, teacher_sketch
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.layer_shares import allocation_needs, tries
 from gossamer.recipes.prepare import Prepared
 from gossamer.recipes.rates import Bench, input_widths, parameters_of
 from gossamer.recipes.sample import SampleSettings, exchanges
+from gossamer.recipes.settings import checked
 from gossamer.recipes.shrink import ShrinkSettings
 from gossamer.shrink import block_count
 from gossamer.tune.blockwise import Blockwise
 from gossamer.tune.self_data import Rewrites
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOOKED_AT = 64  # instructions whose tokens are counted
 LEFT_OVER = 4  # bytes a tuned weight of temporaries whose memory the C library keeps: 3 to 5, measured
@@ -67,7 +76,8 @@ class Prediction:
 
 def predict(prepared: Prepared) -> Prediction:
     """Times one block of the model for a few seconds, and counts."""
-    recipe, sizes, blocks = prepared.recipe, _Sizes(prepared), prepared.blocks
+    recipe, blocks = prepared.recipe, prepared.blocks
+    sizes = _Sizes(prepared.bare, blocks)
     found: list[StagePrediction] = []
 
     def add(stage: str, seconds: float, needed: int) -> None:
@@ -87,14 +97,29 @@ def predict(prepared: Prepared) -> Prediction:
     return Prediction(tuple(found))
 
 
-class _Sizes:
-    """Numbers of a model, and what a process takes without it."""
+def finetune_bytes(
+    checkpoint: Path, teacher: str | Path | None = None, *, progress: Progress = silent, **settings: Any
+) -> int:
+    """Resident memory that `finetune` will take at its peak; raises what it raises for these arguments."""
+    chosen = checked(FinetuneSettings, settings)
+    chosen.check()
+    contents = open_to_tune(expanded(checkpoint), "none")
+    bare, pattern = sketch_of(contents), contents.manifest.made.get("pattern")
+    kind = chosen.weights()
+    needed = any(loss.needs_teacher for loss, _ in chosen.chosen_losses())
+    read = needed or kind.brings_back(kind.chosen(kind.within(pattern, chosen.options)))
+    dense = parameters_of(teacher_sketch(contents, teacher, progress)) if read else 0
+    return _tune_bytes(_Sizes(bare, len(find_parts(bare).blocks)), chosen, pattern, dense)
 
-    def __init__(self, prepared: Prepared) -> None:
-        parts, config = find_parts(prepared.bare), prepared.bare.config.get_text_config()
+
+class _Sizes:
+    """Numbers of a model of which ``blocks`` blocks stay, and what a process takes without it."""
+
+    def __init__(self, bare: PreTrainedModel, blocks: int) -> None:
+        parts, config = find_parts(bare), bare.config.get_text_config()
         block = parts.blocks[0].module
         self.base = resident_bytes()
-        self.all_blocks, self.blocks = len(parts.blocks), prepared.blocks
+        self.all_blocks, self.blocks = len(parts.blocks), blocks
         self.block, layers = parameters_of(block), prunable(block).values()
         self.shapes = [(out, width) for out, width in (weight_of(layer).shape for layer in layers)]
         self.linear = sum(out * features for out, features in self.shapes)

@@ -45,6 +45,15 @@ def walk_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: 
     return int(max(streams + inner, 2 * (inner + outer)))
 
 
+def saves_bytes(values: int, moments: int, checkpoint: int, evaluations: int) -> int:
+    """At the peak of tuning: the last state and the best one, and beside them the next state, or at the end
+    the checkpoint. ``values``: of what is tuned, ``moments``: of the optimizer once it has stepped;
+    ``checkpoint``: of the weight file that is made; ``evaluations``: how many there are at least."""
+    state = values + moments
+    first = values if evaluations < 2 else state
+    return max(first + values + state, values + state + checkpoint)
+
+
 def _stream(settings: CompressSettings, hidden: int) -> int:
     return settings.windows * settings.seqlen * hidden * fast_dtype().itemsize
 
