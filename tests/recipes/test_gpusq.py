@@ -128,6 +128,22 @@ def test_batches_reach_encoders_as_they_do_in_sparsify(
             assert not view.matrix()[~found.masks[view.name]].any()
 
 
+def test_features_of_several_tensors_are_their_first() -> None:
+    runs = []
+    for encoder in (True, False):  # what the encoder gives is what its last block does
+        model = bert()
+        blocks = [name for name, module in model.named_modules() if type(module).__name__ == "BertLayer"]
+        names = ["encoder" if encoder else blocks[-1]]
+        runs.append(gpusq(model, padded(2), features=names, epochs=1, skip="pooler").losses)
+    assert runs[0] == runs[1]
+
+
+def test_a_batch_by_itself_is_one_batch() -> None:
+    x = batches(Tiny(), 1)[0][0]
+    runs = [gpusq(Tiny(), given, epochs=1, skip="projection|classifier").losses for given in (x, [(x, None)])]
+    assert runs[0] == runs[1]
+
+
 def test_padding_counts_nowhere() -> None:
     runs = []
     for padding in (0, 33):
@@ -182,6 +198,11 @@ def test_the_loss_is_the_sum_of_its_three_parts() -> None:
 def test_bad_input_is_refused() -> None:
     model = Tiny()
     before = copy.deepcopy(model.state_dict())
+    model.unused = nn.Identity()
+    with pytest.raises(ModelError, match="unused gives no features: it is not called"):
+        gpusq(model, batches(model, 1), features=["unused"], skip="projection|classifier")
+    with pytest.raises(CalibrationError, match="name it by `logits`"):
+        gpusq(model, batches(model, 1), logits=lambda out: logits_of({}), skip="projection|classifier")
     with pytest.raises(ModelError, match="no module 'nothing'"):
         gpusq(model, batches(model, 1), features=["nothing"])
     with pytest.raises(CalibrationError, match="there are none"):

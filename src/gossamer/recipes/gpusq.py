@@ -7,7 +7,7 @@ Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantiza
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +38,16 @@ UNCLAIMED = Unclaimed(
 
 
 def logits_of(out: Any) -> Tensor:
-    """The tensor that a model gives, of several the one that is called ``logits``, or else the first. Raises
-    CalibrationError where there is none."""
+    """The tensor that a module gives, of several the one that is called ``logits``, or else the first.
+    Raises CalibrationError where there is none."""
     if isinstance(out, Mapping):
         out = out.get("logits", next(iter(out.values()), None))
     elif isinstance(out, (tuple, list)) and out:
         out = out[0]
     if not isinstance(out, Tensor):
-        raise CalibrationError(f"the model gives no tensor, but a {type(out).__name__}: name it by `logits`")
+        raise CalibrationError(
+            f"what is tuned by is a tensor, not a {type(out).__name__}: name it by `logits`"
+        )
     return out
 
 
@@ -93,7 +95,7 @@ class Gpusq:
 
 def gpusq(
     model: nn.Module,
-    batches: Sequence[Labelled | Tensor | Mapping[str, Any]],
+    batches: Iterable[Labelled | Tensor | Mapping[str, Any]],
     *,
     features: Sequence[str] = (),
     values: str = "int8",
@@ -119,9 +121,9 @@ def gpusq(
     importance to quantization; this measure is ours). ``logits`` finds them in what the model gives. Weights
     alone are rounded, not activations.
 
-    Raises a GossamerError as `sparsify` does, ModelError for ``features`` that are not there, and
-    CalibrationError for batches of another form, and where a loss is not finite: then the model keeps what
-    the finished stages made of it.
+    Raises a GossamerError as `sparsify` does, ModelError for ``features`` that are not there or not called,
+    and CalibrationError for batches of another form, and where a loss is not finite: then the model keeps
+    what the finished stages made of it.
     """
     if not value_type(values).is_integer:
         raise MethodError(f"GPUSQ-ViT rounds to integers, not to {values}")
@@ -129,14 +131,15 @@ def gpusq(
     for name in features:
         if name not in known:
             raise ModelError(f"{type(model).__name__} has no module {name!r}")
-    if not batches:
+    pairs = [_labelled(one) for one in ([batches] if isinstance(batches, (Tensor, Mapping)) else batches)]
+    if not pairs:
         raise CalibrationError("GPUSQ-ViT tunes on batches, and there are none")
     pair = _Pair(model, copy.deepcopy(model).eval(), tuple(features), loss or Mixed(), logits)
-    pairs = [_labelled(batch) for batch in batches]
     inputs = [x for x, _ in pairs]
+    pair.taught(inputs[0])  # what cannot be read is told before anything is pruned
     found = sparsify(model, inputs, method=method, pattern=pattern, skip=skip, seed=seed)
     losses: dict[str, list[float]] = {}
-    total = epochs * len(batches)
+    total = epochs * len(pairs)
     shares = dict.fromkeys(features, 1.0)
     for stage, rounded in (("sparse", None), ("quantized", values)):
         before = copy.deepcopy(model.state_dict())
@@ -147,8 +150,8 @@ def gpusq(
         losses[stage] = []
         for epoch in range(epochs):
             each: list[float] = []
-            for index in torch.randperm(len(batches), generator=order).tolist():
-                done = epoch * len(batches) + len(each)
+            for index in torch.randperm(len(pairs), generator=order).tolist():
+                done = epoch * len(pairs) + len(each)
                 progress(stage, done, total)
                 value = pair.loss(tuning, shares, *pairs[index])
                 if not bool(value.isfinite()):
@@ -176,12 +179,16 @@ class _Pair:
     def loss(
         self, tuning: ModuleTuning, shares: Mapping[str, float], x: Batch, labels: Tensor | None
     ) -> Tensor:
-        with torch.no_grad():
-            taught, wanted = self._run(self.teacher, self.teacher, x)
+        taught, wanted = self.taught(x)
         got, states = self._run(tuning, self.model, x)
         if labels is not None:
             labels = _unpadded(labels, x, classes=labels.is_floating_point())
         return self.mixed.of(got, labels, taught, states, wanted, shares)
+
+    @torch.no_grad()
+    def taught(self, x: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and features of the dense model."""
+        return self._run(self.teacher, self.teacher, x)
 
     @torch.no_grad()
     def shares(self, tuning: ModuleTuning, x: Batch) -> dict[str, float]:
@@ -197,7 +204,10 @@ class _Pair:
         """Logits, and features by name, of what ``run`` does with ``model``."""
         with listening({name: model.get_submodule(name) for name in self.features}) as heard:
             got = self.logits(call(run, x))
-        return _unpadded(got, x), {name: _unpadded(state, x) for name, state in heard.items()}
+        for name in self.features:
+            if name not in heard:
+                raise ModelError(f"{name} gives no features: it is not called when the model runs")
+        return _unpadded(got, x), {name: _unpadded(logits_of(state), x) for name, state in heard.items()}
 
 
 def _labelled(batch: Labelled | Tensor | Mapping[str, Any]) -> Labelled:
