@@ -21,7 +21,7 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
+def call(model: Callable[..., Any], batch: Batch) -> Any:
     """``model`` on a batch: one argument, several (a tuple or list), or named ones (a mapping). Raises
     CalibrationError where they are not what it takes."""
     try:

@@ -7,14 +7,14 @@ Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantiza
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.calibrate.modules import Batch, call
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices.values import value_type
 from gossamer.nn.listen import listening
@@ -26,7 +26,21 @@ from gossamer.tune.losses.squarehead import SquareHead
 from gossamer.tune.losses.task import Task
 from gossamer.tune.modules import ModuleTuning
 
-Labelled = tuple[Tensor, Tensor | None]
+Labelled = tuple[Batch, Tensor | None]
+
+
+def logits_of(out: Any) -> Tensor:
+    """The tensor that a module gives, of several the one that is called ``logits``, or else the first.
+    Raises CalibrationError where there is none."""
+    if isinstance(out, Mapping):
+        out = out.get("logits", next(iter(out.values()), None))
+    elif isinstance(out, (tuple, list)) and out:
+        out = out[0]
+    if not isinstance(out, Tensor):
+        raise CalibrationError(
+            f"what is tuned by is a tensor, not a {type(out).__name__}: name it by `logits`"
+        )
+    return out
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,12 @@ class Mixed:
         wanted: Mapping[str, Tensor],
         shares: Mapping[str, float],
     ) -> Tensor:
-        """A scalar. ``shares``: how much each layer's features count; they sum to the number of layers."""
+        """A scalar. ``logits`` ``(..., classes)``, ``labels`` ``(...)``; ``shares``: how much each layer's
+        features count; they sum to the number of layers."""
         total = self.soft * KL(self.temperature).of(logits, teacher, logits).mean()
         if labels is not None and self.hard:
-            total = total + self.hard * Task().of(logits, None, labels).mean()
+            labels = labels.flatten(0, logits.dim() - 2)
+            total = total + self.hard * Task().of(logits.flatten(0, -2), None, labels).mean()
         for name, share in shares.items():
             error = SquareHead().of([states[name]], [wanted[name]])
             total = total + self.features * share * error / len(shares)
@@ -71,7 +87,7 @@ class Gpusq:
 
 def gpusq(
     model: nn.Module,
-    batches: Sequence[Labelled],
+    batches: Iterable[Labelled | Tensor | Mapping[str, Any]],
     *,
     features: Sequence[str] = (),
     values: str = "int8",
@@ -81,20 +97,25 @@ def gpusq(
     epochs: int = 4,
     loss: Mixed | None = None,
     skip: str | Sequence[str] = (),
-    logits: Callable[[Any], Tensor] = lambda out: out,
+    logits: Callable[[Any], Tensor] = logits_of,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Gpusq:
     """Makes ``model`` sparse and its kept weights ``values``, in place.
 
-    First it is pruned to ``pattern`` and tuned for ``epochs`` passes over ``batches`` (inputs, and labels or
-    None); then tuned as long again with rounded weights. ``features``: names of modules whose outputs are
-    drawn to the dense model's, the blocks, say; in the second stage each counts in proportion to how far
-    rounding alone moves it (the paper weighs layers by importance to quantization; this measure is ours).
-    ``logits`` finds them in what the model gives. Weights alone are rounded, not activations.
+    First it is pruned to ``pattern`` and tuned for ``epochs`` passes over ``batches``; then tuned as long
+    again with rounded weights. A batch is a pair of inputs, as for `sparsify`, and labels or None; a tensor
+    or mapping by itself has no labels. Where logits or features have an axis of tokens, those that a
+    mapping's ``attention_mask`` ``(batch, seqlen)`` hides do not count.
 
-    Raises a GossamerError as `sparsify` does, ModelError for ``features`` that are not there, and
-    CalibrationError where a loss is not finite: then the model keeps what the finished stages made of it.
+    ``features``: names of modules whose outputs are drawn to the dense model's, the blocks, say; in the
+    second stage each counts in proportion to how far rounding alone moves it (the paper weighs layers by
+    importance to quantization; this measure is ours). ``logits`` finds them in what the model gives. Weights
+    alone are rounded, not activations.
+
+    Raises a GossamerError as `sparsify` does, ModelError for ``features`` that are not there or not called,
+    and CalibrationError for batches of another form, and where a loss is not finite: then the model keeps
+    what the finished stages made of it.
     """
     if not value_type(values).is_integer:
         raise MethodError(f"GPUSQ-ViT rounds to integers, not to {values}")
@@ -102,13 +123,15 @@ def gpusq(
     for name in features:
         if name not in known:
             raise ModelError(f"{type(model).__name__} has no module {name!r}")
-    if not batches:
+    pairs = [_labelled(one) for one in ([batches] if isinstance(batches, (Tensor, Mapping)) else batches)]
+    if not pairs:
         raise CalibrationError("GPUSQ-ViT tunes on batches, and there are none")
     pair = _Pair(model, copy.deepcopy(model).eval(), tuple(features), loss or Mixed(), logits)
-    inputs = [x for x, _ in batches]
+    inputs = [x for x, _ in pairs]
+    pair.taught(inputs[0])  # what cannot be read is told before anything is pruned
     found = sparsify(model, inputs, method=method, pattern=pattern, skip=skip, seed=seed)
     losses: dict[str, list[float]] = {}
-    total = epochs * len(batches)
+    total = epochs * len(pairs)
     shares = dict.fromkeys(features, 1.0)
     for stage, rounded in (("sparse", None), ("quantized", values)):
         before = copy.deepcopy(model.state_dict())
@@ -119,10 +142,10 @@ def gpusq(
         losses[stage] = []
         for epoch in range(epochs):
             each: list[float] = []
-            for index in torch.randperm(len(batches), generator=order).tolist():
-                done = epoch * len(batches) + len(each)
+            for index in torch.randperm(len(pairs), generator=order).tolist():
+                done = epoch * len(pairs) + len(each)
                 progress(stage, done, total)
-                value = pair.loss(tuning, shares, *batches[index])
+                value = pair.loss(tuning, shares, *pairs[index])
                 if not bool(value.isfinite()):
                     model.load_state_dict(before)
                     raise CalibrationError(f"the loss is not finite at step {done} of the stage {stage}")
@@ -146,25 +169,55 @@ class _Pair:
     logits: Callable[[Any], Tensor]
 
     def loss(
-        self, tuning: ModuleTuning, shares: Mapping[str, float], x: Tensor, labels: Tensor | None
+        self, tuning: ModuleTuning, shares: Mapping[str, float], x: Batch, labels: Tensor | None
     ) -> Tensor:
-        with torch.no_grad(), self._listening(self.teacher) as wanted:
-            taught = self.logits(self.teacher(x))
-        with self._listening(self.model) as states:
-            got = self.logits(tuning(x))
+        taught, wanted = self.taught(x)
+        got, states = self._run(tuning, self.model, x)
+        if labels is not None:
+            labels = _unpadded(labels, x, classes=labels.is_floating_point())
         return self.mixed.of(got, labels, taught, states, wanted, shares)
 
     @torch.no_grad()
-    def shares(self, tuning: ModuleTuning, x: Tensor) -> dict[str, float]:
+    def taught(self, x: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits and features of the dense model."""
+        return self._run(self.teacher, self.teacher, x)
+
+    @torch.no_grad()
+    def shares(self, tuning: ModuleTuning, x: Batch) -> dict[str, float]:
         """How much each layer's features count: in proportion to their relative error after rounding."""
         with evaluating(self.model):  # noise of dropout is no error of rounding
-            with self._listening(self.model) as plain:
-                self.model(x)
-            with self._listening(self.model) as rounded:
-                tuning(x)
+            _, plain = self._run(self.model, self.model, x)
+            _, rounded = self._run(tuning, self.model, x)
         errors = {name: float(SquareHead().of([rounded[name]], [plain[name]])) for name in self.features}
         total = sum(errors.values())
         return {name: len(errors) * error / total if total else 1.0 for name, error in errors.items()}
 
-    def _listening(self, model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
-        return listening({name: model.get_submodule(name) for name in self.features})
+    def _run(self, run: Callable[..., Any], model: nn.Module, x: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits, and features by name, of what ``run`` does with ``model``."""
+        with listening({name: model.get_submodule(name) for name in self.features}) as heard:
+            got = self.logits(call(run, x))
+        for name in self.features:
+            if name not in heard:
+                raise ModelError(f"{name} gives no features: it is not called when the model runs")
+        return _unpadded(got, x), {name: _unpadded(logits_of(state), x) for name, state in heard.items()}
+
+
+def _labelled(batch: Labelled | Tensor | Mapping[str, Any]) -> Labelled:
+    """Raises CalibrationError for what is no batch."""
+    if isinstance(batch, (Tensor, Mapping)):
+        return batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, type(None))):
+        return batch[0], batch[1]
+    raise CalibrationError(
+        "a batch is a pair of inputs and labels (or None), or a tensor or a mapping alone, not a "
+        f"{type(batch).__name__}"
+    )
+
+
+def _unpadded(x: Tensor, batch: Batch, classes: bool = True) -> Tensor:
+    """Of ``x`` ``(batch, seqlen, ...)`` the tokens that are no padding, in a row; anything else as it is.
+    ``classes``: behind the axis of tokens there is another one."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or x.dim() < 2 + classes or x.shape[:2] != mask.shape:
+        return x
+    return x[mask.bool()]
