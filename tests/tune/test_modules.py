@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gossamer as gs
-from gossamer.errors import MethodError, ModelError
+from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.nn.views import weight_views
 from gossamer.tune.modules import ModuleTuning
 
@@ -126,6 +127,64 @@ def test_other_parameters_move_in_bfloat16_too() -> None:
     for name in norms:
         assert (model.get_parameter(name) != before[name]).float().mean() > 0.5, name
         assert model.get_parameter(name).dtype == torch.bfloat16
+
+
+class Normed(Small):
+    """With a norm that keeps running means while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.rnn(self.conv(x.transpose(1, 2)).transpose(1, 2).relu())[0]
+        return self.head(self.norm(h.transpose(1, 2)).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("values", [None, "int4"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(values: str | None, tmp_path: Path) -> None:
+    def begun() -> ModuleTuning:
+        model = Normed().train()
+        masks = gs.sparsify(model, method="magnitude", pattern="2:4", skip="head").masks
+        return ModuleTuning(model, {**masks, "head": None}, values=values, group=32)
+
+    def steps(tuning: ModuleTuning, begin: int, end: int) -> None:
+        for step in range(begin, end):
+            loss(tuning, step).backward()
+            tuning.step((step + 0.5) / 8)
+
+    whole, stopped = begun(), begun()
+    steps(whole, 0, 8)
+    steps(stopped, 0, 5)
+    torch.save([stopped.state_dict(), stopped.optimizer.state_dict()], tmp_path / "state")
+    again, first = begun(), begun()
+    state, moments = torch.load(tmp_path / "state", weights_only=True)
+    again.load_state_dict(state)
+    again.optimizer.load_state_dict(moments)
+    steps(again, 5, 8)
+    for tuning in (whole, again, first):
+        tuning.merge()
+    found, start = again.model.state_dict(), first.model.state_dict()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+        assert not torch.equal(start[name], tensor), name
+
+
+def test_the_state_of_another_tuning_is_refused() -> None:
+    model, masks = pruned()
+    state = ModuleTuning(model, masks).state_dict()
+    name = next(iter(masks))
+    for another in ({**masks, name: None}, {**masks, "head": None}, {**masks, name: ~masks[name]}):
+        other = ModuleTuning(Small(), another)
+        before = {one: tensor.clone() for one, tensor in other.state_dict().items()}
+        with pytest.raises(CalibrationError, match="the state of another tuning"):
+            other.load_state_dict(state)
+        assert all(torch.equal(tensor, before[one]) for one, tensor in other.state_dict().items())
+    wide = [
+        ModuleTuning(nn.Sequential(nn.Linear(64, 2)), {"0": None}, values="int4", group=g) for g in (64, 32)
+    ]
+    with pytest.raises(CalibrationError, match="names or shapes differ"):
+        wide[0].load_state_dict(wide[1].state_dict())
 
 
 def test_masks_that_do_not_belong_are_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gossamer.errors import MethodError, ModelError
+from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.matrices import Dense, Sparse
 from gossamer.matrices.values import value_type
 from gossamer.nn.views import WeightView, weight_views
@@ -27,6 +27,9 @@ class ModuleTuning:
             cross_entropy(tuning(images), labels).backward()
             tuning.step(fraction)
         tuning.merge()
+
+    What was stopped goes on to the bit in a tuning made alike, where both its ``state_dict()`` and that of
+    its ``optimizer`` were kept.
 
     ``masks``: bool ``(out, in)``, True = kept, by the names of weights (`weight_views`), as `sparsify` gives
     them; None: a weight that is tuned without a mask. ``values``: weights see themselves rounded to these (in
@@ -86,6 +89,30 @@ class ModuleTuning:
         torch.nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights as they stand with their masks, other parameters, and buffers of the model, such as running
+        means, as tensors by name; the moments are in ``optimizer.state_dict()``."""
+        found = {
+            f"weights/{name}.{key}": tensor
+            for name, weight in self.weights.items()
+            for key, tensor in {**weight.state_dict(), **dict(weight.named_buffers())}.items()
+        }
+        found |= {f"others/{name}": value.detach() for name, value in self.others.items()}
+        return found | {f"buffers/{name}": buffer for name, buffer in self.model.named_buffers()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Comes back to what `state_dict` gave; raises CalibrationError where names, shapes or masks
+        differ."""
+        own = self.state_dict()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise CalibrationError("this is the state of another tuning: names or shapes differ")
+        for name, weight in self.weights.items():
+            if weight.mask is not None and not torch.equal(weight.mask, state[f"weights/{name}.mask"]):
+                raise CalibrationError(f"this is the state of another tuning: the mask of {name} differs")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
     @torch.no_grad()
     def merge(self) -> None:
