@@ -13,12 +13,14 @@ from cli_run import SMALL, run
 
 from gossamer.calibrate import fast_dtype
 from gossamer.cli.compress import compress as command
+from gossamer.cli.tune import tune as tune_command
 from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import FORMATS, METHODS
 from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.shrink import DEPTH
 from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
@@ -91,6 +93,15 @@ def test_compress_has_the_defaults_of_the_recipe() -> None:
     given = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     expected = CompressSettings().model_dump()
     assert expected.pop("options") == expected.pop("tune_options") == {}
+    assert {name: given[name] for name in expected} == expected
+
+
+def test_tune_has_the_defaults_of_finetune() -> None:
+    given = {name: p.default for name, p in inspect.signature(tune_command).parameters.items()}
+    expected = FinetuneSettings().model_dump()
+    assert expected.pop("losses") == {"kl": 1}
+    assert expected.pop("loss_options") == expected.pop("options") == {}
+    assert given["bf16"] is expected.pop("bfloat16") is None
     assert {name: given[name] for name in expected} == expected
 
 
@@ -473,6 +484,31 @@ def test_shrink_says_what_went(model: Path, text: Path, tmp_path: Path) -> None:
     assert f"next: gossamer eval {tmp_path / 'two'} --against {model}" in done.out
     assert "1 of 3 removed" in done.out
     assert "smoke test" not in done.out
+
+
+def test_tune_takes_the_settings_of_its_optimizer(
+    model: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        "tune", checkpoint, "--teacher", model, "--text", text, "--tokens", 64, "--seqlen", 32, "--batch", 2,
+        "--held-out", 1, "--evaluations", 1, "--threads", 1,
+    )  # fmt: skip
+    wanted = {"bfloat16": True, "warmup": 0.25, "clip": 2.5, "scale_rate": 0.5, "weight_decay": 0.125}
+    given = (
+        "--bf16", "--warmup", 0.25, "--clip", 2.5, "--scale-rate", 0.5, "--weight-decay", 0.125
+    )  # fmt: skip
+    for name, more in (("all", given), ("none", ()), ("plain", ("--no-bf16",))):
+        done = run(*arguments, "-o", tmp_path / name, *more)
+        assert done.code == 0, done.err
+        told = json.loads((tmp_path / name / "gossamer.json").read_text())["made"]["tuned"][0]["settings"]
+        usual = FinetuneSettings().model_dump() | ({"bfloat16": False} if name == "plain" else {})
+        assert {key: told[key] for key in wanted} == {
+            key: wanted[key] if name == "all" else usual[key] for key in wanted
+        }
+    for option, value in (("--warmup", 1), ("--clip", 0), ("--scale-rate", -1), ("--weight-decay", -0.1)):
+        refused = run(*arguments, "-o", tmp_path / "no", option, value)
+        assert refused.code == 2
+        assert f"the setting {option[2:].replace('-', '_')}: " in refused.err
 
 
 RECIPE = """

@@ -78,6 +78,17 @@ def tune(
             "floats a thousandth."
         ),
     ] = None,
+    scale_rate: Annotated[
+        float,
+        typer.Option(
+            help="Of scales, in parts of the rate of weights; without --rate of norms and biases too."
+        ),
+    ] = 0.1,
+    warmup: Annotated[
+        float, typer.Option(help="The share of the run over which the rate rises, in [0, 1).")
+    ] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW: of weights, not of scales or norms.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="The largest norm of a step's gradients.")] = 1.0,
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 8,
     micro: Annotated[
@@ -98,6 +109,14 @@ def tune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            help="Compute in bfloat16, or in float32.",
+            show_default="bfloat16 where this processor multiplies it fast",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of windows, and of which are held out.")] = 0,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
@@ -135,6 +154,11 @@ def tune(
             batch=batch,
             micro=micro,
             rate=rate,
+            scale_rate=scale_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            bfloat16=bf16,
             held_out=held_out,
             evaluations=evaluations,
             patience=patience,
