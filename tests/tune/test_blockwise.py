@@ -16,7 +16,9 @@ from gossamer.matrices import Packed
 from gossamer.models import load_checkpoint, load_model
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
-from gossamer.tune import tuner
+from gossamer.sparse import parse_pattern
+from gossamer.sparse.masks import check_mask
+from gossamer.tune import blockwise, tuner
 from gossamer.tune.blockwise import Blockwise
 from tiny import tiny_folder
 
@@ -74,6 +76,37 @@ def test_blocks_come_nearer_to_the_dense_ones(arch: str, settings: dict[str, Any
     assert some
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in some)
     assert [a["sparsity"] for a in plain.made["layers"]] == [a["sparsity"] for a in tuned.made["layers"]]
+
+
+@pytest.mark.parametrize("values", ["int4", "bfloat16"])
+def test_masks_hold_at_every_step(
+    values: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune, call = Blockwise.tune, blockwise.functional_call
+    begun: dict[str, torch.Tensor] = {}
+    named: dict[str, str] = {}
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def beginning(self: Blockwise, visit: Any, weights: dict[str, Any], seed: int) -> Any:
+        begun.update({name: weight.mask.clone() for name, weight in weights.items()})
+        named.update({f"block.{name.removeprefix(visit.name + '.')}.weight": name for name in weights})
+        return tune(self, visit, weights, seed)
+
+    def watched(block: Any, given: dict[str, torch.Tensor], *rest: Any) -> Any:
+        for inner, weight in given.items():
+            assert not weight[~begun[named[inner]]].any()
+            seen.setdefault(named[inner], []).append(weight.detach())
+        return call(block, given, *rest)
+
+    monkeypatch.setattr(Blockwise, "tune", beginning)
+    monkeypatch.setattr(blockwise, "functional_call", watched)
+    done = compress(source, tmp_path / "out", **SMALL, **FEW, pattern="2:4", values=values)
+    assert begun.keys() == {layer["name"] for layer in done.made["layers"]}
+    for name, module in load_checkpoint(done.path).named_modules():
+        if name in begun:
+            check_mask(begun[name], parse_pattern("2:4"))
+            assert torch.equal(module.matrix.mask(), begun[name])
+            assert any(not torch.equal(seen[name][0], later) for later in seen[name])
 
 
 def test_the_whole_model_comes_nearer_too(source: Path, tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tuned_models import RUN
+from tuned_models import RUN, masked
 
 import gossamer as gs
 from gossamer.errors import MethodError
+from gossamer.matrices import Packed
 from gossamer.matrices.values import quantize, value_type
 from gossamer.models import load_checkpoint
 from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
+from gossamer.tune import SparseTuning
 from gossamer.tune.ways.scales import ScalesWeight
-from tiny import tiny_folder
+from tiny import tiny_folder, tiny_tokens
 
 
 @pytest.mark.parametrize("values", ["int4", "nl3"])
@@ -54,6 +56,31 @@ def test_codes_stand_still_and_scales_reach_their_least_squares() -> None:
     q = start.q.float()
     best = (q * want).sum(1) / q.square().sum(1)
     assert torch.allclose(codes.scales[:, 0].float(), best, atol=2e-3)
+
+
+@pytest.mark.parametrize("values", ["int4", "nl3"])
+def test_masks_and_integers_hold_at_every_step(values: str) -> None:
+    model, masks = masked()
+    tuning = SparseTuning(
+        model, losses={"task": 1}, masks=masks, method="scales", values=values, rate=0.05, weight_decay=0.1
+    )
+    codes = {name: weight.finished()[1] for name, weight in tuning.weights.items()}
+    before = tuning.values()["model.layers.0.mlp.up_proj.factors"].clone()
+    for step in range(4):
+        tuning.loss(tiny_tokens(2, 16, seed=step)).backward()
+        tuning.step((step + 0.5) / 4)
+        for name, weight in tuning.weights.items():
+            mask, now = masks[name], weight.finished()[1]
+            assert mask is not None
+            assert now is not None
+            assert not weight()[~mask].any()
+            assert torch.equal(now.q, codes[name].q)  # type: ignore[union-attr]
+            assert torch.equal(now.to_dense(), weight().detach())
+    assert not torch.equal(before, tuning.values()["model.layers.0.mlp.up_proj.factors"])
+    for name, matrix in tuning.merge().items():
+        if name.removesuffix(".weight") in masks:
+            assert isinstance(matrix, Packed)
+            assert torch.equal(matrix.mask(), masks[name.removesuffix(".weight")])  # type: ignore[arg-type]
 
 
 def test_floats_have_no_scales() -> None:

@@ -25,12 +25,15 @@ class InOrder(Trainer):  # type: ignore[misc]
         return SequentialSampler(train_dataset or self.train_dataset)
 
 
-def trained(tuning: SparseTuning, folder: Path, **more: Any) -> dict[str, torch.Tensor]:
-    """What a Trainer makes of ``tuning`` in STEPS steps of two windows."""
+def trained(
+    tuning: SparseTuning, folder: Path, passes: int = 1, resume: str | None = None, **more: Any
+) -> dict[str, torch.Tensor]:
+    """What a Trainer makes of ``tuning`` in STEPS steps of two windows, in one pass or two."""
     module = TuningModule(tuning)
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, max_steps=STEPS, max_grad_norm=tuning.clip,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no", **more,
+        output_dir=str(folder), per_device_train_batch_size=2 // passes, gradient_accumulation_steps=passes,
+        max_steps=STEPS, max_grad_norm=tuning.clip, report_to=[], use_cpu=True, disable_tqdm=True,
+        logging_strategy="no", **{"save_strategy": "no", **more},
     )  # fmt: skip
     InOrder(
         module,
@@ -38,7 +41,7 @@ def trained(tuning: SparseTuning, folder: Path, **more: Any) -> dict[str, torch.
         train_dataset=[{"input_ids": row, "labels": row} for row in IDS],
         optimizers=(tuning.optimizer, module.schedule(STEPS)),
         callbacks=[TuningCallback(tuning)],
-    ).train()
+    ).train(resume_from_checkpoint=resume)
     return tuning.values()
 
 
@@ -82,3 +85,49 @@ def test_other_ways_to_checkpoint_gradients_are_refused(options: dict[str, Any])
         module.gradient_checkpointing_enable(options)
     with pytest.raises(MethodError, match="leave these options out"):
         module.activation_checkpointing_enable(**{"activation_checkpointing_kwargs": None, **options})
+
+
+METHODS: list[tuple[str, str | None, dict[str, Any]]] = [
+    ("lora", "int4", {"rank": 4}),
+    ("lora", None, {"rank": 4}),
+    ("scales", "int4", {}),
+    ("maskllm", None, {}),
+    ("jackpot", None, {"every": 1, "rate": 0.05}),
+]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("method", "values", "options"), METHODS)
+def test_a_trainer_gives_the_weights_of_our_loop_by_every_method(
+    method: str, values: str | None, options: dict[str, Any], passes: int, tmp_path: Path
+) -> None:
+    ours, theirs, first = (made(method, values, **options) for _ in range(3))
+    for step in range(STEPS):
+        for part in IDS[2 * step : 2 * step + 2].chunk(passes):
+            (ours.loss(part) / passes).backward()
+        ours.step((step + 0.5) / STEPS)
+    found, start = trained(theirs, tmp_path, passes), first.values()
+    for name, tensor in ours.values().items():
+        if passes == 1:
+            assert torch.equal(tensor, found[name]), name
+        else:  # sums in another order
+            close = torch.isclose(tensor.float(), found[name].float(), rtol=1e-3, atol=1e-6)
+            assert close.float().mean() > 0.999, name
+    moved = {
+        name.rpartition(".")[2] for name, tensor in start.items() if not torch.equal(tensor, found[name])
+    }
+    wanted = {"lora": {"A", "B"}, "scales": {"factors"}, "maskllm": {"logits"}, "jackpot": {"kept"}}
+    assert wanted[method] <= moved
+    for weight in theirs.weights.values():
+        assert not weight.finished()[0][~weight.final_mask()].any()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("method", "values", "options"), METHODS)
+def test_a_trainer_goes_on_to_the_same_bits_by_every_method(
+    method: str, values: str | None, options: dict[str, Any], tmp_path: Path
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trained(made(method, values, **options), tmp_path, **saving)
+    resume = str(tmp_path / "checkpoint-2")
+    again = trained(made(method, values, **options), tmp_path / "again", resume=resume)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
