@@ -313,7 +313,8 @@ def test_a_run_that_goes_wrong_ends_at_its_best_state(
 
 
 def test_a_budget_below_a_step_is_a_step(sparse_int4: Path, dense: Path, tmp_path: Path) -> None:
-    done = gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **{**SMALL, "tokens": 10, "rate": None})
+    exact = {**SMALL, "tokens": 10, "rate": None, "bfloat16": False}  # bfloat16 may round one step away
+    done = gs.finetune(sparse_int4, tmp_path / "out", teacher=dense, **exact)
     assert done.outcome.step == 1
     assert len({total for _, total in done.outcome.held_out}) == 2  # it moved
     model, masks = masked()
