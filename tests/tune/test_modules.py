@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer.errors import CalibrationError, MethodError, ModelError
 from gossamer.nn.views import weight_views
+from gossamer.sparse import parse_pattern
+from gossamer.sparse.masks import check_mask
 from gossamer.tune.modules import ModuleTuning
 
 
@@ -194,3 +196,56 @@ def test_masks_that_do_not_belong_are_refused() -> None:
         ModuleTuning(Small(), {"head": torch.ones(2, 2, dtype=torch.bool)})
     with pytest.raises(MethodError, match=r"in \[0, 1\), got 1"):
         ModuleTuning(Small(), {"head": None}, warmup=1)
+
+
+def test_masks_of_any_module_may_be_searched_and_moved() -> None:
+    dense = Small()
+    for method, options in (
+        ("ast", {"every": 1}),
+        ("maskllm", {}),
+        ("jackpot", {"every": 1, "rate": 0.05, "pattern": "2:4"}),
+        ("lora", {"rank": 2}),
+    ):
+        model, masks = pruned()
+        tuning = ModuleTuning(model, masks, method=method, options=options, dense=dense, share=0.05)
+        first = float(loss(tuning, 0).detach())
+        for step in range(24):
+            loss(tuning, step).backward()
+            tuning.step((step + 0.5) / 24)
+        ended = tuning.masks()
+        tuning.merge()
+        moved = 0
+        for view in weight_views(model)[0]:
+            if view.name not in masks:
+                continue
+            mask, weight = ended[view.name], view.matrix()
+            assert mask is not None
+            check_mask(mask, parse_pattern("2:4"))
+            assert not weight[~mask].any()
+            moved += not torch.equal(mask, masks[view.name])
+            if method in ("maskllm", "jackpot"):
+                before = next(v for v in weight_views(dense)[0] if v.name == view.name).matrix()
+                assert torch.equal(weight[mask], before[mask])
+        assert bool(moved) == (method != "lora"), method
+        assert float(loss(model, 0).detach()) < first, method
+
+
+def test_a_search_among_dense_weights_needs_them() -> None:
+    model, masks = pruned()
+    with pytest.raises(MethodError, match="give the dense model"):
+        ModuleTuning(model, masks, method="maskllm")
+    with pytest.raises(MethodError, match=r"the dense model has no conv"):
+        ModuleTuning(model, masks, method="maskllm", dense=nn.Linear(3, 3))
+    with pytest.raises(MethodError, match="no option"):
+        ModuleTuning(model, masks, method="lora", options={"depth": 1})
+
+
+def test_other_parameters_stay_where_only_weights_are_searched() -> None:
+    model, masks = pruned()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "weight_" not in name}
+    tuning = ModuleTuning(model, masks, method="maskllm", dense=Small(), others=False)
+    loss(tuning, 0).backward()
+    tuning.step(0.5)
+    tuning.merge()
+    assert torch.equal(model.norm.weight, before["norm.weight"])
+    assert torch.equal(model.head.weight, before["head.weight"])

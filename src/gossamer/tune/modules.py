@@ -14,7 +14,7 @@ from gossamer.matrices import Dense, Sparse
 from gossamer.matrices.values import value_type
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.tune.formats import Format
-from gossamer.tune.weights import SHARE, TunedWeight, adamw, check_warmup, set_rates
+from gossamer.tune.weights import SHARE, WEIGHTS, TunedWeight, adamw, check_warmup, set_rates
 
 
 class ModuleTuning:
@@ -33,12 +33,15 @@ class ModuleTuning:
 
     ``masks``: bool ``(out, in)``, True = kept, by the names of weights (`weight_views`), as `sparsify` gives
     them; None: a weight that is tuned without a mask. ``values``: weights see themselves rounded to these (in
-    groups of ``group`` inputs a scale), gradients passing straight through. All other parameters are tuned
-    too, as they are. ``share`` of a layer's mean size is the most that a step moves it; it rises over the
+    groups of ``group`` inputs a scale), gradients passing straight through. ``method`` with ``options``:
+    which weights move, or masks (`WEIGHTS`); ``dense``: the model before it was pruned, which methods that
+    search among dense weights take them from. All other parameters are tuned too, as they are, unless
+    ``others`` is False. ``share`` of a layer's mean size is the most that a step moves it; it rises over the
     share ``warmup`` of the run and falls to zero by a straight line.
 
     Raises ModelError for masks of weights that are not there or have another shape, and MethodError for
-    ``values`` that are no integers and a ``warmup`` outside [0, 1).
+    ``values`` that are no integers, a method that asks for more than is given, and a ``warmup`` outside
+    [0, 1).
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class ModuleTuning:
         *,
         values: str | None = None,
         group: int = 64,
+        method: str = "full",
+        options: Mapping[str, Any] | None = None,
+        dense: nn.Module | None = None,
+        others: bool = True,
         share: float = SHARE,
         warmup: float = 0.05,
         clip: float = 1.0,
@@ -60,7 +67,14 @@ class ModuleTuning:
         if unknown := masks.keys() - views.keys():
             raise ModelError(f"{type(model).__name__} has no weight {min(unknown)!r} that is a matrix")
         self.views = {name: views[name] for name in masks}
-        self.weights = {name: _begin(views[name], mask, values, group) for name, mask in masks.items()}
+        kind = WEIGHTS[method]
+
+        def begin(view: WeightView, mask: Tensor | None) -> TunedWeight:
+            return _begin(view, mask, Format("auto", values, group), kind, options or {})
+
+        self.weights = {name: begin(views[name], mask) for name, mask in masks.items()}
+        if kind.brings_back(kind.chosen(options or {})):
+            self._fill(method, dense)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._parameters = {name: names[id(view.weight)] for name, view in self.views.items()}
         tuned = set(self._parameters.values())
@@ -68,7 +82,7 @@ class ModuleTuning:
         self.others = {
             name: nn.Parameter(p.detach().float().clone())
             for name, p in model.named_parameters()
-            if name not in tuned and p.requires_grad and p.is_floating_point()
+            if others and name not in tuned and p.requires_grad and p.is_floating_point()
         }
         self._dtypes = {name: model.get_parameter(name).dtype for name in self.others}
         self.optimizer = self._optimizer()
@@ -85,10 +99,18 @@ class ModuleTuning:
     def step(self, fraction: float) -> None:
         """One step with the gradients that backward passes left, ``fraction`` of the run done."""
         set_rates(self.optimizer, self._factor(fraction))
+        for weight in self.weights.values():
+            weight.before_step(fraction)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for weight in self.weights.values():
+            weight.after_step(fraction)
+
+    def masks(self) -> dict[str, Tensor | None]:
+        """Those that weights are finished with, by name; a method may have moved them."""
+        return {name: weight.final_mask() for name, weight in self.weights.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights as they stand with their masks, other parameters, and buffers of the model, such as running
@@ -109,7 +131,8 @@ class ModuleTuning:
         if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
             raise CalibrationError("this is the state of another tuning: names or shapes differ")
         for name, weight in self.weights.items():
-            if weight.mask is not None and not torch.equal(weight.mask, state[f"weights/{name}.mask"]):
+            fixed = weight.mask if "mask" not in weight.state_dict() else None
+            if fixed is not None and not torch.equal(fixed, state[f"weights/{name}.mask"]):
                 raise CalibrationError(f"this is the state of another tuning: the mask of {name} differs")
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -121,6 +144,16 @@ class ModuleTuning:
             view.replace(self.weights[name].finished()[0])
         for name, value in self.others.items():
             self.model.get_parameter(name).copy_(value)
+
+    def _fill(self, method: str, dense: nn.Module | None) -> None:
+        """Shows a ``method`` that brings back pruned weights what they were."""
+        if dense is None:
+            raise MethodError(f"{method} searches among dense weights: give the dense model")
+        before = {view.name: view for view in weight_views(dense)[0]}
+        for name, weight in self.weights.items():
+            if name not in before or before[name].shape != self.views[name].shape:
+                raise MethodError(f"{method} searches among dense weights, and the dense model has no {name}")
+            weight.fill(before[name].matrix().float())
 
     def _factor(self, fraction: float) -> float:
         fraction = min(max(fraction, 0.0), 1.0)
@@ -134,9 +167,15 @@ class ModuleTuning:
         return adamw(groups)
 
 
-def _begin(view: WeightView, mask: Tensor | None, values: str | None, group: int) -> TunedWeight:
+def _begin(
+    view: WeightView,
+    mask: Tensor | None,
+    form: Format,
+    kind: type[TunedWeight],
+    options: Mapping[str, Any],
+) -> TunedWeight:
     if mask is not None and tuple(mask.shape) != view.shape:
         raise ModelError(f"{view.name}: a mask {tuple(mask.shape)} for a weight {view.shape}")
     weight = view.matrix()
     matrix = Dense(weight) if mask is None else Sparse(mask, weight)
-    return Format.of(matrix, values, group).begin(matrix)
+    return form.begin(matrix, kind, options)
