@@ -236,7 +236,7 @@ def test_a_search_among_dense_weights_needs_them() -> None:
         ModuleTuning(model, masks, method="maskllm")
     with pytest.raises(MethodError, match=r"the dense model has no conv"):
         ModuleTuning(model, masks, method="maskllm", dense=nn.Linear(3, 3))
-    with pytest.raises(MethodError, match="no option"):
+    with pytest.raises(MethodError, match="there is no 'depth'"):
         ModuleTuning(model, masks, method="lora", options={"depth": 1})
 
 
