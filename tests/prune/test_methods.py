@@ -208,6 +208,8 @@ def test_every_method_declares_itself(name: str) -> None:
     assert cls.name == name
     assert METHODS.citations[name]
     assert cls.__doc__
+    if cls.finds_masks:  # in the model: there is nothing to claim
+        return
     assert cls.claim is not None
     assert cls.claim.says
     assert cls.claim.than in (*cls.claim.experiment.against, "dense")

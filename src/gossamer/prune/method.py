@@ -60,6 +60,7 @@ class Method:
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     accepts: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, NM, Block, Channel)
     comparison_group: ClassVar[str] = "row"  # what plain "unstructured" means in the method's paper
+    finds_masks: ClassVar[bool] = False  # in the weights themselves: neither pattern nor sparsity is asked
     claim: ClassVar[Claim | None] = None
 
     def scores(self, layer: Layer) -> Tensor:
@@ -126,15 +127,20 @@ METHODS: Registry[Method] = Registry(
         "dsnot": "gossamer.prune.dsnot",
         "obs": "gossamer.prune.obs",
         "admm": "gossamer.prune.admm",
+        "zeros": "gossamer.prune.zeros",
     },
 )
 FORMATS: Registry[Any] = Registry("number format", {"llm_int8": "gossamer.prune.outliers"})
 ALIASES = {"sparsegpt": "obs", "gptq": "obs"}
 
 
+def _own(name: str) -> str:
+    return ALIASES.get(name, name)
+
+
 def method(name: str, **options: Any) -> Method:
     """The method called ``name`` with its options; raises MethodError for an unknown name or option."""
-    found = METHODS[ALIASES.get(name, name)]
+    found = METHODS[_own(name)]
     return with_options(found, options, f"the method {name}")
 
 
@@ -174,6 +180,16 @@ class Combination:
 DEFAULT_PATTERN = "32:64"  # of jobs that are asked for neither a pattern nor a sparsity
 
 
+def pattern_asked(
+    method_name: str, pattern: str | None, sparsity: float | None, budget: str | None = None
+) -> str | None:
+    """The ``pattern``, or where nothing says how sparse layers become DEFAULT_PATTERN; None for a method that
+    finds masks."""
+    if (pattern, sparsity, budget) != (None, None, None) or METHODS[_own(method_name)].finds_masks:
+        return pattern
+    return DEFAULT_PATTERN
+
+
 def check_combination(
     method_name: str,
     *,
@@ -198,6 +214,13 @@ def check_combination(
     MatrixError or MethodError with a sentence.
     """
     chosen = seeded(method_name, seed, options or {})
+    if chosen.finds_masks:
+        if (pattern, sparsity, budget, allocation_name) != (None, None, None, "uniform"):
+            raise MethodError(
+                f"{chosen.name} prunes what is zero already: leave pattern, sparsity, allocation and budget "
+                "out"
+            )
+        sparsity = 0.0
     wanted = None if budget is None else parse_budget(budget)
     formats = value_types(values)
     if len(formats) > 1:

@@ -78,8 +78,28 @@ class OBS(Method):
         if sparsity > 0 and (chooser is None or order != "natural"):
             saliency = weight.square() / factor.upper.square().sum(dim=0)[factor.rank]
             static_mask, chooser = mask_from_scores(saliency, pattern, sparsity), None
-        rounder = Rounder(values, group, weight, static_mask, factor)
-        swept = sweep(weight, factor, static_mask, chooser, rounder)
+        return self._swept(weight, factor, order, static_mask, chooser, values, group)
+
+    def under(self, layer: Layer, mask: Tensor | None, values: ValueType, group: int) -> Pruned:
+        """The layer rounded under a ``mask`` that is given (None: dense); an input that was always zero has
+        no weights."""
+        order = "activation" if self.order == "auto" else self.order
+        factor = inverse_factor(layer[Gram], self.damping, order)
+        weight = layer.weight.masked_fill(factor.dead, 0.0)
+        return self._swept(weight, factor, order, mask, None, values, group)
+
+    def _swept(
+        self,
+        weight: Tensor,
+        factor: InverseFactor,
+        order: str,
+        mask: Tensor | None,
+        chooser: MaskChooser | None,
+        values: ValueType,
+        group: int,
+    ) -> Pruned:
+        rounder = Rounder(values, group, weight, mask, factor)
+        swept = sweep(weight, factor, mask, chooser, rounder)
         record = {"order": order, "damping": factor.damping, "dead_inputs": int(factor.dead.sum())}
         if not values.is_integer:
             return Pruned(swept.weight, swept.mask, None, record)

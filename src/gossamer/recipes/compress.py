@@ -282,7 +282,8 @@ class _Job:
             layer, pruned = solve(name)
             matrix = pack_layer(pruned, self._combination(name))
             visit.replace(name, pruned.weight)
-            requested = {"sparsity_requested": self.allocated.shares[name] or 0.0}
+            share = None if self.method.finds_masks else self.allocated.shares[name] or 0.0
+            requested = {"sparsity_requested": share}
             return name, (matrix, record_of(layer, pruned) | requested | form_of(matrix) | notes)
 
         finished = dict(side_by_side(finish, visit))
@@ -371,8 +372,8 @@ class _Job:
             "job": "compress",
             "model": self.source.label,
             "method": self.method.name,
-            "pattern": str(c.pattern),
-            "sparsity_requested": c.sparsity if c.budget is None else None,
+            "pattern": None if self.method.finds_masks else str(c.pattern),
+            "sparsity_requested": c.sparsity if c.budget is None and not self.method.finds_masks else None,
             "sparsity": mean_sparsity(layers),
             "sparsity_of": "prunable linear weights",
             "settings": self.settings.model_dump(),

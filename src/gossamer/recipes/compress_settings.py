@@ -10,14 +10,15 @@ from gossamer.calibrate import Gradient, Statistic
 from gossamer.errors import MethodError
 from gossamer.matrices.values import value_type, value_types
 from gossamer.prune import Combination, check_combination
-from gossamer.prune.method import DEFAULT_PATTERN
+from gossamer.prune.method import pattern_asked
 from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
 
 class CompressSettings(BaseModel):
-    """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``; a sparsity alone means
+    """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``, of the method ``zeros``
+    what is zero already; a sparsity alone means
     unstructured in the comparison group of the method's paper; sparsity 0 means dense.
 
     ``budget``: bytes of the weight file (``60MB``), bits a weight of the linears (``3.5bits``) or a token's
@@ -55,12 +56,9 @@ class CompressSettings(BaseModel):
     def combination(self) -> Combination:
         """Checked as a whole; raises a GossamerError with a sentence before any work starts."""
         value_type(self.head_values)
-        pattern = self.pattern
-        if pattern is None and self.sparsity is None and self.budget is None:
-            pattern = DEFAULT_PATTERN
         found = check_combination(
             self.method,
-            pattern=pattern,
+            pattern=pattern_asked(self.method, self.pattern, self.sparsity, self.budget),
             sparsity=self.sparsity,
             allocation_name=self.allocation,
             allocation_options=self.allocation_options,

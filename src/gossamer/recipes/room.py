@@ -17,7 +17,7 @@ from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.sparse.allocate import LayerInfo
 
-LEAST_KEPT = 0.05  # of a layer, where a budget decides
+LEAST_KEPT = 0.05  # of a layer, where a budget or the model decides
 
 
 def gradient_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: int) -> tuple[int, int]:
@@ -35,7 +35,8 @@ def walk_bytes(settings: CompressSettings, layers: Sequence[LayerInfo], hidden: 
     """At the peak of all else: hidden states before and behind a block, the finished layers, and at the end
     the checkpoint beside them. ``edges``: weights of embedding and head."""
     combination, tuned = settings.combination(), settings.tune is not None
-    kept = LEAST_KEPT if combination.budget is not None and combination.prunes else 1 - combination.sparsity
+    unknown = combination.method.finds_masks or (combination.budget is not None and combination.prunes)
+    kept = LEAST_KEPT if unknown else 1 - combination.sparsity
     weights = kept * sum(math.prod(layer.shape) for layer in layers)
     inner = weights * min(values.bits for values in combination.stored) / 8
     outer = edges * value_type(settings.head_values).bits / 8

@@ -30,7 +30,7 @@ from gossamer.nn.modes import evaluating
 from gossamer.nn.views import WeightView, weight_views
 from gossamer.progress import Progress, silent
 from gossamer.prune import Combination, Layer, Pruned, check_combination
-from gossamer.prune.method import DEFAULT_PATTERN, check_finite
+from gossamer.prune.method import check_finite, pattern_asked
 from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
 from gossamer.recipes.prune_layer import mean_sparsity, pack_layer, prune_layer, record_of
@@ -103,7 +103,7 @@ def sparsify(
         raise MethodError(f"sparsify stores all weights in one format, not in {values}")
     combination = check_combination(
         method,
-        pattern=DEFAULT_PATTERN if pattern is None and sparsity is None else pattern,
+        pattern=pattern_asked(method, pattern, sparsity),
         sparsity=sparsity,
         allocation_name=allocation,
         allocation_options=allocation_options,
