@@ -13,6 +13,8 @@ import pytest
 
 import gossamer as gs
 from gossamer.errors import ResumeError, TextError
+from gossamer.models import load_checkpoint
+from gossamer.nn import StructuredLinear
 from gossamer.recipes import apply as room
 from gossamer.recipes.apply import Applied, apply_recipe
 from gossamer.recipes.finetune import finetune
@@ -133,6 +135,51 @@ def test_compress_alone_needs_no_text(folder: Path, tmp_path: Path) -> None:
     by_hand = gs.compress(folder, tmp_path / "hand", method="magnitude", values="int8")
     assert list(made.seconds) == ["compress"]
     assert {**by_hand.made, "recipe": made.made["recipe"]} == made.made
+
+
+LATE: dict[str, Any] = {
+    "compress": {
+        **RECIPE["compress"],
+        "values": "bf16",
+        "head_values": "bf16",
+        "tune": None,
+        "tune_options": {},
+    },
+    "quantize": {"values": "int4", "seqlen": 32, "windows": 4},
+    "shrink": None,
+}
+
+
+@pytest.mark.parametrize("method", ["full", "maskllm"])
+def test_what_was_tuned_in_floats_is_quantized_under_its_own_zeros(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
+    changes = {**LATE, "tune": {**RECIPE["tune"], "method": method}}
+    whole = apply_recipe(prepared(folder, tmp_path / "whole", **changes))
+    assert list(whole.seconds) == ["compress", "tune", "quantize"]
+    assert whole.made["model"] == "tiny"
+    assert whole.made["pattern"] == "2:4"
+    assert [one["settings"]["method"] for one in whole.made["tuned"]] == [method]
+    assert whole.made["sparsity"] == pytest.approx(0.5)
+    assert {layer["values"] for layer in whole.made["layers"]} == {"int4"}
+
+    floats = apply_recipe(prepared(folder, tmp_path / "floats", **{**changes, "quantize": None}))
+    before, after = (
+        {n: m.matrix for n, m in load_checkpoint(one.path).named_modules() if isinstance(m, StructuredLinear)}
+        for one in (floats, whole)
+    )
+    lost = []
+    for layer in whole.made["layers"]:
+        name = layer["name"]
+        was, now = before[name].to_dense().float(), after[name].to_dense().float()
+        assert not now[was == 0].any()
+        lost.append(float((now - was).norm() / was.norm()))
+    assert 0 < max(lost) < 0.3
+
+    die_in("export_dense", prepared(folder, tmp_path / "again", **changes))
+    again = apply_recipe(prepared(folder, tmp_path / "again", **changes))
+    assert list(again.seconds) == ["quantize"]
+    assert contents(again.path) == contents(whole.path)
 
 
 DRAWN: dict[str, Any] = {"tokens": 200, "prompt_tokens": 8, "max_new_tokens": 40}

@@ -117,6 +117,29 @@ def test_changes_reach_into_settings() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"quantize.values": "int4"}, r"compress\.values are int4, which quantize would round a second time"),
+        (
+            {"quantize.values": "int4", "compress.values": "bf16"},
+            r"compress\.head_values are int8, which quantize would round a second time",
+        ),
+        (
+            {
+                "quantize.values": "int4",
+                "compress": {"values": "bf16", "head_values": "bf16"},
+                "tune": {"values": "int4"},
+            },
+            r"tune\.values are int4, which quantize would round a second time",
+        ),
+        (
+            {
+                "quantize.values": "int4",
+                "compress": {"values": "bf16", "head_values": "bf16"},
+                "tune": {"beside": {"sums": 16}},
+            },
+            r"leave tune\.beside out",
+        ),
+        ({"quantize.values": "int5"}, "int5"),
+        ({"quantize.method": "obs"}, "method"),
         ({"compress": None}, "compress: "),
         (
             {"compress": None, "compres": {}, "tune.tokens": 0},

@@ -11,6 +11,8 @@ from typing import Any
 
 from gossamer.calibrate import WorkFolder
 from gossamer.matrices.atomic import atomic_file, check_free, output_error, sync_folder
+from gossamer.matrices.values import value_type
+from gossamer.models.export import export_dense
 from gossamer.models.manifest import MANIFEST, read_manifest, render_manifest
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
@@ -54,8 +56,11 @@ def apply_recipe(prepared: Prepared, *, progress: Progress = silent) -> Applied:
                 seconds[stage] = time.perf_counter() - start
             if stage == "sample":
                 told["sampled"] = read_made(folder)
-            else:
-                last = folder
+                continue
+            if stage == "quantize":  # what it began with is not kept
+                before = read_manifest(last).made
+                told |= {key: before[key] for key in ("model", "pattern", "tuned") if key in before}
+            last = folder
         made = _sign(last, told)
         _rename(last, prepared.out)
     work.remove()
@@ -73,11 +78,17 @@ def _run(prepared: Prepared, stage: str, before: Path, out: Path, progress: Prog
     """One stage, by the function that a person would call."""
     recipe, text = prepared.recipe, prepared.text
     source = prepared.model if before == Path(prepared.model) else before
-    settings = dict(getattr(recipe, stage))
+    settings = dict(getattr(recipe, stage).compress() if stage == "quantize" else getattr(recipe, stage))
     if stage == "shrink":
         remove_blocks(source, out, calibration=text, progress=progress, **settings)
     elif stage == "compress":
         compress(source, out, calibration=text, progress=progress, **settings)
+    elif stage == "quantize":
+        plain = out.with_name("plain")
+        if not plain.exists():
+            dtype = "bfloat16" if value_type(recipe.compress.values).name == "bfloat16" else "float32"
+            export_dense(before, plain, dtype, progress=progress)
+        compress(plain, out, calibration=text, progress=progress, **settings)
     elif stage == "sample":
         text = text if prepared.instructions is None else None
         sample(prepared.model, out, text=text, progress=progress, **settings)

@@ -16,6 +16,26 @@ from gossamer.recipes.layer_shares import allocation_needs
 from gossamer.tune import Tuner, tuner
 
 
+class QuantizeSettings(BaseModel):
+    """How a checkpoint that was tuned in floats comes to integers, its zeros kept: settings of `compress`,
+    whose method is ``zeros`` then."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    values: str = "int4"
+    head_values: str = "int8"
+    group: int = 64
+    seqlen: int = Field(default=1024, ge=1)
+    windows: int = Field(default=128, ge=1)
+    seed: int = 0
+    tune: str | None = None
+    tune_options: dict[str, Any] = Field(default_factory=dict)
+
+    def compress(self) -> CompressSettings:
+        """What `compress` is asked for."""
+        return CompressSettings(method="zeros", **self.model_dump())
+
+
 class CompressSettings(BaseModel):
     """What to make of a model. ``pattern`` and ``sparsity`` both None mean ``32:64``, of the method ``zeros``
     what is zero already; a sparsity alone means

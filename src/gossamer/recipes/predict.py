@@ -94,6 +94,9 @@ def predict(prepared: Prepared) -> Prediction:
             pattern = str(compress.combination().pattern)
             needed = _tune_bytes(sizes, tune, pattern, teacher=sizes.model(sizes.all_blocks, 1))
             add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), needed)
+        if recipe.quantize is not None:
+            quantize = recipe.quantize.compress()
+            add("quantize", _compress_seconds(bench, quantize, blocks), _compress_bytes(sizes, quantize))
     return Prediction(tuple(found))
 
 

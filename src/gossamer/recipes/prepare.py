@@ -111,7 +111,8 @@ def prepare(
 
 def needs_text(recipe: Recipe) -> bool:
     """Whether a stage of ``recipe`` reads the text."""
-    return _compress_reads(recipe) or recipe.shrink is not None or _tune_reads(recipe)
+    reads = _compress_reads(recipe) or recipe.shrink is not None or recipe.quantize is not None
+    return reads or _tune_reads(recipe)
 
 
 def _compress_reads(recipe: Recipe) -> bool:
@@ -140,6 +141,8 @@ def _check_windows(prepared: Prepared) -> None:
         drawn["shrink"] = (shrink.windows or shrink.chosen().windows, shrink.seqlen)
     if _compress_reads(recipe):
         drawn["compress"] = (recipe.compress.windows, recipe.compress.seqlen)
+    if (quantize := recipe.quantize) is not None:
+        drawn["quantize"] = (quantize.windows, quantize.seqlen)
     needed = {stage: seqlen for stage, (_, seqlen) in drawn.items()}
     if recipe.sample is not None and prepared.instructions is None:
         needed["sample"] = recipe.sample.prompt_tokens

@@ -5,6 +5,7 @@
     compress: {pattern: 32:64, values: int4, tune: blockwise}
     sample:   {tokens: 200000}                      # optional; the dense model writes what is tuned on
     tune:     {losses: {kl: 1}, tokens: 1000000}    # optional; the dense model teaches
+    quantize: {values: int4}                        # optional; of what was tuned in bfloat16, zeros kept
 
 Stages run in this order; their settings are those of the functions of the same names.
 """
@@ -24,7 +25,7 @@ from gossamer.errors import MethodError, RecipeError
 from gossamer.matrices.values import value_types
 from gossamer.paths import expanded
 from gossamer.prune.method import Combination
-from gossamer.recipes.compress_settings import CompressSettings
+from gossamer.recipes.compress_settings import CompressSettings, QuantizeSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.recipes.sample import SampleSettings
 from gossamer.recipes.settings import checked
@@ -33,7 +34,7 @@ from gossamer.recipes.strict_yaml import parse_yaml
 from gossamer.tune.losses import StateLoss
 
 SHIPPED = Path(__file__).with_name("shipped")
-STAGES = ("shrink", "compress", "sample", "tune")
+STAGES = ("shrink", "compress", "sample", "tune", "quantize")
 
 
 class Recipe(BaseModel):
@@ -50,6 +51,7 @@ class Recipe(BaseModel):
     compress: CompressSettings
     sample: SampleSettings | None = None
     tune: FinetuneSettings | None = None
+    quantize: QuantizeSettings | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -75,6 +77,8 @@ class Recipe(BaseModel):
             self.shrink.chosen()
         if self.sample is not None:
             self._check_sample(self.sample)
+        if self.quantize is not None:
+            self._check_quantize(self.quantize)
         if self.tune is None:
             return
         if self.compress.outlier_columns() is not None:
@@ -96,7 +100,7 @@ class Recipe(BaseModel):
         chosen = kind.chosen(kind.within(str(combination.pattern), tune.options))
         if kind.takes != "any" and integers != {kind.takes == "integers"}:
             raise MethodError(f"the method {tune.method} tunes {kind.takes}, and compress makes {values}")
-        if kind.needs_masks and not combination.prunes:
+        if kind.needs_masks and not (combination.prunes or combination.method.finds_masks):
             raise MethodError(f"the method {tune.method} moves masks, and compress prunes nothing")
         if self.shrink is not None and kind.brings_back(chosen):
             raise MethodError(
@@ -119,6 +123,24 @@ class Recipe(BaseModel):
             )
         if tune.group is not None and tune.values is None and not integers:
             raise MethodError(f"compress makes {made}, which has no scales: leave tune.group out")
+
+    def _check_quantize(self, quantize: QuantizeSettings) -> None:
+        """Whether all weights are floats until then, each layer's one matrix."""
+        quantize.compress().combination()
+        quantize.compress().tuner()
+        tuned = None if self.tune is None else self.tune.values
+        for setting, values in (
+            ("compress.values", self.compress.values),
+            ("compress.head_values", self.compress.head_values),
+            ("tune.values", tuned or "bfloat16"),
+        ):
+            if any(one.is_integer for one in value_types(values)):
+                raise MethodError(
+                    f"{setting} are {values}, which quantize would round a second time: set them to bf16, or "
+                    "leave quantize out"
+                )
+        if self.tune is not None and self.tune.beside is not None:
+            raise MethodError("quantize takes a layer as one matrix: leave tune.beside out")
 
     def _check_sample(self, sample: SampleSettings) -> None:
         sample.sampling()
