@@ -81,6 +81,16 @@ def test_what_is_no_yaml_is_placed(text: str, says: str) -> None:
         parse_yaml(text, "mine.yaml")
 
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_recipes_of_papers_are_whole(path: Path) -> None:
+    found = read_recipe(path)
+    assert found.name == path.stem
+    assert found.about.endswith(".")
+
+
 def test_shipped_recipes_are_whole() -> None:
     found = shipped()
     assert list(found) == ["balanced", "best", "fast", "small", "sparse"]
