@@ -57,6 +57,7 @@ METHODS = {
     "wanda": "wanda",
     "ria": "ria",
     "taylor": "taylor",
+    "taylor_signed": "taylor --option mean=signed",
     "fisher": "fisher",
     "obs": "obs",
     "admm": "admm",
@@ -150,6 +151,8 @@ def compress(args: argparse.Namespace, options: str, out: Path) -> dict[str, Any
     words = ["--calibration", str(Path(args.data) / protocol.CALIBRATION_TEXT), *options.split()]
     words += ["--seqlen", str(protocol.CALIBRATION_SEQLEN), "--threads", str(args.threads)]
     kept: Path | None = args.gradients if set(options.split()) & READ_GRADIENTS else None
+    if kept is not None and "mean=signed" in options:
+        kept = kept.with_name(f"{kept.name}-signed")
     made = {"options": options}
     if kept is not None:
         words += ["--gradients", str(kept)]
@@ -212,7 +215,8 @@ def catalogue_table(runs: dict[str, Any]) -> str:
     for method in METHODS:
         cells = [runs.get(f"{method}_{pattern}") for pattern in PATTERNS]
         if done := [run for run in cells if run]:
-            seconds = [run["seconds"] for run in done if run.get("gradients") != "found"]
+            told = [run["seconds"] for run in done if run.get("gradients") != "found"]
+            seconds = [one for one in told if one is not None]  # None: the run was paused
             peak = max(run["peak_rss_gb"] for run in done)
             took = f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else ""
             rows.append([method, *map(_cell, cells), took, f"{peak:.1f}"])
@@ -223,7 +227,8 @@ def _cell(run: dict[str, Any] | None) -> str:
     if run is None:
         return ""
     perplexity = run["perplexity"]
-    return f"{perplexity:.1f} · {run['mean_kl']:.2f}" if perplexity < 10_000 else f"{perplexity:.0e}"
+    first = f"{perplexity:.1f}" if perplexity < 10_000 else f"{perplexity:.0e}"
+    return f"{first} · {run['mean_kl']:.2f}"
 
 
 def _ends(interval: Any) -> tuple[float, float]:
