@@ -538,6 +538,16 @@ def test_tune_takes_the_settings_of_its_optimizer(
         assert {key: told[key] for key in wanted} == {
             key: wanted[key] if name == "all" else usual[key] for key in wanted
         }
+    beside = run(
+        *arguments, "-o", tmp_path / "beside", "--beside", "sums=16", "--beside", "begin=lost", "--json"
+    )
+    assert beside.code == 0, beside.err
+    assert {layer["rank_beside"] for layer in beside.document["made"]["layers"]} == {4, 8}
+    measured = run("eval", tmp_path / "beside", "--text", text, "--windows", "2", "--seqlen", "64", "--json")
+    assert measured.document["perplexity"] > 1
+    assert (
+        "error: --beside is written KEY=VALUE" in run(*arguments, "-o", tmp_path / "no", "--beside", "16").err
+    )
     for option, value in (("--warmup", 1), ("--clip", 0), ("--scale-rate", -1), ("--weight-decay", -0.1)):
         refused = run(*arguments, "-o", tmp_path / "no", option, value)
         assert refused.code == 2
