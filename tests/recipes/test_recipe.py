@@ -81,6 +81,11 @@ def test_what_is_no_yaml_is_placed(text: str, says: str) -> None:
         parse_yaml(text, "mine.yaml")
 
 
+def test_masks_that_a_model_has_may_move_as_those_that_are_made() -> None:
+    stages = {"compress": {"method": "zeros", "values": "bf16"}, "tune": {"method": "ast"}}
+    assert read_recipe({"name": "mine", **stages}).compress.combination().pattern_name is None
+
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 
 
@@ -149,6 +154,10 @@ def test_changes_reach_into_settings() -> None:
             r"leave tune\.beside out",
         ),
         ({"quantize.values": "int5"}, "int5"),
+        (
+            {"shrink": {"blocks": 1}, "tune": {"losses": {"kl": 1}, "beside": {"rank": 2, "begin": "lost"}}},
+            r"beside, which begins as lost, brings back dense weights by the names of layers, and shrink",
+        ),
         ({"quantize.method": "obs"}, "method"),
         ({"compress": None}, "compress: "),
         (
@@ -265,6 +274,8 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         ({}, {"text": [Path("there.txt"), Path("nowhere.txt")]}, "there is no text file or folder"),
         ({"compress.seqlen": 4096}, {}, "compress: windows of 4096 tokens are longer"),
         ({"shrink.blocks": 3}, {}, "3 of 3 blocks cannot be removed"),
+        ({"tune.beside": {"sums": 17}}, {}, "inputs are not sums of 17"),
+        ({"tune.beside": {"rank": 4000}}, {}, "the rank of a .* matrix is at most"),
     ],
 )
 def test_what_is_missing_is_said_before_any_work(

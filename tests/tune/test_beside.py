@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from tuned_models import RUN, TEXT, masked
+from tuned_models import RUN, TEXT, Stopped, masked, same_files
 
 import gossamer as gs
 from gossamer.errors import MethodError
@@ -158,22 +158,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
 ) -> None:
     settings = {**RUN, "teacher": dense, "beside": beside, "evaluations": 4}
     gs.finetune(sparse, tmp_path / "whole", **settings)
-    step, calls = SparseTuning.step, 0
-
-    def failing(self: SparseTuning, fraction: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        step(self, fraction)
-
-    monkeypatch.setattr(SparseTuning, "step", failing)
+    steps = Stopped(monkeypatch, at=4)
     with pytest.raises(KeyboardInterrupt):
         gs.finetune(sparse, tmp_path / "out", **settings)
     assert gs.finetune(sparse, tmp_path / "out", **settings).resumed
-    assert calls == 5  # one step was left
-    for file in ("gossamer.safetensors", "gossamer.json"):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    assert steps.calls == 5  # one step was left
+    assert same_files(tmp_path / "whole", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

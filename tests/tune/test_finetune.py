@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from tuned_models import Stopped, same_files
 
 import gossamer as gs
 from gossamer.errors import (
@@ -337,29 +338,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     sparse_int4: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gs.finetune(sparse_int4, tmp_path / "whole", teacher=dense, **BUDGET)
-    calls = 0
-    step = SparseTuning.step
-
-    def failing(self: SparseTuning, fraction: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        step(self, fraction)
-
-    monkeypatch.setattr(SparseTuning, "step", failing)
+    steps = Stopped(monkeypatch, at=6)
     with pytest.raises(KeyboardInterrupt):
         gs.finetune(sparse_int4, tmp_path / "again", teacher=dense, **BUDGET)
     assert not (tmp_path / "again").exists()
     assert json.loads((tmp_path / "again.work" / saves.LOOP).read_text())["numbers"]["step"] == 4
-    calls = 100
+    steps.calls = 100
     with pytest.raises(ResumeError, match="it differs in settings"):
         gs.finetune(sparse_int4, tmp_path / "again", teacher=dense, **{**BUDGET, "rate": 2e-3})
     again = gs.finetune(sparse_int4, tmp_path / "again", teacher=dense, **BUDGET)
     assert again.resumed
-    assert calls == 106  # six steps were left
-    for file in ("gossamer.safetensors", "gossamer.json"):
-        assert (whole.path / file).read_bytes() == (again.path / file).read_bytes()
+    assert steps.calls == 106  # six steps were left
+    assert same_files(whole.path, again.path)
 
 
 def test_a_full_disk_keeps_the_last_state_and_damage_is_told(

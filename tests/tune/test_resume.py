@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tuned_models import RUN
+from tuned_models import RUN, Stopped, same_files
 
 import gossamer as gs
 from gossamer.matrices import Packed
@@ -17,7 +17,7 @@ from gossamer.nn import StructuredLinear
 from gossamer.recipes.compress import compress
 from gossamer.sparse import parse_pattern
 from gossamer.sparse.masks import check_mask
-from gossamer.tune import SparseTuning, saves
+from gossamer.tune import saves
 from tiny import tiny_folder
 
 STEPS = RUN | {"tokens": 6 * 64, "evaluations": 3, "rate": None}
@@ -60,24 +60,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     begun = made(dense, tmp_path / "made", values)
     run = {**STEPS, "teacher": dense, "method": method, "options": options, "bfloat16": bfloat16}
     whole = gs.finetune(begun, tmp_path / "whole", **run)
-    step, calls = SparseTuning.step, 0
-
-    def failing(self: SparseTuning, fraction: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        step(self, fraction)
-
-    monkeypatch.setattr(SparseTuning, "step", failing)
+    steps = Stopped(monkeypatch, at=4)
     with pytest.raises(KeyboardInterrupt):
         gs.finetune(begun, tmp_path / "again", **run)
     assert json.loads((tmp_path / "again.work" / saves.LOOP).read_text())["numbers"]["step"] == 2
     again = gs.finetune(begun, tmp_path / "again", **run)
     assert again.resumed
-    assert calls == 4 + 4
-    for file in ("gossamer.safetensors", "gossamer.json"):
-        assert (whole.path / file).read_bytes() == (again.path / file).read_bytes()
+    assert steps.calls == 4 + 4
+    assert same_files(whole.path, again.path)
 
 
 @pytest.mark.parametrize("values", ["int4", "bfloat16"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from gossamer.sparse import mask_from_scores, parse_pattern
+from gossamer.tune import SparseTuning
 from tiny import tiny_model
 
 TEXT = "".join(topics.values())[:20_000]
@@ -21,6 +24,29 @@ RUN: dict[str, Any] = {
     "tokens": 4 * 64,
     "rate": 1e-3,
 }
+
+
+class Stopped:
+    """Until ``at`` calls of `SparseTuning.step`, which the last of them stops; ``calls`` go on counting."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        self.calls, step = 0, SparseTuning.step
+
+        def counted(tuning: SparseTuning, fraction: float) -> None:
+            self.calls += 1
+            if self.calls == at:
+                raise KeyboardInterrupt
+            step(tuning, fraction)
+
+        monkeypatch.setattr(SparseTuning, "step", counted)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same bytes."""
+    return all(
+        (one / file).read_bytes() == (other / file).read_bytes()
+        for file in ("gossamer.safetensors", "gossamer.json")
+    )
 
 
 def masked(pattern: str = "2:4") -> tuple[Any, dict[str, torch.Tensor | None]]:

@@ -172,6 +172,11 @@ class Combination:
         return self.formats or (self.values,)
 
     @property
+    def pattern_name(self) -> str | None:
+        """The pattern as checkpoints tell it: none where masks are found in the weights."""
+        return None if self.method.finds_masks else str(self.pattern)
+
+    @property
     def prunes(self) -> bool:
         """Whether anything may be pruned."""
         return (self.budget is not None and not self.formats) or self.sparsity > 0

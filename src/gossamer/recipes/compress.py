@@ -372,7 +372,7 @@ class _Job:
             "job": "compress",
             "model": self.source.label,
             "method": self.method.name,
-            "pattern": None if self.method.finds_masks else str(c.pattern),
+            "pattern": c.pattern_name,
             "sparsity_requested": c.sparsity if c.budget is None and not self.method.finds_masks else None,
             "sparsity": mean_sparsity(layers),
             "sparsity_of": "prunable linear weights",

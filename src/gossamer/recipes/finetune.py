@@ -125,7 +125,7 @@ class _Job:
             dense=self.dense,
             losses=s.chosen_losses(),
             method=s.method,
-            options=self._options(),
+            options=s.options_within(self.contents.manifest.made.get("pattern")),
             pruned=[layer["name"] for layer in self._layers() if layer.get("sparsity", 0) > 0],
             values=s.values,
             group=s.group,
@@ -172,12 +172,6 @@ class _Job:
         losses = held_out_losses(tuning, self.held_out, self.settings.micro)
         tuning.merge()
         return losses
-
-    def _options(self) -> dict[str, Any]:
-        """The method's own, and the pattern of the checkpoint for one that moves masks within it."""
-        return self.settings.weights().within(
-            self.contents.manifest.made.get("pattern"), self.settings.options
-        )
 
     def _layers(self) -> list[dict[str, Any]]:
         """What the checkpoint says of its layers."""
@@ -248,7 +242,7 @@ class _Job:
         }
         layers = [_retold(layer, tuned) for layer in self._layers()]
         now: dict[str, Any] = {"layers": layers, "tuned": [*(before.get("tuned") or []), record]}
-        chosen = self.settings.weights().chosen(self._options())
+        chosen = self.settings.chosen_options(before.get("pattern"))
         if hasattr(chosen, "pattern"):  # its masks are no longer those of before
             now["pattern"] = chosen.pattern
             now["sparsity"] = mean_sparsity(layers)
@@ -329,7 +323,7 @@ def windows_to_tune(text: Text, tokens: tuple[Tensor, Tensor], settings: Finetun
 def _retold(layer: dict[str, Any], tuned: dict[str, Matrix | Tensor]) -> dict[str, Any]:
     """The record of a layer without what is true no more, and with what is true now."""
     matrix = tuned.get(f"{layer.get('name')}.weight")
-    if not isinstance(matrix, Matrix):
+    if not isinstance(matrix, Matrix) or not matrix.is_packed:
         return layer
     kept = {key: value for key, value in layer.items() if not key.endswith("_error")}
     now = form_of(matrix)

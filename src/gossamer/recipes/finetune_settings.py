@@ -97,9 +97,17 @@ class FinetuneSettings(BaseModel):
 
     def brings_back(self, pattern: str | None) -> bool:
         """Whether the dense model's weights are read, of a checkpoint in such a ``pattern``."""
-        kind, beside = self.weights(), self.chosen_beside()
+        beside = self.chosen_beside()
         lost = beside is not None and beside.begin == "lost"
-        return lost or kind.brings_back(kind.chosen(kind.within(pattern, self.options)))
+        return lost or self.weights().brings_back(self.chosen_options(pattern))
+
+    def options_within(self, pattern: str | None) -> dict[str, Any]:
+        """The method's options, with the ``pattern`` of a checkpoint for one that moves masks within it."""
+        return self.weights().within(pattern, self.options)
+
+    def chosen_options(self, pattern: str | None) -> Any:
+        """`options_within` as the method takes them; raises MethodError."""
+        return self.weights().chosen(self.options_within(pattern))
 
     def dtype(self) -> torch.dtype:
         """What the models compute in."""

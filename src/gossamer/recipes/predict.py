@@ -91,7 +91,7 @@ def predict(prepared: Prepared) -> Prediction:
         if recipe.sample is not None:
             add("sample", *_sample(bench, prepared, recipe.sample, sizes))
         if (tune := recipe.tune) is not None:
-            pattern = str(compress.combination().pattern)
+            pattern = compress.combination().pattern_name
             needed = _tune_bytes(sizes, tune, pattern, teacher=sizes.model(sizes.all_blocks, 1))
             add("tune", _tune_seconds(bench, tune, blocks, sizes.all_blocks), needed)
         if recipe.quantize is not None:
@@ -251,9 +251,8 @@ def _tune_bytes(sizes: _Sizes, settings: FinetuneSettings, pattern: str | None, 
     tokens, item = settings.seqlen * settings.micro, settings.dtype().itemsize
     depth = 2 if settings.gradient_checkpointing else sizes.blocks
     kept = tokens * (depth * sizes.wide * item * 2 + sizes.blocks * sizes.hidden * item)
-    kind = settings.weights()
-    options = kind.chosen(kind.within(pattern, settings.options))
-    state = sum(kind.state_bytes(shape, options) for shape in sizes.shapes)
+    options = settings.chosen_options(pattern)
+    state = sum(settings.weights().state_bytes(shape, options) for shape in sizes.shapes)
     tuned = int(sizes.blocks * (state + sizes.linear * (item + LEFT_OVER)))
     models = sizes.model(sizes.blocks, item)
     if any(loss.needs_teacher for loss, _ in settings.chosen_losses()):

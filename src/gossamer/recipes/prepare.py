@@ -19,7 +19,7 @@ from gossamer.models.skeleton import WeightFiles, skeleton
 from gossamer.models.sources import ModelFolder, resolve
 from gossamer.models.text import Text, TextSource, check_shares, learned_tokens, read_text, tokenize
 from gossamer.models.tokenizer import load_tokenizer
-from gossamer.models.walk import find_parts
+from gossamer.models.walk import find_parts, prunable, weight_of
 from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.finetune import windows_to_tune
@@ -102,6 +102,11 @@ def prepare(
     blocks = len(parts.blocks)
     if recipe.shrink is not None:
         blocks -= block_count(recipe.shrink.blocks, blocks)
+    beside = None if recipe.tune is None else recipe.tune.chosen_beside()
+    if beside is not None:
+        for layer in prunable(parts.blocks[0]).values():
+            out_features, width = weight_of(layer).shape
+            beside.check((out_features, width))
     files = WeightFiles(source.folder)
     prepared = Prepared(recipe, named, given, out, source, bare, files, read, blocks, instructions)
     start = time.perf_counter()

@@ -97,14 +97,17 @@ class Recipe(BaseModel):
         """Whether the way to tune takes what compress makes."""
         kind, values = tune.weights(), tune.values or self.compress.values
         integers = {one.is_integer for one in value_types(values)}
-        chosen = kind.chosen(kind.within(str(combination.pattern), tune.options))
+        chosen = tune.chosen_options(combination.pattern_name)
         if kind.takes != "any" and integers != {kind.takes == "integers"}:
             raise MethodError(f"the method {tune.method} tunes {kind.takes}, and compress makes {values}")
         if kind.needs_masks and not (combination.prunes or combination.method.finds_masks):
             raise MethodError(f"the method {tune.method} moves masks, and compress prunes nothing")
-        if self.shrink is not None and kind.brings_back(chosen):
+        if self.shrink is not None and tune.brings_back(combination.pattern_name):
+            named = (
+                f"the method {tune.method}" if kind.brings_back(chosen) else "beside, which begins as lost,"
+            )
             raise MethodError(
-                f"the method {tune.method} brings back dense weights by the names of layers, and shrink "
+                f"{named} brings back dense weights by the names of layers, and shrink "
                 "takes some away: leave one of them out"
             )
 

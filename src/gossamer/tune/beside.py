@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import MatrixError, MethodError
-from gossamer.matrices import Dense, LowRank, Matrix, Packed, Sparse, Sum
+from gossamer.errors import MethodError
+from gossamer.matrices import Dense, LowRank, Matrix, Packed, Sparse, Sum, pack_tree
 from gossamer.registry import with_options
 from gossamer.tune.weights import seed_of
 
@@ -34,6 +34,14 @@ class BesideOptions:
             raise MethodError(f"the rank of low-rank parameters, or their sums, is 1 or more, got {number!r}")
         if self.begin not in ("lost", "zero"):
             raise MethodError(f"low-rank parameters begin with what was lost or at zero, not {self.begin!r}")
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raises MethodError where inputs of a weight ``(out, in)`` are no such sums, or the rank is above
+        what it has."""
+        if self.sums is not None and shape[1] % self.sums:
+            raise MethodError(f"{shape[1]} inputs are not sums of {self.sums}")
+        if self.rank is not None and self.rank > min(shape):
+            raise MethodError(f"the rank of a {shape} matrix is at most {min(shape)}, not {self.rank}")
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> BesideOptions | None:
@@ -62,23 +70,17 @@ class Beside(nn.Module):
     @classmethod
     def begin(cls, options: BesideOptions, weight: Tensor, dense: Tensor | None) -> Beside:
         """Beside the sparse ``weight`` ``(out, in)``; ``dense``: that of before, where they begin with what
-        it lost. Raises MethodError where the inputs are no such sums, or the rank is too high."""
+        it lost. Raises MethodError as `BesideOptions.check` does."""
         out, width = weight.shape
+        options.check((out, width))
         if options.sums is not None:
-            if width % options.sums:
-                raise MethodError(f"{width} inputs are not sums of {options.sums}")
             A = torch.eye(width // options.sums).repeat_interleave(options.sums, dim=1)
             B = torch.zeros(out, len(A)) if dense is None else (dense - weight) @ A.T / options.sums
             return cls(B, A, fixed=True)
         assert options.rank is not None
         if dense is not None:
-            try:
-                fitted = LowRank.fit((dense - weight).float(), rank=options.rank)
-            except MatrixError as error:
-                raise MethodError(str(error)) from error
+            fitted = LowRank.fit((dense - weight).float(), rank=options.rank)
             return cls(*(part.to_dense() for part in fitted))
-        if options.rank > min(out, width):
-            raise MethodError(f"the rank of a {out, width} matrix is at most {min(out, width)}")
         generator = torch.Generator().manual_seed(seed_of(weight))
         A = torch.randn(options.rank, width, generator=generator) / width**0.5
         return cls(torch.zeros(out, options.rank), A)
@@ -90,13 +92,9 @@ class Beside(nn.Module):
     @torch.no_grad()
     def join(self, matrix: Matrix) -> Sum:
         """``matrix`` and these, packed where it is."""
-        B: Matrix = Dense(self.B.bfloat16().float(), trainable=False)
-        A: Matrix = Dense(self.A.bfloat16().float(), trainable=False)
-        if self.fixed:
-            A = Sparse(self.A != 0, self.A, False)
-        if matrix.is_packed:
-            B, A = Packed.pack(B, "bfloat16"), Packed.pack(A, "bfloat16")
-        return Sum(matrix, LowRank(B, A))
+        B, A = (Dense(_stored(one), trainable=False) for one in (self.B, self.A))
+        pair = LowRank(B, Sparse(self.A != 0, self.A, False) if self.fixed else A)
+        return Sum(matrix, pack_tree(pair, "bfloat16") if matrix.is_packed else pair)
 
 
 def _stored(x: Tensor) -> Tensor:
@@ -112,5 +110,6 @@ def apart(matrix: Matrix) -> tuple[Matrix, Beside | None]:
     if not isinstance(low_rank, LowRank):
         return matrix, None
     B, A = low_rank
-    fixed = isinstance(A, Sparse) or (isinstance(A, Packed) and A.unpack().mask is not None)
+    mask = A.unpack().mask if isinstance(A, Packed) else getattr(A, "mask", None)
+    fixed = mask is not None and not mask.all()
     return main, Beside(B.to_dense(), A.to_dense(), fixed=fixed)
