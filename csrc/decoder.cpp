@@ -25,8 +25,10 @@ bool alike(const Selected& a, const Selected& b) {
 }
 
 bool alike(const Linear& a, const Linear& b) {
-    const auto same = [](const Selected& one, const Selected& other) { return alike(one, other); };
-    return std::equal(a.terms.begin(), a.terms.end(), b.terms.begin(), b.terms.end(), same);
+    const auto same = [](const Term& one, const Term& other) { return alike(one.w, other.w); };
+    const Terms some = a.program.terms(), others = b.program.terms();
+    return !a.inner() && !b.inner() &&
+           std::equal(some.begin(), some.end(), others.begin(), others.end(), same);
 }
 
 bool same_list(const Selected& a, const Selected& b) {
@@ -78,9 +80,10 @@ thread_local Workspace workspace;
 void DecoderModel::add(Layer layer) {
     for (const std::pair<Linear*, Linear*>& pair :
          {std::pair(&layer.q, &layer.k), {&layer.k, &layer.v}, {&layer.gate, &layer.up}})
-        for (size_t i = 0; i < std::min(pair.first->terms.size(), pair.second->terms.size()); i++) {
-            const Selected& before = pair.first->terms[i];
-            Selected& w = pair.second->terms[i];
+        for (size_t i = 0;
+             i < std::min(pair.first->program.terms().size(), pair.second->program.terms().size()); i++) {
+            const Selected& before = pair.first->program.weight(i);
+            Selected& w = pair.second->program.weight(i);
             if (same_list(before, w)) w.inputs = before.inputs;
         }
     layers.push_back(std::move(layer));
@@ -99,7 +102,8 @@ std::string DecoderModel::check() const {
     std::string fault = fits(embedding, vocabulary, hidden, "the embedding");
     if (fault.empty() && embedding.layout != kDense) fault = "the embedding is not dense";
     if (fault.empty()) fault = fits(head, vocabulary, hidden, "the head");
-    if (fault.empty() && (embedding.inputs || head.terms.size() != 1 || head.terms[0].inputs))
+    if (fault.empty() &&
+        (embedding.inputs || head.program.terms().size() != 1 || head.program.terms().first->w.inputs))
         fault = "the embedding or the head is more than one packed weight";
     for (size_t i = 0; i < layers.size() && fault.empty(); i++) {
         const Layer& l = layers[i];
@@ -179,16 +183,18 @@ class DecoderRun {
     // Where everything lies in the workspace.
     void lay_out() {
         const int64_t queries = m_.heads * m_.head_dim, keys = m_.kv_heads * m_.head_dim;
-        int64_t ready = 0, room = 0, scratch = 0, routed = 0;
+        int64_t ready = 0, room = 0, scratch = 0, routed = 0, inner = 0;
         const auto need = [&](std::initializer_list<const Linear*> group) {
-            int64_t bytes = 0, selected = 0;
+            int64_t bytes = 0, selected = 0, numbers = 0;
             for (const Linear* linear : group) {
+                numbers += inner_numbers(*linear);
                 bytes += activation_bytes(*linear, padded_);
                 selected += room_bytes(*linear, padded_);
                 scratch = std::max(scratch, scratch_bytes(*linear, padded_, block_));
             }
             ready = std::max(ready, bytes);
             room = std::max(room, selected);
+            inner = std::max(inner, numbers);
         };
         for (const Layer& l : m_.layers) {
             need({&l.q, &l.k, &l.v});
@@ -225,10 +231,11 @@ class DecoderRun {
                                    padded_ > 1 ? room / 4 : 0,
                                    stages() ? cache_.stage_bytes() / 4 : 0,
                                    routed / 4,
+                                   padded_ * inner,
                                    opened_bytes <= kMostOpened ? opened_bytes / 4 : 0};
         float** places[] = {&x_,     &normed_, &q_,      &k_,      &v_,       &attended_,
                             &gate_,  &up_,     &angles_, &spare_,  &queries_, &states_,
-                            &gated_, &room_,   &staged_, &routed_, &opened_};
+                            &gated_, &room_,   &staged_, &routed_, &inner_,   &opened_};
         constexpr int kPlaces = sizeof places / sizeof *places;
         static_assert(kPlaces == sizeof numbers / sizeof *numbers, "each place has a number");
         const bool own = padded_ == 1;  // activations, and the row that they are made of
@@ -340,12 +347,47 @@ class DecoderRun {
         for (size_t i = 0; i < N; i++) {
             const Gate* gate = gate_at(at, i);
             const float* left = x;
-            if (gate && gate->on) left = left_of(me, at, i, x, row_width(linears[i]->terms[0]), rows);
+            if (gate && gate->on) left = left_of(me, at, i, x, linears[i]->program.in(), rows);
             if (together(linears, at, i)) continue;
             gossamer::make_ready(tier_, *linears[i], left, rows, padded_, block_, memory, room);
             memory += activation_bytes(*linears[i], padded_);
             room += room_bytes(*linears[i], padded_);
         }
+        meet();
+        for (int64_t stage = 0; stage < most_inner(linears); stage++) run_inner(me, linears, at, stage);
+    }
+
+    template <size_t N>
+    static int64_t most_inner(const Linear* const (&linears)[N]) {
+        int64_t most = 0;
+        for (const Linear* linear : linears) most = std::max(most, linear->inner());
+        return most;
+    }
+
+    // An inner stage of weights side by side, all threads together, made ready for what multiplies its sums.
+    template <size_t N>
+    void run_inner(const Worker& me, const Linear* const (&linears)[N], const Reads& at, int64_t number) {
+        const auto each = [&](const auto& act) {
+            float* numbers = inner_;
+            uint8_t* room = me.room;
+            for (size_t i = 0; i < N; i++) {
+                const Linear& linear = *linears[i];
+                const Stage stage = linear.program.stage(std::min(number, linear.inner()));
+                if (number < linear.inner())
+                    act(linear, stage, ready_for(me, linears, i, at), numbers + padded_ * stage.before, room);
+                numbers += padded_ * inner_numbers(linear);
+                if (!together(linears, at, i)) room += room_bytes(linear, padded_);
+            }
+        };
+        each([&](const Linear& linear, const Stage& stage, uint8_t* ready, float* numbers, uint8_t*) {
+            multiply(tier_, linear, stage, ready, padded_, block_, numbers, nullptr,
+                     share_of(units_of(stage), me.id, threads_), me.scratch);
+        });
+        barrier_.wait();
+        each([&](const Linear& linear, const Stage&, uint8_t* ready, float* numbers, uint8_t* room) {
+            gossamer::make_ready(tier_, linear, numbers, own_rows(me.id), padded_, block_, ready, room,
+                                 number);
+        });
         meet();
     }
 
@@ -793,7 +835,7 @@ class DecoderRun {
             return;
         }
         // as a row of its own, whatever the others were
-        const Selected& w = m_.head.terms[0];
+        const Selected& w = m_.head.program.terms().first->w;
         float* normed = me.id == 0 ? normed_ : nullptr;
         if (normed) {
             ops_.rms_norm(x_ + (rows_ - 1) * m_.hidden, m_.norm, m_.hidden, m_.eps, normed);
@@ -830,7 +872,7 @@ class DecoderRun {
     bool all_ = false;
     float* logits_ = nullptr;
     float *x_, *normed_, *q_, *k_, *v_, *attended_, *gate_, *up_, *angles_, *spare_, *queries_, *states_,
-        *gated_, *room_, *staged_, *routed_, *opened_;
+        *gated_, *room_, *staged_, *routed_, *inner_, *opened_;
     uint8_t *ready_ = nullptr, *workers_ = nullptr;
     int64_t of_worker_ = 0, scratch_bytes_ = 0, ready_bytes_ = 0, own_bytes_ = 0, row_bytes_ = 0,
             room_bytes_ = 0;

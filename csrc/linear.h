@@ -1,25 +1,27 @@
-// A linear layer of a decoder, as packed weights that add up.
+// A linear layer of a decoder: sums and products of packed weights.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
-#include <vector>
 
+#include "program.h"
 #include "ready.h"
-#include "selected.h"
 #include "threads.h"
 
 namespace gossamer {
 
-// A packed weight, or several whose products with the same activations are added in order; and a bias or
-// null.
+// A program whose weights have no blocks; and a bias or null. Its last stage gives the outputs, those before
+// it are inner ones.
 struct Linear {
     Linear() = default;
-    Linear(const Selected& w, const float* b) : terms{w}, bias(b) {}
-    Linear(std::vector<Selected> weights, const float* b) : terms(std::move(weights)), bias(b) {}
-    std::vector<Selected> terms;
+    Linear(const Selected& w, const float* b) : bias(b) { program.add_term(w, 1, -1); }
+    Linear(Program p, const float* b) : program(std::move(p)), bias(b) {}
+    Program program;
     const float* bias = nullptr;
+
+    int64_t inner() const { return program.stages() - 1; }  // how many of its stages are
+    Stage outputs() const { return program.stage(inner()); }
 };
 
 // An empty string, or how it differs from what it should be.
@@ -30,76 +32,103 @@ inline std::string fits(const Selected& w, int64_t out, int64_t in, const std::s
 }
 
 inline std::string fits(const Linear& linear, int64_t out, int64_t in, const std::string& name) {
-    if (linear.terms.empty()) return name + " has no weights";
-    for (const Selected& w : linear.terms) {
-        const std::string fault = fits(w, out, in, name);
+    if (linear.program.stages() == 0) return name + " has no weights";
+    for (const Term& term : linear.outputs().terms) {
+        const std::string fault = term.source < 0 ? fits(term.w, out, in, name) : "";
         if (!fault.empty()) return fault;
     }
+    const std::string fault = linear.program.check();
+    if (!fault.empty()) return name + " makes no program: " + fault;
+    if (linear.program.out() != out || linear.program.in() != in)
+        return name + " is " + std::to_string(linear.program.out()) + " x " +
+               std::to_string(linear.program.in()) + ", not " + std::to_string(out) + " x " +
+               std::to_string(in);
+    for (const Term& term : linear.program.terms())
+        if (term.blocks > 1) return name + " has blocks";
     return "";
 }
 
 // Panels of 16 outputs that a sum is split by, and all of them, padding included: the most of any term.
-inline int64_t unit_of(const Linear& linear) {
+inline int64_t unit_of(const Stage& stage) {
     int64_t unit = 1;
-    for (const Packed& w : linear.terms) unit = std::max(unit, unit_of(w.layout));
+    for (const Term& term : stage.terms) unit = std::max(unit, unit_of(term.w.layout));
     return unit;
 }
 
-inline int64_t panels_of(const Linear& linear) {
+inline int64_t panels_of(const Stage& stage) {
     int64_t panels = 0;
-    for (const Packed& w : linear.terms) panels = std::max(panels, w.panels);
+    for (const Term& term : stage.terms) panels = std::max(panels, term.w.panels);
     return panels;
 }
 
-inline int64_t units_of(const Linear& linear) { return panels_of(linear) / unit_of(linear); }
+inline int64_t units_of(const Stage& stage) { return panels_of(stage) / unit_of(stage); }
+inline int64_t units_of(const Linear& linear) { return units_of(linear.outputs()); }
+inline int64_t unit_of(const Linear& linear) { return unit_of(linear.outputs()); }
+inline int64_t panels_of(const Linear& linear) { return panels_of(linear.outputs()); }
 
 inline int64_t activation_bytes(const Linear& linear, int64_t padded) {
     int64_t bytes = 0;
-    for (const Packed& w : linear.terms) bytes += activation_bytes(w, padded);
+    for (const Term& term : linear.program.terms()) bytes += activation_bytes(term.w, padded);
     return bytes;
 }
 
 inline int64_t room_bytes(const Linear& linear, int64_t padded) {
     int64_t bytes = 0;
-    for (const Selected& w : linear.terms) bytes += room_bytes(w, padded);
+    for (const Term& term : linear.program.terms()) bytes += room_bytes(term.w, padded);
     return bytes;
 }
+
+// Numbers that inner stages give for each row; those of one begin at its `before`.
+inline int64_t inner_numbers(const Linear& linear) { return linear.outputs().before; }
 
 // Bytes of a thread's scratch; with up to four rows only some layouts need any.
 inline int64_t scratch_bytes(const Linear& linear, int64_t padded, int64_t block) {
     int64_t bytes = 0;
-    for (const Packed& w : linear.terms)
-        if (padded > 4 || w.layout == kColumns)
-            bytes = std::max(bytes, aligned(scratch_bytes(w, padded, block)));
+    for (const Term& term : linear.program.terms())
+        if (padded > 4 || term.w.layout == kColumns)
+            bytes = std::max(bytes, aligned(scratch_bytes(term.w, padded, block)));
     return bytes;
 }
 
-// Makes rows of `x`, float32, ready for each term, in memory of activation_bytes and room of room_bytes.
+// Makes rows of `x`, float32, ready for each term that multiplies `source`, in memory of activation_bytes and
+// room of room_bytes, in which every term has its place.
 inline void make_ready(const Tier& tier, const Linear& linear, const float* x, Share rows, int64_t padded,
-                       int64_t block, uint8_t* memory, uint8_t* room) {
-    for (const Selected& w : linear.terms) {
-        if (rows.begin < rows.end)
-            make_ready(tier, w, x, kF32, rows.begin, rows.end, activations_at(memory, w, padded, block),
-                       room);
-        memory += activation_bytes(w, padded);
-        room += room_bytes(w, padded);
+                       int64_t block, uint8_t* memory, uint8_t* room, int64_t source = -1) {
+    for (const Term& term : linear.program.terms()) {
+        if (rows.begin < rows.end && term.source == source)
+            make_ready(tier, term.w, x, kF32, rows.begin, rows.end,
+                       activations_at(memory, term.w, padded, block), room);
+        memory += activation_bytes(term.w, padded);
+        room += room_bytes(term.w, padded);
     }
 }
 
-// Outputs of some units, of rows that lie ready: y = base + x Wᵀ + bias.
+// Some units of what a stage gives, of rows that lie ready: y = base + its sum.
+inline void multiply(const Tier& tier, const Linear& linear, const Stage& stage, uint8_t* ready,
+                     int64_t padded, int64_t block, float* y, const float* base, Share units,
+                     uint8_t* scratch) {
+    if (units.begin >= units.end) return;
+    const int64_t unit = unit_of(stage);
+    for (const Term& term : linear.program.terms()) {
+        if (&term == stage.terms.last) break;
+        if (&term >= stage.terms.first) {
+            multiply(tier, term.w, activations_at(ready, term.w, padded, block), Output{y, kF32, base},
+                     units.begin * unit, std::min(units.end * unit, term.w.panels), scratch);
+            base = y;
+        }
+        ready += activation_bytes(term.w, padded);
+    }
+}
+
+// Some units of its outputs: y = base + x Wᵀ + bias.
 inline void multiply(const Tier& tier, const Linear& linear, uint8_t* ready, int64_t padded, int64_t block,
                      float* y, const float* base, Share units, uint8_t* scratch) {
-    if (units.begin >= units.end) return;
-    const int64_t unit = unit_of(linear), begin = units.begin * unit, out = linear.terms[0].out;
-    for (const Packed& w : linear.terms) {
-        multiply(tier, w, activations_at(ready, w, padded, block), Output{y, kF32, base}, begin,
-                 std::min(units.end * unit, w.panels), scratch);
-        ready += activation_bytes(w, padded);
-        base = y;
-    }
+    const Stage stage = linear.outputs();
+    multiply(tier, linear, stage, ready, padded, block, y, base, units, scratch);
+    const int64_t wide = kPanel * unit_of(stage), out = stage.out;
     if (linear.bias)
         for (int64_t r = 0; r < padded; r++)
-            for (int64_t o = kPanel * begin; o < std::min(kPanel * unit * units.end, out); o++)
+            for (int64_t o = wide * units.begin; o < std::min(wide * units.end, out); o++)
                 y[r * out + o] += linear.bias[o];
 }
 

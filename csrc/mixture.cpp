@@ -9,10 +9,12 @@ namespace gossamer {
 namespace {
 
 bool as_needy(const Linear& a, const Linear& b) {
-    const auto same = [](const Selected& one, const Selected& other) {
-        return one.values == other.values && one.layout == other.layout && one.groups == other.groups;
+    const auto same = [](const Term& one, const Term& other) {
+        return one.w.values == other.w.values && one.w.layout == other.w.layout &&
+               one.w.groups == other.w.groups;
     };
-    return std::equal(a.terms.begin(), a.terms.end(), b.terms.begin(), b.terms.end(), same);
+    const Terms some = a.program.terms(), others = b.program.terms();
+    return std::equal(some.begin(), some.end(), others.begin(), others.end(), same);
 }
 
 }  // namespace
@@ -38,11 +40,14 @@ std::string Mixture::check(int64_t hidden, const std::string& of) const {
     if (each < 1 || each > count)
         return std::to_string(each) + " experts of " + std::to_string(count) + " cannot be chosen" + of;
     std::string fault = fits(router, count, hidden, "the router" + of);
-    if (fault.empty() && experts[0].down.terms.empty()) fault = "an expert" + of + " has no weights";
+    if (fault.empty() && !experts[0].down.program.terms().size())
+        fault = "an expert" + of + " has no weights";
     for (int64_t e = 0; e < count && fault.empty(); e++) {
         const std::string which = " of expert " + std::to_string(e) + of;
         fault = fits(experts[size_t(e)].inner, 2 * width(), hidden, "gate and up" + which);
         if (fault.empty()) fault = fits(experts[size_t(e)].down, hidden, width(), "down" + which);
+        if (fault.empty() && (experts[size_t(e)].inner.inner() || experts[size_t(e)].down.inner()))
+            fault = "a product of weights" + which;
     }
     return fault;
 }

@@ -34,7 +34,7 @@ struct Mixture {
     std::string check(int64_t hidden, const std::string& of) const;
 
     // Numbers between the two products of an expert.
-    int64_t width() const { return row_width(experts[0].down.terms[0]); }
+    int64_t width() const { return experts[0].down.program.in(); }
 
     // The most that any expert needs: bytes of a row made ready, and of what weights select of it.
     int64_t row_ready = 0, row_room = 0;

@@ -52,10 +52,8 @@ void check_fit(const gossamer::DecoderModel& model, const gossamer::Cache& cache
         throw nb::value_error("gates of another model");
 }
 
-gossamer::Linear linear_of(const std::vector<const Selected*>& terms, uintptr_t bias) {
-    std::vector<Selected> copies;
-    for (const Selected* term : terms) copies.push_back(*term);
-    return {std::move(copies), reinterpret_cast<const float*>(bias)};
+gossamer::Linear linear_of(const Program& program, uintptr_t bias) {
+    return {program, reinterpret_cast<const float*>(bias)};
 }
 
 }  // namespace
@@ -178,16 +176,15 @@ NB_MODULE(_native, m) {
     nb::class_<gossamer::Mixture>(m, "Mixture")
         .def(
             "__init__",
-            [](gossamer::Mixture* self, std::vector<const Selected*> router, uintptr_t bias, int64_t each,
+            [](gossamer::Mixture* self, const Program& router, uintptr_t bias, int64_t each,
                bool normalised) { new (self) gossamer::Mixture(linear_of(router, bias), each, normalised); },
-            "router: terms of a sum; each: experts that a token goes to; normalised: whether their weights "
+            "each: experts that a token goes to; normalised: whether their weights "
             "add up to 1.")
         .def(
             "add",
-            [](gossamer::Mixture& self, std::vector<const Selected*> inner, uintptr_t inner_bias,
-               std::vector<const Selected*> down,
+            [](gossamer::Mixture& self, const Program& inner, uintptr_t inner_bias, const Program& down,
                uintptr_t down_bias) { self.add({linear_of(inner, inner_bias), linear_of(down, down_bias)}); },
-            "An expert: gate and up, one behind the other, and down; each the terms of a sum.");
+            "An expert: gate and up, one behind the other, and down.");
     nb::class_<gossamer::DecoderModel>(m, "DecoderModel")
         .def(
             "__init__",
@@ -217,22 +214,22 @@ NB_MODULE(_native, m) {
         .def(
             "add_layer",
             [](gossamer::DecoderModel& self, std::vector<uintptr_t> norms,
-               std::vector<std::vector<const Selected*>> weights, std::vector<uintptr_t> biases,
-               int64_t window, bool rotates, const gossamer::Mixture* mixture) {
+               std::vector<const Program*> weights, std::vector<uintptr_t> biases, int64_t window,
+               bool rotates, const gossamer::Mixture* mixture) {
                 const size_t count = mixture ? 4 : 7;
                 if (norms.size() != 4 || weights.size() != count || biases.size() != count)
                     throw nb::value_error("4 norms, and 7 weights and biases, or 4 with a mixture");
                 const auto array = [&](size_t i) { return reinterpret_cast<const float*>(norms[i]); };
                 gossamer::Linear linears[7];
-                for (size_t i = 0; i < count; i++) linears[i] = linear_of(weights[i], biases[i]);
+                for (size_t i = 0; i < count; i++) linears[i] = linear_of(*weights[i], biases[i]);
                 self.add({array(0), array(1), array(2), array(3), linears[0], linears[1], linears[2],
                           linears[3], linears[4], linears[5], linears[6], window, rotates,
                           mixture ? std::optional(*mixture) : std::nullopt});
             },
             nb::arg("norms"), nb::arg("weights"), nb::arg("biases"), nb::arg("window"), nb::arg("rotates"),
             nb::arg("mixture").none() = nb::none(),
-            "norms: of attention, MLP, query and key; weights: q, k, v, o, gate, up, down, each the "
-            "terms of a sum; mixture: what stands for the last three.")
+            "norms: of attention, MLP, query and key; weights: q, k, v, o, gate, up, down; mixture: what "
+            "stands for the last three.")
         .def("check", &gossamer::DecoderModel::check, "An empty string, or which part does not fit.")
         .def(
             "decode",

@@ -1,4 +1,4 @@
-// Sums and products of packed weights, as the driver runs them in one call.
+// Sums and products of packed weights, as the driver runs them in one call, and the decoder in each layer.
 //
 //   Sum(Product(A, B), C)     stage 0:  s0 = B x
 //                             stage 1:  y  = A s0 + C x
@@ -46,6 +46,8 @@ class Program {
 
     int64_t stages() const { return int64_t(starts_.size()); }
     Stage stage(int64_t number) const;
+    Terms terms() const { return {terms_.data(), terms_.data() + terms_.size()}; }  // of all stages
+    Selected& weight(size_t term) { return terms_[term].w; }
     int64_t in() const { return row_width(terms_.front().w) * terms_.front().blocks; }  // of the activations
     int64_t out() const { return stage(stages() - 1).out; }
 

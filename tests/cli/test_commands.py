@@ -20,10 +20,10 @@ from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import FORMATS, METHODS
-from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
 from gossamer.shrink import DEPTH
+from gossamer.sparse.allocate import ALLOCATIONS
 from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
 from gossamer.tune.self_data import PROMPTS

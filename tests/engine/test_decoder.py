@@ -20,7 +20,7 @@ from gossamer.engine import Decoder, NativeSession, why_not
 from gossamer.engine.caches import CACHES, CacheKind
 from gossamer.engine.policy import Look
 from gossamer.errors import ModelError
-from gossamer.matrices import Packed
+from gossamer.matrices import BlockDiagonal, Dense, LowRank, Matrix, Packed, Product, Sum, pack, pack_tree
 from gossamer.models.session import Session
 from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
 from gossamer.nn.experts import take_apart
@@ -179,6 +179,42 @@ def test_packed_weights_give_what_pytorch_gives_with_them(values: str, layout: s
     close(NativeSession(Decoder(model), torch.float32).logits(ids), want, 2e-2)
 
 
+def beside(model: Any, values: str) -> Any:
+    """``model`` with half of its weights, a low-rank part beside each, and MLPs of which a part is a product
+    alone."""
+    for name, module in list(model.model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight.detach().float()
+        low_rank = LowRank.fit(weight, rank=5)
+        mask = mask_from_scores(weight.abs(), parse_pattern("32:64"), 0.5)
+        matrix: Matrix = Sum(Packed.pack(weight, values=values, mask=mask), low_rank)
+        if "up_proj" in name:
+            half = Dense(torch.eye(len(weight)) / 2)
+            matrix = Product(Sum(half, LowRank.fit(half.weight, rank=3)), Sum(Dense(weight), low_rank))
+        replace_module(model, f"model.{name}", StructuredLinear(pack_tree(matrix), module.bias))
+    return model
+
+
+@pytest.mark.parametrize("case", ["biases", "qwen3"])
+@pytest.mark.parametrize("values", ["bfloat16", "int4"])
+def test_sums_and_products_give_what_pytorch_gives_with_them(case: str, values: str) -> None:
+    model, ids = beside(made(case), values), tiny_tokens(1, 60)[0]
+    assert why_not(model) is None
+    with torch.no_grad():
+        want = model(ids[None]).logits[0]
+    session = NativeSession(Decoder(model), torch.float32)
+    got = torch.cat([session.logits(ids[:40]), *(session.step(int(token))[None] for token in ids[40:])])
+    close(got, want, 2e-2)
+
+
+def test_blocks_along_the_diagonal_are_refused_with_a_reason() -> None:
+    model = made("biases")
+    blocks = pack(BlockDiagonal.from_blocks(torch.randn(2, 32, 32)), "int8")
+    replace_module(model, "model.layers.1.self_attn.o_proj", StructuredLinear(blocks, None))
+    assert str(why_not(model)).startswith("o_proj of layer 1 is a BlockDiagonal with blocks")
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if "mix" in name or "moe" in name])
 @pytest.mark.parametrize(("values", "layout"), [("bfloat16", "dense"), ("int4", "32:64")])
 def test_packed_experts_give_what_pytorch_gives_with_them(case: str, values: str, layout: str) -> None:
@@ -193,6 +229,10 @@ def test_packed_experts_give_what_pytorch_gives_with_them(case: str, values: str
     assert divergence(got, want) <= 1e-3
     again = NativeSession(decoder, torch.float32)
     close(again.logits(ids), got, 1e-3 if "amx" in kernels.available() else 0)
+
+
+def factors(out: int, width: int) -> StructuredLinear:
+    return StructuredLinear(pack_tree(LowRank.fit(torch.randn(out, width), rank=2)), None)
 
 
 def test_a_mixture_that_does_not_fit_is_refused() -> None:
@@ -210,6 +250,10 @@ def test_a_mixture_that_does_not_fit_is_refused() -> None:
             lambda mlp: setattr(mlp.experts._modules["2"], "down_proj", nn.Identity()),
             "an expert of layer 1 is a I",
         ),
+        (
+            lambda mlp: setattr(mlp.experts._modules["2"], "down_proj", factors(64, 64)),
+            "an expert of layer 1 holds a product",
+        ),
     ]:
         model = made("mixtral")
         take_apart(model)
@@ -219,8 +263,13 @@ def test_a_mixture_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("cache", [*CACHES, "gear4"])
-def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(cache: CacheKind) -> None:
-    decoder, ids = Decoder(packed(tiny_model("llama"), "int4", "32:64")), tiny_tokens(1, 60)[0]
+@pytest.mark.parametrize("with_products", [False, True])
+def test_a_token_has_the_same_bits_in_any_company_and_on_any_threads(
+    cache: CacheKind, with_products: bool
+) -> None:
+    model = tiny_model("llama")
+    made_of = beside(model, "int4") if with_products else packed(model, "int4", "32:64")
+    decoder, ids = Decoder(made_of), tiny_tokens(1, 60)[0]
     session = partial(NativeSession, decoder, cache)
     # tiles give tokens that come with more than 15 others bits of their own
     tiles = kernels.isa() == "amx" and cache is not torch.float32

@@ -23,11 +23,11 @@ from gossamer.matrices import (
     Selected,
     Sparse,
     Sum,
+    compile_matrix,
     from_description,
     pack,
-    summands,
+    stages_of,
 )
-from gossamer.matrices.inference import compile_matrix
 
 needs_kernels = pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
 
@@ -145,13 +145,18 @@ def test_it_follows_copies_and_state_dicts() -> None:
 
 
 @needs_kernels
-def test_which_matrices_are_sums_of_what_reads_the_activations() -> None:
+def test_the_stages_of_sums_and_products() -> None:
+    def sources(matrix: Matrix) -> list[list[int]]:
+        return [[source for _, _, source in stage] for stage in stages_of(matrix)]
+
     matrix = apart(random(32, 32), some(32, 3))
-    assert len(summands(matrix) or ()) == 2
-    assert len(summands(Packed.pack(random(32, 32))) or ()) == 1
-    assert summands(Product(Packed.pack(random(32, 32)), matrix)) is None
-    assert summands(pack(BlockDiagonal.from_blocks(random(2, 16, 16)), "int8")) is None
-    assert summands(Dense(random(32, 32))) is None
+    assert sources(matrix) == [[-1, -1]]
+    assert sources(Packed.pack(random(32, 32))) == [[-1]]
+    assert sources(Sum(matrix, Product(Packed.pack(random(32, 32)), matrix))) == [[-1, -1], [-1, -1, 0]]
+    ((blocks,),) = stages_of(pack(BlockDiagonal.from_blocks(random(2, 16, 16)), "int8"))
+    assert blocks[1] == 2
+    with pytest.raises(MatrixError):
+        stages_of(Dense(random(32, 32)))
     inside = Product(Selected(Packed.pack(random(8, 20)), some(32, 20)), Packed.pack(random(32, 64)))
     x = random(3, 64, seed=5)
     stages = compile_matrix(inside)

@@ -45,18 +45,18 @@ class RandomDecoder {
              linear("columns", "int8", kHidden, kInner, false), 0, true},
             {numbers(kHidden, 0.5, 1.5), numbers(kHidden, 0.5, 1.5), nullptr, nullptr,
              linear("dense", "bfloat16", kHeads * kHead, kHidden, true),
-             linear("32:64", "int4 by 32", kKvHeads * kHead, kHidden, true),
+             product("32:64", "int4 by 32", kKvHeads * kHead, kHidden, true, false),
              linear("16x4", "int8", kKvHeads * kHead, kHidden, true),
              sum("columns", "int8", kHidden, kHeads * kHead, true),
+             product("columns", "int4", kInner, kHidden, true, false),
              linear("columns", "int4", kInner, kHidden, true),
-             linear("columns", "int4", kInner, kHidden, true), linear("dense", "int3", kHidden, kInner, true),
-             100, true},
+             product("dense", "int3", kHidden, kInner, true, true), 100, true},
             {numbers(kHidden, 0.5, 1.5),
              numbers(kHidden, 0.5, 1.5),
              nullptr,
              nullptr,
-             linear("dense", "int4", kHeads * kHead, kHidden, false),
-             linear("dense", "int4", kKvHeads * kHead, kHidden, false),
+             product("dense", "int4", kHeads * kHead, kHidden, false, true),
+             product("dense", "int4", kKvHeads * kHead, kHidden, false, true),
              linear("dense", "int4", kKvHeads * kHead, kHidden, false),
              linear("32:64", "int4", kHidden, kHeads * kHead, false),
              {},
@@ -66,7 +66,8 @@ class RandomDecoder {
              true,
              mixture()}};
         for (const Layer& layer : layers) model.add(layer);
-        CHECK(model.layers[0].q.terms[1].inputs == model.layers[0].k.terms[1].inputs, "a list is kept twice");
+        CHECK(model.layers[0].q.program.weight(1).inputs == model.layers[0].k.program.weight(1).inputs,
+              "a list is kept twice");
     }
 
     DecoderModel model;
@@ -118,15 +119,37 @@ class RandomDecoder {
     Linear sum(const char* layout, const char* values, int64_t out, int64_t in, bool bias) {
         std::vector<int32_t> lists[2];
         for (int32_t i = 0; i < in; i++) lists[i % 7 == 3].push_back(i);
-        std::vector<Selected> terms;
+        Program terms;
         for (int few : {0, 1}) {
             lists_.push_back(lists[few]);
-            terms.push_back(
-                {weight(few ? "16x4" : layout, few ? "bfloat16" : values, out, int64_t(lists[few].size())),
-                 lists_.back().data(), in});
-            CHECK(check_inputs(terms.back()).empty(), "a good list is refused");
+            const Selected term(
+                weight(few ? "16x4" : layout, few ? "bfloat16" : values, out, int64_t(lists[few].size())),
+                lists_.back().data(), in);
+            CHECK(check_inputs(term).empty(), "a good list is refused");
+            terms.add_term(term, 1, -1);
         }
         return {terms, bias ? numbers(out, -1, 1) : nullptr};
+    }
+
+    // A weight and the product of two beside it, or of three alone, the middle one of some of its inputs.
+    Linear product(const char* layout, const char* values, int64_t out, int64_t in, bool bias, bool alone) {
+        const int64_t rank = alone ? 37 : 5;
+        Program stages;
+        stages.add_term(weight(alone ? layout : "dense", alone ? values : "bfloat16", rank, in), 1, -1);
+        if (alone) {
+            lists_.push_back({});
+            for (int32_t i = 0; i < rank; i += 2) lists_.back().push_back(i);
+            const Selected middle(weight("16x4", "bfloat16", 40, int64_t(lists_.back().size())),
+                                  lists_.back().data(), rank);
+            stages.begin_stage();
+            stages.add_term(middle, 1, 0);
+            stages.add_term(weight("dense", "int8", 40, rank), 1, 0);
+        }
+        stages.begin_stage();
+        if (!alone) stages.add_term(weight(layout, values, out, in), 1, -1);
+        stages.add_term(weight("dense", "bfloat16", out, alone ? 40 : rank), 1, alone ? 1 : 0);
+        CHECK(stages.check().empty(), "a good program is refused");
+        return {stages, bias ? numbers(out, -1, 1) : nullptr};
     }
 
     Random& random_;

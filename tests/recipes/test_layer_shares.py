@@ -10,7 +10,7 @@ import gossamer as gs
 from gossamer.calibrate import InputNorm
 from gossamer.prune import Layer
 from gossamer.recipes.layer_shares import outlier_scores
-from gossamer.sparse.allocate import OWL
+from gossamer.sparse.allocate.owl import OWL
 
 
 def layer_of(seed: int, statistic: InputNorm) -> Layer:

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from gossamer.errors import MethodError, ScoreError
 from gossamer.sparse import count_pruned
 from gossamer.sparse.allocate import (
-    OWL,
     LayerInfo,
     allocation,
-    er,
-    erk,
-    global_,
-    sensitivity,
-    uniform,
 )
+from gossamer.sparse.allocate.compete import Global
+from gossamer.sparse.allocate.er import Er
+from gossamer.sparse.allocate.erk import Erk
+from gossamer.sparse.allocate.owl import OWL
+from gossamer.sparse.allocate.sensitivity import Sensitivity
+from gossamer.sparse.allocate.uniform import UNIFORM
 
 
 def layers_of(*scores: torch.Tensor) -> list[LayerInfo]:
@@ -29,7 +29,7 @@ def layers_of(*scores: torch.Tensor) -> list[LayerInfo]:
 
 
 def test_uniform_gives_all_the_same() -> None:
-    assert uniform(layers_of(torch.rand(2, 3), torch.rand(4, 5)), 0.3) == {"layer0": 0.3, "layer1": 0.3}
+    assert UNIFORM(layers_of(torch.rand(2, 3), torch.rand(4, 5)), 0.3) == {"layer0": 0.3, "layer1": 0.3}
 
 
 @given(
@@ -48,7 +48,7 @@ def test_global_prunes_the_lowest_of_all(
         else torch.rand(s, generator=generator)
         for s in shapes
     ]
-    split = global_(layers_of(*scores), sparsity)
+    split = Global()(layers_of(*scores), sparsity)
     counts = [count_pruned(s.numel(), split[f"layer{i}"]) for i, s in enumerate(scores)]  # type: ignore[arg-type]
     total = sum(s.numel() for s in scores)
     assert sum(counts) == min(count_pruned(total, sparsity), total - len(scores))
@@ -62,14 +62,14 @@ def test_global_prunes_the_lowest_of_all(
 
 def test_global_literal() -> None:
     weak, strong = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[5.0, 6.0, 7.0, 8.0]])
-    assert global_(layers_of(weak, strong), 0.5) == {"layer0": 0.75, "layer1": 0.25}
+    assert Global()(layers_of(weak, strong), 0.5) == {"layer0": 0.75, "layer1": 0.25}
 
 
 def test_what_cannot_compete() -> None:
     with pytest.raises(MethodError, match="scores"):
-        global_([LayerInfo("a", (2, 2))], 0.5)
+        Global()([LayerInfo("a", (2, 2))], 0.5)
     with pytest.raises(ScoreError, match="layer0"):
-        global_(layers_of(torch.tensor([[1.0, float("nan"), 1.0]])), 0.5)
+        Global()(layers_of(torch.tensor([[1.0, float("nan"), 1.0]])), 0.5)
     with pytest.raises(MethodError, match="uniform"):
         allocation("fair")
 
@@ -84,18 +84,18 @@ def test_erdos_renyi_by_hand() -> None:
     """Ratios 200/10,000 and 110/1,000: densities 0.02 e and 0.11 e of 11,000 weights, 2,200 of them kept."""
     layers = [LayerInfo("big", (100, 100)), LayerInfo("small", (10, 100))]
     epsilon = 2200 / (0.02 * 10_000 + 0.11 * 1000)
-    split = er(layers, 0.8)
+    split = Er()(layers, 0.8)
     assert split["big"] == pytest.approx(1 - 0.02 * epsilon)
     assert split["small"] == pytest.approx(1 - 0.11 * epsilon)
-    assert erk(layers, 0.8) == split  # no kernels
-    full = er(layers, 0.5)  # the small layer's density would be 1.95
+    assert Erk()(layers, 0.8) == split  # no kernels
+    full = Er()(layers, 0.5)  # the small layer's density would be 1.95
     assert full["small"] == 0.0
     assert full["big"] == pytest.approx(0.55)
 
 
 def test_kernels_count_in_erk_only() -> None:
     layers = [LayerInfo("wide", (64, 64, 7, 7)), LayerInfo("thin", (64, 64, 1, 1))]
-    plain, kernels = er(layers, 0.9), erk(layers, 0.9)
+    plain, kernels = Er()(layers, 0.9), Erk()(layers, 0.9)
     assert plain["wide"] == pytest.approx(plain["thin"])
     assert kernels["thin"] == 0.0  # type: ignore[comparison-overlap]
     assert kernels["wide"] > 0.9  # type: ignore[operator]
@@ -116,7 +116,7 @@ def test_all_allocations_keep_the_budget(shapes: list[tuple[int, int]], sparsity
         return LayerInfo(f"layer{index}", shape, outliers=outliers, curve=curve)
 
     layers = [info(i, shape) for i, shape in enumerate(shapes)]
-    for allocate in (er, erk, OWL(), sensitivity):
+    for allocate in (Er(), Erk(), OWL(), Sensitivity()):
         split = allocate(layers, sparsity)
         assert kept(layers, split) == pytest.approx(1 - sparsity, abs=1e-6)
         assert all(s is not None and 0 <= s < 1 for s in split.values())
@@ -174,7 +174,7 @@ def test_sensitivity_is_the_best_split() -> None:
         ((0.3, 0.5), (0.6, 0.55), (0.9, 2.0)),
     ]
     layers = [LayerInfo(f"layer{i}", (10, 10), curve=curve) for i, curve in enumerate(curves)]
-    split = sensitivity(layers, 0.5)
+    split = Sensitivity()(layers, 0.5)
     assert kept(layers, split) == pytest.approx(0.5)
 
     def cost(shares: list[float]) -> float:
@@ -194,6 +194,6 @@ def test_sensitivity_is_the_best_split() -> None:
 
 def test_sensitivity_needs_curves_that_reach() -> None:
     with pytest.raises(MethodError, match="curves"):
-        sensitivity([LayerInfo("a", (2, 2))], 0.5)
+        Sensitivity()([LayerInfo("a", (2, 2))], 0.5)
     with pytest.raises(MethodError, match="end below"):
-        sensitivity([LayerInfo("a", (20, 20), curve=((0.4, 1.0),))], 0.5)
+        Sensitivity()([LayerInfo("a", (20, 20), curve=((0.4, 1.0),))], 0.5)

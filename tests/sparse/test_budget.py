@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from gossamer.errors import MethodError
-from gossamer.sparse.allocate import LayerInfo, least_error, least_error_formats, sensitivity
+from gossamer.sparse.allocate import LayerInfo, least_error, least_error_formats
+from gossamer.sparse.allocate.sensitivity import Sensitivity
 from gossamer.sparse.budget import amount_text, parse_budget
 
 Levels = list[tuple[float, float, float]]  # sparsity, cost, error; dense first
@@ -211,6 +212,6 @@ def test_a_sparsity_is_a_budget_of_kept_weights() -> None:
         LayerInfo("a", (10, 10), curve=((0.5, 1.0), (0.9, 9.0)), costs=lambda s: 1e9),
         LayerInfo("b", (20, 10), curve=((0.5, 1.0), (0.9, 2.0))),
     ]
-    split = sensitivity(layers, 0.5)
-    assert split == sensitivity([LayerInfo(la.name, la.shape, curve=la.curve) for la in layers], 0.5)
+    split = Sensitivity()(layers, 0.5)
+    assert split == Sensitivity()([LayerInfo(la.name, la.shape, curve=la.curve) for la in layers], 0.5)
     assert 100 * (split["a"] or 0) + 200 * (split["b"] or 0) == pytest.approx(150)

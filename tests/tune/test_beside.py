@@ -12,6 +12,7 @@ from tuned_models import RUN, TEXT, Stopped, masked, same_files
 
 import gossamer as gs
 from gossamer.errors import MethodError
+from gossamer.kernels import native_available
 from gossamer.matrices import LowRank, Packed, Sum
 from gossamer.models import load_checkpoint
 from gossamer.nn import StructuredLinear
@@ -133,7 +134,11 @@ def test_checkpoints_keep_them_apart_and_go_on_with_them(sparse: Path, dense: Pa
     plain = reopened.get_submodule(min(changed))
     x = torch.randn(3, plain.in_features)
     assert torch.allclose(plain(x), x @ plain.matrix.to_dense().float().T, atol=0.05)  # int8 activations
-    assert reopened(ids).logits.isfinite().all()
+    logits = reopened(ids).logits
+    assert logits.isfinite().all()
+    if native_available():
+        native = gs.load(tmp_path / "once", engine="native").new_session().logits(ids[0])
+        assert torch.allclose(native, logits[0], atol=0.05 * float(logits.abs().max()))
 
     with pytest.raises(MethodError, match="has low-rank parameters already"):
         gs.finetune(tmp_path / "once", tmp_path / "no", beside={"rank": 2}, **settings)

@@ -14,9 +14,8 @@ from gossamer.engine.caches import CacheKind, Shape, new_cache
 from gossamer.engine.gates import ActivationGate, NativeGates
 from gossamer.engine.policy import Looks, new_policy
 from gossamer.errors import ModelError
-from gossamer.kernels import Handle
 from gossamer.kernels.native import native
-from gossamer.matrices import Matrix, Packed, summands
+from gossamer.matrices import Matrix, Packed, compile_matrix, stages_of
 from gossamer.models.session import context_length
 from gossamer.nn import StructuredEmbedding, StructuredLinear
 from gossamer.nn.experts import Experts, experts_of, share_of_tokens
@@ -33,8 +32,8 @@ _LINEARS |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 class Decoder:
     """A model of one of the `FAMILIES` in native code: same weights, same logits within rounding.
 
-    Packed weights, and sums of them, are used in place; plain ones are packed in their own dtype (float16 as
-    float32), which keeps every number. Norms, attention and what lies between layers is float32.
+    Packed weights, and sums and products of them, are used in place; plain ones are packed in their own dtype
+    (float16 as float32), which keeps every number. Norms, attention and what lies between layers is float32.
     ``context``: positions that the model knows; ``weights``: each, and the share of tokens that read it, by
     the part of `append`'s times that does; ``windows``: positions that each layer sees, its own among them
     (0: all). ``gates``: of activations, by the names of modules: linear layers of the blocks (what they
@@ -54,9 +53,9 @@ class Decoder:
         self.windows = _windows(config)
         self._alive: list[Any] = []
         rows = _matrix(body.embed_tokens)
-        (embedding,) = self._handles(rows)
+        embedding = self._handle(rows)
         tied = _source(body.embed_tokens) is _source(model.lm_head)
-        (head,) = self._weight("head", rows if tied else _matrix(model.lm_head))
+        head = self._handle(self._read("head", rows if tied else _matrix(model.lm_head)))
         attention, rotary = body.layers[0].self_attn, body.rotary_emb
         self.vocabulary = head.out_features
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -206,7 +205,7 @@ class Decoder:
         linears = [self._linear(_LINEARS[name], module) for name, module in _linears(layer).items()]
         self._native.add_layer(
             norms,
-            [[handle.packed for handle in handles] for handles, _ in linears],
+            [program for program, _ in linears],
             [bias for _, bias in linears],
             window,
             bool(getattr(attention, "use_rope", True)),
@@ -217,12 +216,11 @@ class Decoder:
         # which experts a token goes to may hang on the last bits of scores: these are not rounded
         router = Packed.pack(mlp.gate.weight.detach(), values="float32", layout="dense")
         normalised = bool(getattr(mlp.gate, "norm_topk_prob", True))
-        terms = [handle.packed for handle in self._weight("mlp", router)]
-        mixture = native().Mixture(terms, 0, mlp.gate.top_k, normalised)
+        mixture = native().Mixture(self._program("mlp", router), 0, mlp.gate.top_k, normalised)
         share = share_of_tokens(mlp.experts, self.model.config)
         for pair in experts_of(mlp.experts):
-            linears = [self._linear("mlp", linear, share) for linear in pair]
-            mixture.add(*(word for handles, bias in linears for word in ([h.packed for h in handles], bias)))
+            inner, down = (self._linear("mlp", linear, share) for linear in pair)
+            mixture.add(*inner, *down)
         return mixture
 
     def _sites(self) -> list[dict[str, int]]:
@@ -251,18 +249,23 @@ class Decoder:
         self._alive.append(kept)
         return kept.data_ptr()
 
-    def _linear(self, part: str, module: Any, share: float = 1.0) -> tuple[list[Handle], int]:
-        return self._weight(part, _matrix(module), share), self._array(module.bias)
+    def _linear(self, part: str, module: Any, share: float = 1.0) -> tuple[Any, int]:
+        return self._program(part, _matrix(module), share), self._array(module.bias)
 
-    def _weight(self, part: str, matrix: Matrix, share: float = 1.0) -> list[Handle]:
+    def _program(self, part: str, matrix: Matrix, share: float = 1.0) -> Any:
+        program: Any = compile_matrix(self._read(part, matrix, share))
+        self._alive.append(program)
+        return program.program
+
+    def _read(self, part: str, matrix: Matrix, share: float = 1.0) -> Matrix:
         self.weights.setdefault(part, []).append((matrix, share))
-        return self._handles(matrix)
+        return matrix
 
-    def _handles(self, matrix: Matrix) -> list[Handle]:
-        """Of the packed weights that add up to ``matrix``."""
-        handles = [leaf for leaf in summands(matrix) or () if isinstance(leaf, Handle)]
-        self._alive += handles
-        return handles
+    def _handle(self, matrix: Matrix) -> Any:
+        """Of one packed weight."""
+        ((leaf, _, _),) = stages_of(matrix)[0]
+        self._alive.append(leaf)
+        return leaf
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -305,8 +308,12 @@ def why_not(model: nn.Module) -> str | None:
                 return f"{name} is a {type(module).__name__}"
         elif not isinstance(matrix, Packed) and name in ("the embedding", "the head"):
             return f"{name} is a {type(matrix).__name__}, not one packed weight"
-        elif summands(matrix) is None:
-            return f"{name} is a {type(matrix).__name__} that is no sum of packed weights"
+        elif not matrix.is_packed:
+            return f"{name} is a {type(matrix).__name__} that kernels cannot run in one call"
+        elif any(blocks > 1 for stage in stages_of(matrix) for _, blocks, _ in stage):
+            return f"{name} is a {type(matrix).__name__} with blocks along its diagonal"
+        elif len(stages_of(matrix)) > 1 and name.startswith("an expert"):
+            return f"{name} holds a product of matrices"
         elif isinstance(module, StructuredEmbedding) and matrix.layout != "dense":
             return f"{name} has the layout {matrix.layout}"
     return None

@@ -3,7 +3,7 @@
 from gossamer.matrices.blocks import BlockDiagonal
 from gossamer.matrices.compose import LowRank, Product, Sum
 from gossamer.matrices.dense import Dense
-from gossamer.matrices.inference import summands
+from gossamer.matrices.inference import compile_matrix, stages_of
 from gossamer.matrices.layouts import Unpacked, choose_layout, most_bytes, packed_bytes
 from gossamer.matrices.matrix import Matrix, fit_error, from_description
 from gossamer.matrices.packed import Packed, pack, pack_tree
@@ -35,6 +35,7 @@ __all__ = [
     "ValueType",
     "choose_layout",
     "choose_scales",
+    "compile_matrix",
     "fit_error",
     "from_description",
     "most_bytes",
@@ -43,6 +44,6 @@ __all__ = [
     "packed_bytes",
     "quantize",
     "quantize_codes",
-    "summands",
+    "stages_of",
     "value_type",
 ]

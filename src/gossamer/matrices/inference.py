@@ -22,21 +22,18 @@ Compiled = Operand | Stages
 
 def compile_matrix(matrix: Matrix) -> Compiled:
     """A packed matrix as one program. Raises MatrixError where a part is not packed."""
-    stages: Stages = []
-    stages.append(matrix.terms(-1, stages))
+    stages = stages_of(matrix)
     if isinstance(stages[0][0][0], reference.Weight):
         return stages
     return kernels.make_program(cast("list[list[kernels.Term]]", stages))
 
 
-def summands(matrix: Matrix) -> list[Leaf] | None:
-    """The leaves whose products with the activations themselves add up to that of ``matrix``, in order; None
-    where it takes more than that: it is not packed, or holds products or blocks."""
+def stages_of(matrix: Matrix) -> Stages:
+    """The sums that a product with ``matrix`` takes, the last one the result; of one sum of packed weights
+    there is one stage. Raises MatrixError where a part is not packed."""
     stages: Stages = []
-    terms = matrix.terms(-1, stages) if matrix.is_packed else []
-    if stages or not terms or any(blocks > 1 for _, blocks, _ in terms):
-        return None
-    return [leaf for leaf, _, _ in terms]
+    last = matrix.terms(-1, stages)
+    return [*stages, last]
 
 
 class Kept:

@@ -15,7 +15,8 @@ from gossamer.errors import MethodError, ModelError
 from gossamer.matrices.values import Quantized, ValueType, check_group, quantize, value_types
 from gossamer.registry import Registry, with_options
 from gossamer.sparse import NM, Block, Channel, Pattern, Unstructured, mask_from_scores, parse_pattern
-from gossamer.sparse.allocate import Allocation, allocation, uniform
+from gossamer.sparse.allocate import Allocation, allocation
+from gossamer.sparse.allocate.uniform import UNIFORM
 from gossamer.sparse.budget import Budget, parse_budget
 from gossamer.sparse.masks import resolve_sparsity
 
@@ -164,7 +165,7 @@ class Combination:
     group: int
     budget: Budget | None = None
     formats: tuple[ValueType, ...] = ()
-    split: Allocation = uniform
+    split: Allocation = UNIFORM
 
     @property
     def stored(self) -> tuple[ValueType, ...]:
@@ -269,7 +270,7 @@ def check_combination(
         )
     check_group(group)
     if sparsity == 0 and wanted is None:
-        allocation_name, split = "uniform", uniform
+        allocation_name, split = "uniform", UNIFORM
     if allocation_name == "global" and not chosen.has_scores:
         raise MethodError(
             f"the masks of {chosen.name} do not come from scores, by which the allocation global lets layers "

@@ -13,10 +13,10 @@ from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, FORMATS, METHODS
-from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
+from gossamer.sparse.allocate import ALLOCATIONS
 from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
 from gossamer.tune.self_data import PROMPTS

@@ -28,7 +28,8 @@ from gossamer.recipes.layer_shares import (
     outlier_scores,
 )
 from gossamer.recipes.side_by_side import side_by_side
-from gossamer.sparse.allocate import OWL, LayerInfo, least_error, least_error_formats
+from gossamer.sparse.allocate import LayerInfo, least_error, least_error_formats
+from gossamer.sparse.allocate.owl import OWL
 
 LayerOf = Callable[[Visit, str], Layer]
 

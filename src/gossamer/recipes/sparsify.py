@@ -34,7 +34,8 @@ from gossamer.prune.method import check_finite, pattern_asked
 from gossamer.prune.outliers import OutlierColumns, needs_of, outlier_columns
 from gossamer.recipes.layer_shares import Needs, allocation_needs, competing_scores, curve, outlier_scores
 from gossamer.recipes.prune_layer import mean_sparsity, pack_layer, prune_layer, record_of
-from gossamer.sparse.allocate import OWL, LayerInfo
+from gossamer.sparse.allocate import LayerInfo
+from gossamer.sparse.allocate.owl import OWL
 
 
 @dataclass(frozen=True)

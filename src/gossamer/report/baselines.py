@@ -9,8 +9,8 @@ from gossamer.claim import Experiment
 from gossamer.matrices import most_bytes, value_type
 from gossamer.matrices.values import ValueType
 from gossamer.prune import METHODS, check_combination
-from gossamer.prune.allocations import ALLOCATIONS
 from gossamer.sparse import Block
+from gossamer.sparse.allocate import ALLOCATIONS
 
 DENSE = ("bfloat16", "int8", "nl4", "nl3")  # the widest first, of equal widths the nearest to the model
 SHAPE = (1024, 1024)  # a weight of which bytes are counted

@@ -20,8 +20,12 @@ def code_of(names: Iterable[str]) -> dict[str, Any]:
     for method in methods():
         if method.name in known:
             made = FAMILIES[method.family][method.name]
-            home = getattr(made, "split", made).__module__  # of an allocation, where its function stands
-            source = getattr(sys.modules[home], "__file__", None)
-            sha256 = source and checksums_of(Path(source)).sha256
-            found[f"{method.family} {method.name}"] = [method.options, sha256]
+            source = getattr(sys.modules[made.__module__], "__file__", None)
+            files = [Path(source)] if source else []
+            if method.family == "allocation":  # they share what splits
+                files = sorted(file for one in files for file in one.parent.glob("*.py"))
+            found[f"{method.family} {method.name}"] = [
+                method.options,
+                *(checksums_of(file).sha256 for file in files),
+            ]
     return found

@@ -1,4 +1,4 @@
-"""Patterns, masks and allocations: data and pure functions on tensors."""
+"""Patterns, masks and allocations."""
 
 from gossamer.sparse.masks import check_mask, count_pruned, mask_from_scores
 from gossamer.sparse.patterns import NM, Block, Channel, Pattern, Unstructured, parse_pattern

@@ -67,7 +67,7 @@ def mask_from_scores(scores: Tensor, pattern: Pattern, sparsity: float | None = 
     of n entries exactly ``floor(sparsity * n + 0.5)`` are pruned; among equal scores the lower index
     goes first; the result is deterministic. For N:M the sparsity is the pattern's own, of a last group of
     fewer inputs at most. The group
-    ``model`` is not one tensor's affair: allocate first (``allocate.global_``), then it compares as
+    ``model`` is not one tensor's affair: allocate first (``allocate.compete``), then it compares as
     ``tensor``. Raises ScoreError on NaN, SparsityError, PatternError where the pattern cannot apply.
     """
     if scores.dim() != 2:
