@@ -13,7 +13,7 @@ from gossamer.errors import EvaluationError
 UNCLAIMED = Unclaimed(
     name="essential sparsity",
     cite="Jaiswal et al. 2023, The Emergence of Essential Sparsity in Large Pre-trained Models",
-    figures="",
+    figures="Essential sparsity",
     why="It gives a curve and where that breaks (`gossamer.essential_sparsity`), not a figure to hold "
     "against another one.",
 )
