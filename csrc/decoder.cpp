@@ -99,7 +99,7 @@ std::string DecoderModel::check() const {
     if (head_dim % 2 || head_dim > kMostHead)
         return "heads of " + std::to_string(head_dim) + " numbers; they must be even, and at most " +
                std::to_string(kMostHead);
-    std::string fault = fits(embedding, vocabulary, hidden, "the embedding");
+    std::string fault = fits({embedding, nullptr}, vocabulary, hidden, "the embedding");
     if (fault.empty() && embedding.layout != kDense) fault = "the embedding is not dense";
     if (fault.empty()) fault = fits(head, vocabulary, hidden, "the head");
     if (fault.empty() &&
@@ -372,9 +372,10 @@ class DecoderRun {
             uint8_t* room = me.room;
             for (size_t i = 0; i < N; i++) {
                 const Linear& linear = *linears[i];
-                const Stage stage = linear.program.stage(std::min(number, linear.inner()));
-                if (number < linear.inner())
+                if (number < linear.inner()) {
+                    const Stage stage = linear.program.stage(number);
                     act(linear, stage, ready_for(me, linears, i, at), numbers + padded_ * stage.before, room);
+                }
                 numbers += padded_ * inner_numbers(linear);
                 if (!together(linears, at, i)) room += room_bytes(linear, padded_);
             }

@@ -78,19 +78,12 @@ void prepare(const Tier& tier, const Term& term, int64_t block, const Array& fro
     if (w.layout == kColumns) tier.columns->prepare(&w, nullptr, kF32, begin, end, &to);
 }
 
-// Panels that a stage is split by: the most of any of its terms.
-int64_t stage_unit(const Stage& stage) {
-    int64_t unit = 1;
-    for (const Term& term : stage.terms) unit = std::max(unit, unit_of(term.w.layout));
-    return unit;
-}
-
 // Adds up the terms of a stage for `rows` rows, made ready in blocks of `row_block`; `input(source)` is what
 // a term multiplies. Sums of several terms wait in `sums`, float32, and may lie in `to`.
 template <class Input>
 void run_stage(const Stage& stage, const Tier& tier, int64_t rows, int64_t row_block, const Input& input,
                float* sums, const Array& to, const Memory& memory, int threads) {
-    const int64_t padded = padded_rows(rows, row_block), unit = stage_unit(stage);
+    const int64_t padded = padded_rows(rows, row_block), unit = unit_of(stage);
     const int64_t units = (stage.out + kPanel * unit - 1) / (kPanel * unit);
     const bool pads = padded > rows;
     threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, units)));
@@ -154,10 +147,9 @@ void matmul(const Program& program, const Tier& tier, const void* x, int64_t row
         const Stage stage = program.stage(s);
         activations = std::max(activations, activation_bytes(stage, padded));
         cost += cost_of(stage, rows);
+        scratch = std::max(scratch, scratch_bytes(stage.terms, padded, row_block));
         int64_t selected = 0;
         for (const Term& term : stage.terms) {
-            if (padded > 4 || term.w.layout == kColumns)
-                scratch = std::max(scratch, aligned(scratch_bytes(term.w, padded, row_block)));
             selected += room_bytes(term.w, chunk);
             if (term.blocks > 1) block = std::max(block, activation_bytes(term.w, padded));
         }

@@ -5,7 +5,6 @@
 #include <string>
 #include <utility>
 
-#include "program.h"
 #include "ready.h"
 #include "threads.h"
 
@@ -25,36 +24,20 @@ struct Linear {
 };
 
 // An empty string, or how it differs from what it should be.
-inline std::string fits(const Selected& w, int64_t out, int64_t in, const std::string& name) {
-    if (w.out == out && row_width(w) == in) return "";
-    return name + " is " + std::to_string(w.out) + " x " + std::to_string(row_width(w)) + ", not " +
-           std::to_string(out) + " x " + std::to_string(in);
-}
-
 inline std::string fits(const Linear& linear, int64_t out, int64_t in, const std::string& name) {
-    if (linear.program.stages() == 0) return name + " has no weights";
-    for (const Term& term : linear.outputs().terms) {
-        const std::string fault = term.source < 0 ? fits(term.w, out, in, name) : "";
-        if (!fault.empty()) return fault;
-    }
-    const std::string fault = linear.program.check();
+    const Program& program = linear.program;
+    if (program.stages() == 0) return name + " has no weights";
+    const std::string fault = program.check();
     if (!fault.empty()) return name + " makes no program: " + fault;
-    if (linear.program.out() != out || linear.program.in() != in)
-        return name + " is " + std::to_string(linear.program.out()) + " x " +
-               std::to_string(linear.program.in()) + ", not " + std::to_string(out) + " x " +
-               std::to_string(in);
-    for (const Term& term : linear.program.terms())
+    if (program.out() != out || program.in() != in)
+        return name + " is " + std::to_string(program.out()) + " x " + std::to_string(program.in()) +
+               ", not " + std::to_string(out) + " x " + std::to_string(in);
+    for (const Term& term : program.terms())
         if (term.blocks > 1) return name + " has blocks";
     return "";
 }
 
-// Panels of 16 outputs that a sum is split by, and all of them, padding included: the most of any term.
-inline int64_t unit_of(const Stage& stage) {
-    int64_t unit = 1;
-    for (const Term& term : stage.terms) unit = std::max(unit, unit_of(term.w.layout));
-    return unit;
-}
-
+// Panels of a stage, padding included: the most of any term.
 inline int64_t panels_of(const Stage& stage) {
     int64_t panels = 0;
     for (const Term& term : stage.terms) panels = std::max(panels, term.w.panels);
@@ -81,13 +64,8 @@ inline int64_t room_bytes(const Linear& linear, int64_t padded) {
 // Numbers that inner stages give for each row; those of one begin at its `before`.
 inline int64_t inner_numbers(const Linear& linear) { return linear.outputs().before; }
 
-// Bytes of a thread's scratch; with up to four rows only some layouts need any.
 inline int64_t scratch_bytes(const Linear& linear, int64_t padded, int64_t block) {
-    int64_t bytes = 0;
-    for (const Term& term : linear.program.terms())
-        if (padded > 4 || term.w.layout == kColumns)
-            bytes = std::max(bytes, aligned(scratch_bytes(term.w, padded, block)));
-    return bytes;
+    return scratch_bytes(linear.program.terms(), padded, block);
 }
 
 // Makes rows of `x`, float32, ready for each term that multiplies `source`, in memory of activation_bytes and

@@ -1,8 +1,10 @@
 // Rows of activations made ready for one packed weight, and their product with some of its panels: what every
 // way of walking weights is put together from.
 #pragma once
+#include <algorithm>
+
 #include "dispatch.h"
-#include "selected.h"
+#include "program.h"
 
 namespace gossamer {
 
@@ -61,6 +63,22 @@ inline void make_ready(const Tier& tier, const Selected& w, const void* x, int d
 
 // Bytes of the room that make_ready needs for `rows` rows.
 inline int64_t room_bytes(const Selected& w, int64_t rows) { return w.inputs ? aligned(4 * w.in * rows) : 0; }
+
+// Bytes of a thread's scratch for any of the terms; with up to four rows only some layouts need any.
+inline int64_t scratch_bytes(const Terms& terms, int64_t padded, int64_t block) {
+    int64_t bytes = 0;
+    for (const Term& term : terms)
+        if (padded > 4 || term.w.layout == kColumns)
+            bytes = std::max(bytes, aligned(scratch_bytes(term.w, padded, block)));
+    return bytes;
+}
+
+// Panels of 16 outputs that a stage is split by: the most of any of its terms.
+inline int64_t unit_of(const Stage& stage) {
+    int64_t unit = 1;
+    for (const Term& term : stage.terms) unit = std::max(unit, unit_of(term.w.layout));
+    return unit;
+}
 
 // Multiplies panels [begin, end) of a weight, whole units of its layout.
 inline void multiply(const Tier& tier, const Packed& w, const Activations& x, const Output& out,

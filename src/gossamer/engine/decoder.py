@@ -310,10 +310,10 @@ def why_not(model: nn.Module) -> str | None:
             return f"{name} is a {type(matrix).__name__}, not one packed weight"
         elif not matrix.is_packed:
             return f"{name} is a {type(matrix).__name__} that kernels cannot run in one call"
-        elif any(blocks > 1 for stage in stages_of(matrix) for _, blocks, _ in stage):
-            return f"{name} is a {type(matrix).__name__} with blocks along its diagonal"
-        elif len(stages_of(matrix)) > 1 and name.startswith("an expert"):
+        elif len(stages := stages_of(matrix)) > 1 and name.startswith("an expert"):
             return f"{name} holds a product of matrices"
+        elif any(blocks > 1 for stage in stages for _, blocks, _ in stage):
+            return f"{name} is a {type(matrix).__name__} with blocks along its diagonal"
         elif isinstance(module, StructuredEmbedding) and matrix.layout != "dense":
             return f"{name} has the layout {matrix.layout}"
     return None
