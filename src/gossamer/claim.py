@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-BY_CONTENDER = ("compressed", "shrunk", "gated", "attending", "caching", "tuned", "sampled", "rewritten")
+BY_CONTENDER = (
+    "compressed", "shrunk", "gated", "attending", "caching", "tuned", "distilled", "sampled", "rewritten",
+)  # fmt: skip
 """The fields of an `Experiment` that have settings by contender."""
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A miniature of the paper's experiment that two cores finish in minutes.
+
+    ``model``: a language model, or a small net that is trained on scikit-learn's digits (`report.nets`):
+    ``digits:cnn``, ``digits:vit``. Of a net ``pattern``, ``sparsity``, ``values``, ``allocation`` and
+    ``compressed`` are settings of `sparsify`, ``tuning`` and ``tuned`` of `ModuleTuning` and ``epochs``, and
+    ``distilled`` of `gpusq`; the rest is of language models alone.
 
     Contenders are methods of pruning, by name, and, by other names: those of ``compressed``, with settings of
     `compress` of their own; of ``shrunk``, with settings of `remove_blocks`; of ``gated``, with settings of
@@ -45,6 +52,7 @@ class Experiment:
     start: str = "obs"
     tuning: Mapping[str, Any] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    distilled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sampled: Mapping[str, int] = field(default_factory=dict)
     rewritten: Mapping[str, bool] = field(default_factory=dict)
     answers: int = 400

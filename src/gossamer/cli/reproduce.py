@@ -143,12 +143,15 @@ def _show(verdict: Verdict) -> None:
         one = verdict.figures[name]
         kl = "" if one["kl"] is None else f"{one['kl']:.4f}"
         seconds = "" if one["seconds"] is None else f"{one['seconds']:.0f}"
-        rows.append((name, f"{one['perplexity']:.3f}", kl, seconds))
+        accuracy = (f"{one['accuracy']:.2%}",) if "accuracy" in one else ()
+        rows.append((name, *accuracy, f"{one['perplexity']:.3f}", kl, seconds))
     asked = verdict.claim.experiment
     of = f"{asked.model}, {asked.pattern}, sparsity {asked.sparsity}, {asked.values}"
     notes = [f"the paper: {verdict.claim.says}", f"here: {measured(verdict.to_dict())}"]
     notes += [SMOKE] if verdict.figures[verdict.name]["smoke_test"] else []
-    show.columns(f"{verdict.name} ({of})", ("", "perplexity", "KL to dense", "seconds"), rows, notes)
+    head = ("accuracy",) if "accuracy" in verdict.figures[verdict.name] else ()
+    titles = ("", *head, "perplexity", "KL to dense", "seconds")
+    show.columns(f"{verdict.name} ({of})", titles, rows, notes)
 
 
 def _merge(out: Path, verdict: Verdict) -> None:

@@ -13,6 +13,7 @@ from gossamer.dynamic.activations import METHODS as ACTIVATIONS
 from gossamer.dynamic.attention import POLICIES
 from gossamer.dynamic.cache import CACHES
 from gossamer.prune import ALIASES, FORMATS, METHODS
+from gossamer.recipes.modules import MODULES
 from gossamer.registry import Registry
 from gossamer.shrink import DEPTH
 from gossamer.sparse import NM, Block, Channel, Unstructured
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Registry[Any]] = {
     "finetune": WEIGHTS,
     "loss": LOSSES,
     "text": PROMPTS,
+    "module": MODULES,
     "activations": ACTIVATIONS,
     "attention": POLICIES,
     "cache": CACHES,
@@ -37,7 +39,6 @@ FAMILIES: dict[str, Registry[Any]] = {
 WITHOUT_CLAIM = (
     "gossamer.evaluate.drop_point",
     "gossamer.matrices.compose",
-    "gossamer.recipes.gpusq",
     "gossamer.dynamic.activations.natural",
     "gossamer.dynamic.activations.orthogonal",
     "gossamer.dynamic.activations.sirius",
@@ -62,7 +63,8 @@ class MethodFacts:
     """One method. ``aliases``: its other names; ``family``: ``prune`` (weights, once), ``allocation`` (how
     the sparsity is shared out over layers), ``format`` (how kept weights are stored), ``shrink`` (whole
     blocks), ``tune`` (what was kept, a block at a time), ``finetune`` (which weights of a checkpoint move),
-    ``loss`` (what they are drawn to), ``text`` (what they are tuned on), ``activations`` (inputs, at run
+    ``loss`` (what they are drawn to), ``text`` (what they are tuned on), ``module`` (recipes for PyTorch
+    modules), ``activations`` (inputs, at run
     time), ``attention`` (keys, at run time) or ``cache`` (how keys and values are kept);
     ``options``: what ``--option`` and its like may set, with defaults (None: chosen by what there is);
     ``needs``: what is calibrated, none for methods without data; ``patterns``: those it accepts, or what
@@ -113,6 +115,8 @@ def methods() -> list[MethodFacts]:
         found.append(_facts("loss", name, teacher, ("any, and dense",), "model"))
     for name in PROMPTS:
         found.append(_facts("text", name, ("prompts", "teacher"), ("any, and dense",), "model"))
+    for name in MODULES:
+        found.append(_facts("module", name, ("labelled batches",), ("unstructured", "N:M"), "model"))
     for name in ACTIVATIONS:
         gating = ACTIVATIONS[name]
         thresholds = gating.selection == "threshold"

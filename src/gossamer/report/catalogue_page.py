@@ -15,11 +15,12 @@ HEAD = """# Catalogue
 
 Every method of the project, one small file each, and at the end what else is published. Made by
 `gossamer reproduce --page`. *Measured* is the miniature experiment of the claim: the method's figure, that of
-what it is held against, and their ratio with its 95 % bootstrap interval over windows (not clearly: the
-interval, or one of several seeds, lies on the other side of what was asked). A claim that does not hold says
-so; methods without a figure have not been run. Claims of pruning methods and allocations run beside random
-and magnitude masks, and beside the dense model in the widest number format that takes no more bytes (rounded
-by the sweep of `obs`); figures that do not name the last are of before that.
+what it is held against, and their ratio with its 95 % bootstrap interval over windows, or over the images
+that a small net is measured on (not clearly: the interval, or one of several seeds, lies on the other side of
+what was asked). A claim that does not hold says so; methods without a figure have not been run. Claims of
+pruning methods and allocations run beside random and magnitude masks, and beside the dense model in the
+widest number format that takes no more bytes (rounded by the sweep of `obs`); figures that do not name the
+last are of before that.
 """
 FEW = 20  # windows; fewer are told
 EARLIER = " (an earlier form of the claim)"
@@ -32,6 +33,7 @@ TITLES = {
     "finetune": "Fine-tuning a whole checkpoint: which weights move",
     "loss": "What a checkpoint is tuned to",
     "text": "Text that the dense model writes for its copy",
+    "module": "Recipes for PyTorch modules",
     "activations": "Activation sparsity at run time",
     "attention": "Sparse attention at run time",
     "cache": "Caches",

@@ -11,15 +11,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gossamer.claim import Claim
+from gossamer.claim import Claim, Experiment
 from gossamer.errors import CheckpointError, GossamerError, MethodError
 from gossamer.evaluate import exp, paired_ratio, perplexity_ratio_interval
 from gossamer.matrices.atomic import output_error
 from gossamer.progress import Progress, silent
 from gossamer.recipes.catalogue import methods
+from gossamer.report import nets, one_shot
 from gossamer.report.baselines import with_baselines
-from gossamer.report.one_shot import figures
 from gossamer.report.texts import Texts
+
+PARTS = {"perplexity": "nll", "kl": "window_kl", "accuracy": "right"}
+"""What a metric is the mean of, of each window (of a net: each image)."""
 
 __all__ = ["Texts", "Verdict", "claimed", "reproduce", "verdicts_in"]
 
@@ -45,7 +48,7 @@ class Verdict:
         """Plain values for JSON; the values of each window are left out."""
         plain = {**asdict(self), "claim": self.claim.to_dict()}
         plain["figures"] = {
-            name: {key: value for key, value in found.items() if key not in ("nll", "window_kl", "asked")}
+            name: {key: value for key, value in found.items() if key not in (*PARTS.values(), "asked")}
             for name, found in self.figures.items()
         }
         return plain
@@ -85,7 +88,7 @@ def reproduce(
     whole = with_baselines(name, claim.experiment)
     names = dict.fromkeys([name, claim.than, *whole.against, "dense"])
     runs = [
-        {one: figures(one, experiment, texts, work, progress) for one in names}
+        {one: _figures(one, experiment, texts, work, progress) for one in names}
         for experiment in (replace(whole, seed=whole.seed + i) for i in range(seeds))
     ]
     found = {one: _mean([run[one] for run in runs]) for one in names}
@@ -107,15 +110,24 @@ def reproduce(
     )
 
 
+def _figures(
+    name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """Those of one contender."""
+    if experiment.model in nets.NETS:
+        return nets.figures(name, experiment, work, progress)
+    return one_shot.figures(name, experiment, texts, work, progress)
+
+
 def _mean(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A contender's figures over seeds, window by window."""
     if len(runs) == 1:
         return runs[0]
-    nll = [fmean(window) for window in zip(*(run["nll"] for run in runs), strict=True)]
-    found: dict[str, Any] = {"perplexity": exp(fmean(nll)), "nll": nll}
-    if runs[0]["kl"] is not None:
-        kl = [fmean(window) for window in zip(*(run["window_kl"] for run in runs), strict=True)]
-        found |= {"kl": fmean(kl), "window_kl": kl}
+    found: dict[str, Any] = {}
+    for metric, parts in PARTS.items():
+        if runs[0].get(metric) is not None:
+            each = [fmean(window) for window in zip(*(run[parts] for run in runs), strict=True)]
+            found |= {metric: exp(fmean(each)) if metric == "perplexity" else fmean(each), parts: each}
     seconds = [run["seconds"] for run in runs]
     return {**runs[0], **found, "seconds": None if None in seconds else round(fmean(seconds), 1)}
 
@@ -129,7 +141,7 @@ def _keeps(claim: Claim, ratio: float) -> bool:
 
 
 def _interval(claim: Claim, ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float] | None:
-    key = "nll" if claim.metric == "perplexity" else "window_kl"
+    key = PARTS[claim.metric]
     values, reference = ours[key], theirs[key]
     if len(values) < 2 or not all(map(math.isfinite, [*values, *reference])):
         return None
