@@ -16,7 +16,7 @@ from torch import nn
 
 from gossamer import kernels
 from gossamer.dynamic.activations.gates import Gate
-from gossamer.engine import Decoder, NativeSession, why_not
+from gossamer.engine import Decoder, NativeSession, pack_in_place, why_not
 from gossamer.engine.caches import CACHES, CacheKind
 from gossamer.engine.policy import Look
 from gossamer.errors import ModelError
@@ -119,6 +119,35 @@ def test_logits_are_those_of_transformers(case: str) -> None:
     got += [session.step(int(token))[None] for token in ids[300:]]
     close(torch.cat(got), want)
     assert session.length == 330
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_weights_packed_in_place_are_the_same_numbers_and_held_once(case: str, dtype: torch.dtype) -> None:
+    model, ids = made(case).to(dtype), tiny_tokens(1, 40)[0]
+    plain = {name: one.detach().clone() for name, one in model.named_parameters() if one.dim() == 2}
+    want = NativeSession(Decoder(model), torch.float32).logits(ids)
+    with torch.no_grad():
+        theirs = model(ids[None]).logits[0].float()
+    pack_in_place(model)
+    decoder = Decoder(model)
+    assert torch.equal(NativeSession(decoder, torch.float32).logits(ids), want)
+    with torch.no_grad():
+        close(model(ids[None]).logits[0].float(), theirs, 1e-4 if dtype == torch.float32 else 0.05)
+    matrices = {name: module.matrix for name, module in model.named_modules() if hasattr(module, "matrix")}
+    experts = {name for name in plain if ".experts." in name or name.endswith("mlp.gate.weight")}
+    assert {f"{name}.weight" for name in matrices} | experts >= plain.keys() - {"lm_head.weight"}
+    for name, matrix in matrices.items():
+        key = f"{name}.weight" if f"{name}.weight" in plain else "model.embed_tokens.weight"
+        assert torch.equal(matrix.to_dense(), plain[key].float()), name
+    tied = model.config.tie_word_embeddings
+    assert (matrices["lm_head"] is matrices["model.embed_tokens"]) == tied
+    used = {id(matrix) for part in decoder.weights.values() for matrix, _ in part}
+    assert {id(matrix) for name, matrix in matrices.items() if name != "model.embed_tokens"} <= used
+    assert not {name for name, one in model.named_parameters() if one.dim() == 2} - experts
+    before = dict(model.named_modules())
+    pack_in_place(model)
+    assert dict(model.named_modules()) == before
 
 
 @pytest.mark.parametrize("case", ["linear", "yarn"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ def test_layers_of_gpt2_that_are_stored_transposed_are_packed_too(tmp_path: Path
         want = model(ids).logits
         torch.testing.assert_close(load_checkpoint(made.path)(ids).logits, want, atol=1e-4, rtol=0)
         assert float((gs.load(made.path).model(ids).logits - want).abs().max()) > 1e-2
+
+
+def test_gates_of_a_plain_model_act_in_either_engine(source: Path, tmp_path: Path) -> None:
+    made = gs.gate(source, tmp_path / "out", sparsity=0.6, **SMALL)
+    plain = tiny_folder(tmp_path / "tiny")
+    ids = tiny_tokens(1, 40)[0]
+    ungated = gs.load(plain, engine="native", cache="float32").session().logits(ids)  # type: ignore[attr-defined]
+    shutil.copy(made.path / "activations.json", plain)
+    want = gs.load(plain, engine="transformers").model
+    native = gs.load(plain, engine="native", cache="float32")
+    assert native.engine == "the native decoder, gated by teal"
+    with torch.no_grad():
+        logits = [one(ids[None]).logits[0] for one in (want, native.model)]
+    logits += [native.session().logits(ids)]  # type: ignore[attr-defined]
+    for got in logits[1:]:
+        assert float((got - logits[0]).abs().max() / logits[0].abs().max()) <= 1e-3
+    assert float((ungated - logits[0]).abs().max() / logits[0].abs().max()) >= 1e-2
 
 
 def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:

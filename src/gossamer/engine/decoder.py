@@ -319,6 +319,27 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
+def pack_in_place(model: nn.Module) -> None:
+    """Plain linear layers, embedding and head of a model that `why_not` knows no reason against become packed
+    modules of the same numbers, one after the other: the decoder then needs no copy of them. Fused experts
+    stay as they are."""
+    whole: Any = model
+    body = whole.model
+    tied = _source(body.embed_tokens) is _source(whole.lm_head)
+    if isinstance(body.embed_tokens, nn.Embedding):
+        rows = _matrix(body.embed_tokens)
+        body.embed_tokens = StructuredEmbedding.from_embedding(body.embed_tokens, rows)
+    if isinstance(whole.lm_head, nn.Linear):
+        matrix = body.embed_tokens.matrix if tied else _matrix(whole.lm_head)
+        whole.lm_head = StructuredLinear(matrix, whole.lm_head.bias)
+    for layer in body.layers:
+        for name in _linears(layer):
+            owner = _owner(layer, name)
+            plain = getattr(owner, name)
+            if isinstance(plain, nn.Linear):
+                setattr(owner, name, StructuredLinear(_matrix(plain), plain.bias))
+
+
 def _windows(config: Any) -> list[int]:
     """Positions that each layer sees, its own among them; 0: all. What a family does not look at in its
     configuration changes nothing."""
@@ -351,10 +372,14 @@ def _weights(model: Any) -> list[tuple[str, Any]]:
 def _linears(layer: Any) -> dict[str, Any]:
     """The linear layers that every token reads."""
     return {
-        name: getattr(layer.self_attn if part != "mlp" else layer.mlp, name)
+        name: getattr(_owner(layer, name), name)
         for name, part in _LINEARS.items()
         if part != "mlp" or not _is_mixture(layer.mlp)
     }
+
+
+def _owner(layer: Any, name: str) -> Any:
+    return layer.mlp if _LINEARS[name] == "mlp" else layer.self_attn
 
 
 def _is_mixture(mlp: Any) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
 from gossamer.calibrate import fast_dtype
-from gossamer.engine import Decoder, NativeSession, why_not
+from gossamer.engine import Decoder, NativeSession, pack_in_place, why_not
 from gossamer.engine.caches import CacheKind, cache_of
 from gossamer.errors import ModelError, TextError
 from gossamer.models.checkpoint import is_checkpoint, load_checkpoint
@@ -243,14 +243,41 @@ def load(
     checkpoint's weights are read into memory of huge pages instead of mapped from the file: they take
     memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in C++,
     ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
-    families that it knows (a plain model would lie in memory twice); ``cache``: what that decoder keeps
-    keys and values in (``kivi4``, ``gear4``, ``kivi2``, ``gear2``: in few bits,
-    `gossamer.engine.PackedCache`, or one of these, or the file of one);
+    families that it knows (a plain model's weights must be packed for it first, in place: seconds that one
+    answer may not win back); ``cache``: what that decoder keeps keys and values in (``kivi4``, ``gear4``,
+    ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`, or one of these, or the file of one);
     ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or itself) that
     chooses which keys are looked at (None: all). Where gates were saved with the model (``activations.json``)
     it runs gated, in either engine, and ``engine`` says so; also what of this has no effect in transformers.
     Raises ModelError, CheckpointError or MethodError.
     """
+    plain: Engine = "transformers" if engine == "auto" else engine
+    return _load(source, engine, plain, dtype, huge_pages, cache, attention, progress)
+
+
+def load_native(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    engine: Engine = "auto",
+    progress: Progress = silent,
+) -> LoadedModel:
+    """`load`, and the native decoder also for a plain model that it knows: what many questions are asked of,
+    or much text is drawn from, is worth packing, and is compared in one arithmetic."""
+    return _load(source, engine, engine, dtype, False, "bfloat16", None, progress)
+
+
+def _load(
+    source: str | Path,
+    engine: Engine,
+    plain: Engine,
+    dtype: torch.dtype | str,
+    huge_pages: bool,
+    cache: CacheKind | Path,
+    attention: str | Path | Policy | None,
+    progress: Progress,
+) -> LoadedModel:
+    """`load`; ``plain``: the engine of a plain model."""
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
     cache_of(cache)  # says what is wrong with it, in any engine
@@ -270,24 +297,18 @@ def load(
     stored = "bfloat16" if dtype == "fast" else dtype
     model, tokenizer = load_model(found.folder, stored)
     asked = "" if dtype == "auto" else f" {str(stored).removeprefix('torch.')}"
-    if dtype == "fast" and engine != "native" and fast_dtype() != torch.bfloat16:
+    if plain != "transformers" and why_not(model) is None:
+        pack_in_place(model)
+    elif dtype == "fast" and plain != "native" and fast_dtype() != torch.bfloat16:
         model, asked = model.to(fast_dtype()), f"{asked} in float32"
     progress(f"loading {found.label}", 1, 1)
     loaded = _gated(LoadedModel(model, tokenizer, found.label + asked, attention=looks), found.folder)
     loaded = (
         _in_transformers(loaded, "the model is no checkpoint of packed weights", policy, cache)
-        if engine == "auto"
-        else _with_engine(loaded, engine, cache, policy)
+        if engine == "auto" and plain == "transformers"
+        else _with_engine(loaded, plain, cache, policy)
     )
     return replace(loaded, engine=f"{loaded.engine}; no huge pages") if huge_pages else loaded
-
-
-def load_native(source: str | Path, **options: Any) -> LoadedModel:
-    """`load`, and the native decoder also for a plain model that it knows: what many questions are asked of,
-    or much text is drawn from, is worth a second copy in memory, and is compared in one arithmetic."""
-    loaded = load(source, **options)
-    left = options.get("engine", "auto") == "auto" and loaded.new_session is None and loaded.attention is None
-    return _with_engine(loaded, "auto", torch.bfloat16, None) if left else loaded
 
 
 def _policy(asked: str | Path | Policy) -> Policy:
