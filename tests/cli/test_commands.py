@@ -22,6 +22,7 @@ from gossamer.evaluate.size import size_of_folder
 from gossamer.prune import FORMATS, METHODS
 from gossamer.recipes.compress_settings import CompressSettings
 from gossamer.recipes.finetune_settings import FinetuneSettings
+from gossamer.recipes.modules import MODULES
 from gossamer.shrink import DEPTH
 from gossamer.sparse.allocate import ALLOCATIONS
 from gossamer.tune import TUNERS, WEIGHTS
@@ -395,6 +396,7 @@ def test_methods_lists_the_registry() -> None:
         "finetune": WEIGHTS,
         "loss": LOSSES,
         "text": PROMPTS,
+        "module": MODULES,
         "activations": ACTIVATIONS,
         "attention": POLICIES,
         "cache": CACHES,
