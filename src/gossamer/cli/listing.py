@@ -29,6 +29,7 @@ def methods(as_json: AsJson = False) -> None:
         ("finetune", "Fine-tuning of a whole checkpoint: which weights move", "patterns", ()),
         ("loss", "What a checkpoint is tuned to, alone or together", "patterns", ()),
         ("text", "Text that the dense model writes for its copy", "patterns", ()),
+        ("module", "Recipes for PyTorch modules (in Python)", "patterns", ()),
         ("activations", "Activation sparsity at run time", "drops", ()),
         ("attention", "Sparse attention at run time", "looks at", ()),
         ("cache", "Caches of keys and values", "keeps", ()),
