@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_run import SMALL, run
 
+from gossamer import kernels
 from gossamer.bench.memory import Memory
 from gossamer.calibrate import fast_dtype
 from gossamer.cli.compress import compress as command
@@ -29,7 +30,7 @@ from gossamer.tune import TUNERS, WEIGHTS
 from gossamer.tune.losses import LOSSES
 from gossamer.tune.self_data import PROMPTS
 from gossamer.version import VERSION
-from tiny import tiny_folder, tiny_tokens
+from tiny import tiny_folder, tiny_model, tiny_tokens
 
 
 def test_compress_says_what_it_made(model: Path, text: Path, tmp_path: Path) -> None:
@@ -248,6 +249,20 @@ def test_run_streams_what_greedy_decoding_gives(model: Path) -> None:
     assert "tokens/s" in done.err
 
 
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+def test_run_answers_natively_from_a_plain_model_too(model: Path, tmp_path: Path) -> None:
+    def engine(folder: Path, *more: str) -> str:
+        return str(run("run", folder, "hello", "--max-new-tokens", "2", "--json", *more).document["engine"])
+
+    assert engine(model) == "the native decoder"
+    assert engine(model, "--engine", "transformers") == "transformers: asked for"
+    half = tiny_folder(tmp_path / "half")
+    tiny_model().half().save_pretrained(half)
+    assert engine(half) == "transformers: the native decoder would hold float16 in float32"
+    assert engine(half, "--engine", "native") == "the native decoder"
+    assert engine(half, "--dtype", "bfloat16") == "the native decoder"
+
+
 def test_run_takes_the_prompt_from_stdin(checkpoint: Path) -> None:
     options = ("--max-new-tokens", "4", "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--json")
     told = run("run", checkpoint, *options, stdin="hello").document
@@ -417,8 +432,6 @@ def test_methods_lists_the_registry() -> None:
 
 
 def test_isa() -> None:
-    from gossamer import kernels
-
     assert run("isa", "--json").document == {"isa": kernels.isa(), "available": list(kernels.available())}
     assert run("isa").out.startswith(kernels.isa())
 

@@ -47,11 +47,11 @@ def chat(
     options.use_threads(threads)
     from gossamer.models.sampling import Sampling
     from gossamer.recipes.chat import Conversation
-    from gossamer.recipes.load import load
+    from gossamer.recipes.load import load_native
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     with progress() as report:
-        loaded = load(
+        loaded = load_native(
             model,
             dtype=dtype.value,
             huge_pages=huge_pages,

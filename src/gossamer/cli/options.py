@@ -40,7 +40,9 @@ class EngineName(str, Enum):
 
 Engine = Annotated[
     EngineName,
-    typer.Option("--engine", help="What runs the model; auto: the native decoder where it can a checkpoint."),
+    typer.Option(
+        "--engine", help="What runs the model; auto: the native decoder where it can (bench: a checkpoint)."
+    ),
 ]
 
 

@@ -52,10 +52,10 @@ def run(
     if prompt is None:
         prompt = sys.stdin.read()
     options.use_threads(threads)
-    from gossamer.recipes.load import load
+    from gossamer.recipes.load import load_native
 
     with progress() as report:
-        loaded = load(
+        loaded = load_native(
             model,
             dtype=dtype.value,
             huge_pages=huge_pages,

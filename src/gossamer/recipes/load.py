@@ -259,12 +259,16 @@ def load_native(
     source: str | Path,
     *,
     dtype: torch.dtype | str = "auto",
+    huge_pages: bool = False,
     engine: Engine = "auto",
+    cache: CacheKind | Path = "bfloat16",
+    attention: str | Path | Policy | None = None,
     progress: Progress = silent,
 ) -> LoadedModel:
-    """`load`, and the native decoder also for a plain model that it knows: what many questions are asked of,
-    or much text is drawn from, is worth packing, and is compared in one arithmetic."""
-    return _load(source, engine, engine, dtype, False, "bfloat16", None, progress)
+    """`load`, and ``"auto"`` is the native decoder also for a plain model that it knows, unless its numbers
+    are float16, which it holds in twice the bytes: what answers is worth packing, and many questions are
+    asked in one arithmetic."""
+    return _load(source, engine, engine, dtype, huge_pages, cache, attention, progress)
 
 
 def _load(
@@ -297,6 +301,9 @@ def _load(
     stored = "bfloat16" if dtype == "fast" else dtype
     model, tokenizer = load_model(found.folder, stored)
     asked = "" if dtype == "auto" else f" {str(stored).removeprefix('torch.')}"
+    reason = "the model is no checkpoint of packed weights"
+    if plain == "auto" and model.dtype == torch.float16:
+        plain, reason = "transformers", "the native decoder would hold float16 in float32"
     if plain != "transformers" and why_not(model) is None:
         pack_in_place(model)
     elif dtype == "fast" and plain != "native" and fast_dtype() != torch.bfloat16:
@@ -304,7 +311,7 @@ def _load(
     progress(f"loading {found.label}", 1, 1)
     loaded = _gated(LoadedModel(model, tokenizer, found.label + asked, attention=looks), found.folder)
     loaded = (
-        _in_transformers(loaded, "the model is no checkpoint of packed weights", policy, cache)
+        _in_transformers(loaded, reason, policy, cache)
         if engine == "auto" and plain == "transformers"
         else _with_engine(loaded, plain, cache, policy)
     )
