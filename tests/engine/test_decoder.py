@@ -125,18 +125,21 @@ def test_logits_are_those_of_transformers(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_weights_packed_in_place_are_the_same_numbers_and_held_once(case: str, dtype: torch.dtype) -> None:
     model, ids = made(case).to(dtype), tiny_tokens(1, 40)[0]
-    plain = {name: one.detach().clone() for name, one in model.named_parameters() if one.dim() == 2}
+    apart = made(case).to(dtype)
+    take_apart(apart)
+    plain = {name: one.detach().clone() for name, one in apart.named_parameters() if one.dim() == 2}
+    routers = {name for name in plain if name.endswith("mlp.gate.weight")}
     want = NativeSession(Decoder(model), torch.float32).logits(ids)
     with torch.no_grad():
         theirs = model(ids[None]).logits[0].float()
     pack_in_place(model)
     decoder = Decoder(model)
     assert torch.equal(NativeSession(decoder, torch.float32).logits(ids), want)
-    with torch.no_grad():
-        close(model(ids[None]).logits[0].float(), theirs, 1e-4 if dtype == torch.float32 else 0.05)
+    if dtype == torch.float32 or not routers:  # of bfloat16 the rounding may choose other experts
+        with torch.no_grad():
+            close(model(ids[None]).logits[0].float(), theirs, 1e-4 if dtype == torch.float32 else 0.05)
     matrices = {name: module.matrix for name, module in model.named_modules() if hasattr(module, "matrix")}
-    experts = {name for name in plain if ".experts." in name or name.endswith("mlp.gate.weight")}
-    assert {f"{name}.weight" for name in matrices} | experts >= plain.keys() - {"lm_head.weight"}
+    assert {f"{name}.weight" for name in matrices} | routers >= plain.keys() - {"lm_head.weight"}
     for name, matrix in matrices.items():
         key = f"{name}.weight" if f"{name}.weight" in plain else "model.embed_tokens.weight"
         assert torch.equal(matrix.to_dense(), plain[key].float()), name
@@ -144,7 +147,7 @@ def test_weights_packed_in_place_are_the_same_numbers_and_held_once(case: str, d
     assert (matrices["lm_head"] is matrices["model.embed_tokens"]) == tied
     used = {id(matrix) for part in decoder.weights.values() for matrix, _ in part}
     assert {id(matrix) for name, matrix in matrices.items() if name != "model.embed_tokens"} <= used
-    assert not {name for name, one in model.named_parameters() if one.dim() == 2} - experts
+    assert {name for name, one in model.named_parameters() if one.dim() > 1} == routers
     before = dict(model.named_modules())
     pack_in_place(model)
     assert dict(model.named_modules()) == before

@@ -17,8 +17,8 @@ from gossamer.errors import ModelError
 from gossamer.kernels.native import native
 from gossamer.matrices import Matrix, Packed, compile_matrix, stages_of
 from gossamer.models.session import context_length
-from gossamer.nn import StructuredEmbedding, StructuredLinear
-from gossamer.nn.experts import Experts, experts_of, share_of_tokens
+from gossamer.nn import StructuredEmbedding, StructuredLinear, replace_module
+from gossamer.nn.experts import Experts, experts_of, share_of_tokens, take_apart
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3")
 ROTATIONS = ("default", "linear", "dynamic", "llama3", "yarn")  # frequencies do not change inside the context
@@ -322,7 +322,7 @@ def why_not(model: nn.Module) -> str | None:
 def pack_in_place(model: nn.Module) -> None:
     """Plain linear layers, embedding and head of a model that `why_not` knows no reason against become packed
     modules of the same numbers, one after the other: the decoder then needs no copy of them. Fused experts
-    stay as they are."""
+    are taken apart for it."""
     whole: Any = model
     body = whole.model
     tied = _source(body.embed_tokens) is _source(whole.lm_head)
@@ -338,6 +338,12 @@ def pack_in_place(model: nn.Module) -> None:
             plain = getattr(owner, name)
             if isinstance(plain, nn.Linear):
                 setattr(owner, name, StructuredLinear(_matrix(plain), plain.bias))
+        if _is_mixture(layer.mlp):
+            take_apart(layer.mlp)
+            for name, plain in list(layer.mlp.experts.named_modules()):
+                if isinstance(plain, nn.Linear):
+                    packed = StructuredLinear(_matrix(plain), plain.bias)
+                    replace_module(layer.mlp.experts, name, packed)
 
 
 def _windows(config: Any) -> list[int]:

@@ -116,7 +116,7 @@ def methods() -> list[MethodFacts]:
     for name in PROMPTS:
         found.append(_facts("text", name, ("prompts", "teacher"), ("any, and dense",), "model"))
     for name in MODULES:
-        found.append(_facts("module", name, ("labelled batches",), ("unstructured", "N:M"), "model"))
+        found.append(_facts("module", name, MODULES[name].needs, MODULES[name].accepts, "model"))
     for name in ACTIVATIONS:
         gating = ACTIVATIONS[name]
         thresholds = gating.selection == "threshold"

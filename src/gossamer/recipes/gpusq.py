@@ -45,35 +45,11 @@ def logits_of(out: Any) -> Tensor:
     return out
 
 
-@MODULES.register(
-    "gpusq",
-    cite="Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantization (GPUSQ-ViT)",
-)
 @dataclass(frozen=True)
 class Mixed:
     """The mixed-strategy distillation: ``hard`` · cross-entropy of the labels (where there are any) +
     ``soft`` · T² KL(teacher || student) of logits softened by ``temperature`` + ``features`` · the mean
     over layers of mse / mean square of the teacher's."""
-
-    claim: ClassVar[Claim | None] = Claim(
-        says="Vision transformers lose next to no accuracy at 2:4 and in int8 (DeiT and Swin on ImageNet; "
-        "here: a small one on digits, within a hundredth of the dense one's).",
-        experiment=Experiment(
-            model="digits:vit",
-            pattern="2:4",
-            sparsity=None,
-            values="int8",
-            against=("magnitude", "labels"),
-            distilled={
-                "gpusq": {"values": "int8", "epochs": 20},
-                "labels": {"values": "int8", "epochs": 20, "loss": {"soft": 0.0, "features": 0.0}},
-            },
-        ),
-        metric="accuracy",
-        than="dense",
-        factor=0.99,
-        bound="at_least",
-    )
 
     hard: float = 1.0
     soft: float = 10.0
@@ -182,6 +158,39 @@ def gpusq(
         progress(stage, total, total)
         tuning.merge()
     return Gpusq(found.masks, losses, shares)
+
+
+@MODULES.register(
+    "gpusq",
+    cite="Yu et al. 2023, Boost Vision Transformer with GPU-Friendly Sparsity and Quantization (GPUSQ-ViT)",
+)
+class GpusqVit:
+    """Prunes a model to N:M and tunes it, then rounds it while it is tuned, drawn to its dense self by logits
+    and features at once."""
+
+    needs = ("batches", "labels where there are any")
+    accepts = ("N:M",)
+    made_of = ("magnitude", "kl", "squarehead", "task")
+    Options: ClassVar[Any] = staticmethod(gpusq)
+    claim: ClassVar[Claim | None] = Claim(
+        says="Vision transformers lose next to no accuracy at 2:4 and in int8 (DeiT and Swin on ImageNet; "
+        "here: a small one on digits, within a hundredth of the dense one's).",
+        experiment=Experiment(
+            model="digits:vit",
+            pattern="2:4",
+            sparsity=None,
+            values="int8",
+            against=("magnitude", "labels"),
+            distilled={
+                "gpusq": {"epochs": 20},
+                "labels": {"epochs": 20, "loss": {"soft": 0.0, "features": 0.0}},
+            },
+        ),
+        metric="accuracy",
+        than="dense",
+        factor=0.99,
+        bound="at_least",
+    )
 
 
 @dataclass(frozen=True)

@@ -7,4 +7,5 @@ from typing import Any
 from gossamer.registry import Registry
 
 MODULES: Registry[Any] = Registry("recipe for modules", {"gpusq": "gossamer.recipes.gpusq"})
-"""Names to the losses that such a recipe draws a module to its dense self by."""
+"""Names to classes that say what such a recipe needs and accepts, the methods that it is ``made_of``, and
+what its paper claims; ``Options``: the function that runs it."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from gossamer import kernels
 from gossamer.claim import Experiment
-from gossamer.errors import MethodError
+from gossamer.errors import MethodError, ModelError
 from gossamer.evaluate import exp
 from gossamer.matrices.atomic import atomic_file
+from gossamer.matrices.checksums import checksums_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.gpusq import Mixed, gpusq, logits_of
+from gossamer.recipes.modules import MODULES
 from gossamer.recipes.sparsify import sparsify
 from gossamer.report.code import code_of
 from gossamer.report.texts import label
 from gossamer.tune.modules import ModuleTuning
-from gossamer.tune.weights import SHARE
 from gossamer.version import VERSION
 
 TRAINED, CALIBRATED, BATCH = 1200, 256, 64
 EPOCHS = 40
-OF_LANGUAGE_MODELS = ("head_values", "windows", "seqlen")
+OF_TEXT = ("head_values", "windows", "seqlen")
+FIELDS_OF_TEXT = (
+    "windows", "seqlen", "shrunk", "gated", "attending", "caching", "sampled", "rewritten", "answers",
+    "blocks", "length", "first",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Net:
 
 
 def convolutional() -> nn.Module:
-    """280,000 weights in six convolutions."""
+    """280,000 weights, nearly all of them in five convolutions."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 32, 1), (32, 64, 1), (64, 64, 2), (64, 128, 1), (128, 128, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -67,6 +74,11 @@ NETS = {
     "digits:cnn": Net(convolutional, r"^(0|17)$", "Conv2d"),
     "digits:vit": Net(transformer, "projection|classifier", "ViTLayer"),
 }
+
+
+def is_net(model: str) -> bool:
+    """Whether ``model`` names a net, not a language model."""
+    return model.startswith("digits:")
 
 
 def figures(name: str, experiment: Experiment, work: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -113,8 +125,8 @@ def figures(name: str, experiment: Experiment, work: Path, progress: Progress = 
 
 @lru_cache(maxsize=1)
 def digits() -> tuple[Tensor, Tensor]:
-    """1,797 images ``(1797, 1, 8, 8)`` of mean 0 and deviation 1, and their labels, in their order: the first
-    1,200 are trained, calibrated and tuned on, the others are what is measured."""
+    """1,797 images ``(1797, 1, 8, 8)`` and their labels, in their order: the first 1,200, whose mean is 0 and
+    deviation 1, are trained, calibrated and tuned on, the others are what is measured."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -122,12 +134,13 @@ def digits() -> tuple[Tensor, Tensor]:
         raise MethodError(told) from error
     x, y = load_digits(return_X_y=True)
     images = torch.from_numpy(x).float().reshape(-1, 1, 8, 8)
-    return (images - images.mean()) / images.std(), torch.from_numpy(y).long()
+    seen = images[:TRAINED]
+    return (images - seen.mean()) / seen.std(), torch.from_numpy(y).long()
 
 
 @lru_cache(maxsize=4)
 def trained(model: str, seed: int) -> nn.Module:
-    """The dense net, trained anew from ``seed``; it is not to be changed."""
+    """The dense net, trained anew from ``seed``: to be copied before it is changed."""
     net, (images, labels) = NETS[model], digits()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -146,67 +159,74 @@ def trained(model: str, seed: int) -> nn.Module:
 
 def _made(name: str, experiment: Experiment) -> tuple[nn.Module, Mapping[str, Tensor]]:
     """The contender and its masks."""
-    dense, seed = trained(experiment.model, experiment.seed), experiment.seed
     if name == "dense":
-        return dense, {}
-    net, (images, labels) = NETS[experiment.model], digits()
+        return copy.deepcopy(trained(experiment.model, experiment.seed)), {}
     if name in experiment.distilled:
-        model = copy.deepcopy(dense)
-        blocks = [one for one, module in model.named_modules() if type(module).__name__ == net.blocks]
-        seen = (torch.split(one[:TRAINED], BATCH) for one in (images, labels))
-        pairs = list(zip(*seen, strict=True))
-        settings = {"seed": seed, **experiment.distilled[name]}
-        settings["loss"] = Mixed(**settings.get("loss", {}))
-        return model, gpusq(model, pairs, features=blocks, skip=net.skip, **settings).masks
+        return _distilled(name, experiment)
     if name in experiment.tuned:
-        model, masks = _made(experiment.start, experiment)
-        settings = {**experiment.tuning, **experiment.tuned[name]}
-        _tune(model, masks, dense, seed, **settings)
-        return model, masks
-    model = copy.deepcopy(dense)
-    drawn = torch.randperm(TRAINED, generator=torch.Generator().manual_seed(seed))[:CALIBRATED]
-    picked = torch.split(drawn, 8)
+        return _tuned(name, experiment)
+    return _sparsified(name, experiment)
+
+
+def _sparsified(name: str, experiment: Experiment) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    images, labels = digits()
+    model, _ = _made("dense", experiment)
+    drawn = torch.randperm(TRAINED, generator=torch.Generator().manual_seed(experiment.seed))
+    picked = torch.split(drawn[:CALIBRATED], 8)  # small batches: of each the gradient is one sample
     batches = [images[part] for part in picked]
     answers = {id(batch): labels[part] for batch, part in zip(batches, picked, strict=True)}
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(logits_of(model(batch)), answers[id(batch)])
 
-    return model, sparsify(model, batches, skip=net.skip, loss=loss, **_settings(name, experiment)).masks
+    skip, settings = NETS[experiment.model].skip, _sparsify_settings(name, experiment)
+    return model, sparsify(model, batches, skip=skip, loss=loss, **settings).masks
 
 
-def _settings(name: str, experiment: Experiment) -> dict[str, Any]:
-    """The settings of `sparsify` of a contender."""
-    whole = {"method": name, "seed": experiment.seed, **experiment.settings(name)}
-    return {key: value for key, value in whole.items() if key not in OF_LANGUAGE_MODELS}
-
-
-def _tune(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    dense: nn.Module,
-    seed: int,
-    *,
-    epochs: int,
-    method: str = "full",
-    options: Mapping[str, Any] | None = None,
-    others: bool = True,
-    share: float = SHARE,
-) -> None:
-    """Tunes the contender to the labels, in place."""
+def _tuned(name: str, experiment: Experiment) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """Tuned to the labels."""
     images, labels = digits()
+    settings = _tune_settings(name, experiment)
+    epochs, done = settings.pop("epochs"), 0
+    model, masks = _made(experiment.start, experiment)
+    dense, _ = _made("dense", experiment)
     model.train()
-    tuning = ModuleTuning(
-        model, masks, method=method, options=options, dense=dense, others=others, share=share
-    )
-    order, steps, done = torch.Generator().manual_seed(seed), epochs * -(-TRAINED // BATCH), 0
+    tuning = ModuleTuning(model, masks, dense=dense, **settings)
+    order, steps = torch.Generator().manual_seed(experiment.seed), epochs * -(-TRAINED // BATCH)
     for _ in range(epochs):
         for part in torch.split(torch.randperm(TRAINED, generator=order), BATCH):
             cross_entropy(logits_of(tuning(images[part])), labels[part]).backward()  # type: ignore[no-untyped-call]
             tuning.step((done + 0.5) / steps)
             done += 1
     tuning.merge()
-    model.eval()
+    return model.eval(), masks
+
+
+def _distilled(name: str, experiment: Experiment) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    model, _ = _made("dense", experiment)
+    net, settings = NETS[experiment.model], _distill_settings(name, experiment)
+    blocks = [one for one, module in model.named_modules() if type(module).__name__ == net.blocks]
+    if not blocks:
+        raise ModelError(f"{experiment.model} has no {net.blocks} whose features could be drawn")
+    seen = (torch.split(one[:TRAINED], BATCH) for one in digits())
+    settings["loss"] = Mixed(**settings.get("loss", {}))
+    found = gpusq(model, list(zip(*seen, strict=True)), features=blocks, skip=net.skip, **settings)
+    return model, found.masks
+
+
+def _sparsify_settings(name: str, experiment: Experiment) -> dict[str, Any]:
+    whole = {"method": name, "seed": experiment.seed, **experiment.settings(name)}
+    return {key: value for key, value in whole.items() if key not in OF_TEXT}
+
+
+def _tune_settings(name: str, experiment: Experiment) -> dict[str, Any]:
+    """Of `ModuleTuning`, and ``epochs``."""
+    return {"method": "full", **experiment.tuning, **experiment.tuned[name]}
+
+
+def _distill_settings(name: str, experiment: Experiment) -> dict[str, Any]:
+    common = {"pattern": experiment.pattern, "values": experiment.values, "seed": experiment.seed}
+    return {**common, **experiment.distilled[name]}
 
 
 @torch.inference_mode()
@@ -216,16 +236,31 @@ def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
 
 def _asked(name: str, experiment: Experiment) -> dict[str, Any]:
     """All that the figures of a contender depend on."""
-    training = [EPOCHS, TRAINED, CALIBRATED, BATCH]
-    asked = {"method": name, "model": experiment.model, "seed": experiment.seed, "training": training}
-    asked |= {"version": VERSION, "torch": torch.__version__}
+    asked: dict[str, Any] = {
+        "method": name,
+        "model": experiment.model,
+        "seed": experiment.seed,
+        "training": [EPOCHS, TRAINED, CALIBRATED, BATCH, checksums_of(Path(__file__)).sha256],
+        "with": [VERSION, torch.__version__, version("transformers")],
+        "in": [kernels.isa(), torch.get_num_threads()],  # each order of summation trains another net
+    }
     if name == "dense":
         return asked
     if name in experiment.tuned:
-        asked["tuning"] = settings = {**experiment.tuning, **experiment.tuned[name]}
-        asked["start"] = _asked(experiment.start, experiment)
-        return {**asked, "code": code_of([name, settings.get("method", "full")])}
-    if name in experiment.distilled:
-        return {**asked, "settings": dict(experiment.distilled[name]), "code": code_of([name])}
-    settings = _settings(name, experiment)
-    return {**asked, "settings": settings, "code": code_of([settings["method"], settings["allocation"]])}
+        settings = _tune_settings(name, experiment)
+        asked["start"], made = _asked(experiment.start, experiment), [settings["method"]]
+    elif name in experiment.distilled:
+        settings, made = _distill_settings(name, experiment), ["gpusq", *MODULES["gpusq"].made_of]
+    else:
+        settings = _sparsify_settings(name, experiment)
+        made = [settings["method"], settings["allocation"]]
+    return {**asked, "settings": settings, "code": code_of(made)}
+
+
+def check(experiment: Experiment) -> None:
+    """Raises MethodError for a net that there is not, and for what only language models are asked."""
+    if experiment.model not in NETS:
+        raise MethodError(f"there is no net {experiment.model!r} (there are: {', '.join(NETS)})")
+    for field in FIELDS_OF_TEXT:
+        if getattr(experiment, field) != getattr(Experiment(), field):
+            raise MethodError(f"{field} is asked of language models, not of the net {experiment.model}")

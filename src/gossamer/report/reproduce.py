@@ -86,6 +86,10 @@ def reproduce(
         raise output_error(error, work, None) from error
     start = time.perf_counter()
     whole = with_baselines(name, claim.experiment)
+    if nets.is_net(whole.model):
+        nets.check(whole)
+    elif claim.metric == "accuracy":
+        raise MethodError(f"the accuracy of {name} is that of a net, not of {whole.model}")
     names = dict.fromkeys([name, claim.than, *whole.against, "dense"])
     runs = [
         {one: _figures(one, experiment, texts, work, progress) for one in names}
@@ -114,7 +118,7 @@ def _figures(
     name: str, experiment: Experiment, texts: Texts, work: Path, progress: Progress
 ) -> dict[str, Any]:
     """Those of one contender."""
-    if experiment.model in nets.NETS:
+    if nets.is_net(experiment.model):
         return nets.figures(name, experiment, work, progress)
     return one_shot.figures(name, experiment, texts, work, progress)
 
