@@ -32,8 +32,10 @@ from benchmarks.compress import told_by_gossamer
 from benchmarks.decode import Found, WorkOfOthers, play
 from benchmarks.decode_processes import GoneError, Server, make, python_of
 from benchmarks.decode_protocol import Contender
+from benchmarks.importance import importance
 from benchmarks.kernel_protocol import PAST_CACHE, Reader, last_level_cache
 from benchmarks.kernels import environment, progress
+from benchmarks.llamacpp_files import CALIBRATED
 from benchmarks.quality_cells import CELLS, LEVELS, PLAIN, RIVALS, Cell, job_of, record_of, rival_bytes
 from gossamer.bench.machine import cpu_name, machine_facts, use_threads
 
@@ -96,6 +98,8 @@ def ready(args: argparse.Namespace) -> list[Contender]:
     pythons, env = python_of(args), environment(args)
     for c in RIVALS if args.model == args.reference else (PLAIN, *RIVALS):
         if c.engine in pythons and re.search(args.rivals, c.name):
+            if c.variant.endswith(CALIBRATED):
+                importance(args)
             try:
                 make(args, pythons[c.engine], job_of(args, c), env)
                 found.append(c)

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import protocol
 from benchmarks.compress import GOSSAMER, limited
 from benchmarks.decode_protocol import Contender, Job
+from benchmarks.llamacpp_files import CALIBRATED
 
 LEVELS = ("one-shot", "blockwise", "distilled", "longer")
 TIMES = {"one-shot": (1, 0), "blockwise": (1, 1), "longer": (4, 2)}
@@ -49,6 +50,10 @@ RIVALS = (
     *(
         Contender("llama_cpp", variant, "")
         for variant in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q4_0+q4_0", "Q3_K_M", "Q2_K", "Q2_0")
+    ),
+    *(
+        Contender("llama_cpp", f"{variant}{CALIBRATED}", "")
+        for variant in ("Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
     ),
     *(Contender("openvino", variant, "") for variant in ("int8", "int4", "int4 all")),
 )
