@@ -263,6 +263,19 @@ def test_run_answers_natively_from_a_plain_model_too(model: Path, tmp_path: Path
     assert engine(half, "--dtype", "bfloat16") == "the native decoder"
 
 
+@pytest.mark.skipif(not kernels.native_available(), reason="the native kernels are not built")
+@pytest.mark.parametrize(("weight", "said"), [
+    ("model.layers.1.mlp.up_proj", "up_proj of layer 1"), ("model.embed_tokens", "the embedding"),
+])  # fmt: skip
+def test_run_names_a_damaged_weight(weight: str, said: str, tmp_path: Path) -> None:
+    folder, broken = tiny_folder(tmp_path / "broken"), tiny_model()
+    broken.get_submodule(weight).weight.data[3, 5] = float("nan")
+    broken.save_pretrained(folder)
+    failed = run("run", folder, "hello", "--max-new-tokens", "2")
+    assert failed.code == 2
+    assert f"the model's weights are damaged: {said}" in failed.err
+
+
 def test_run_takes_the_prompt_from_stdin(checkpoint: Path) -> None:
     options = ("--max-new-tokens", "4", "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--json")
     told = run("run", checkpoint, *options, stdin="hello").document

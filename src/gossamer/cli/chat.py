@@ -47,17 +47,18 @@ def chat(
     options.use_threads(threads)
     from gossamer.models.sampling import Sampling
     from gossamer.recipes.chat import Conversation
-    from gossamer.recipes.load import load_native
+    from gossamer.recipes.load import load
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     with progress() as report:
-        loaded = load_native(
+        loaded = load(
             model,
             dtype=dtype.value,
             huge_pages=huge_pages,
             engine=engine.value,
             cache=cache,
             attention=attention,
+            pack_plain=True,
             progress=report,
         )
     conversation = Conversation(

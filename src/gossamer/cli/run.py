@@ -52,16 +52,17 @@ def run(
     if prompt is None:
         prompt = sys.stdin.read()
     options.use_threads(threads)
-    from gossamer.recipes.load import load_native
+    from gossamer.recipes.load import load
 
     with progress() as report:
-        loaded = load_native(
+        loaded = load(
             model,
             dtype=dtype.value,
             huge_pages=huge_pages,
             engine=engine.value,
             cache=cache,
             attention=attention,
+            pack_plain=True,
             progress=report,
         )
     stream = loaded.stream(

@@ -13,7 +13,7 @@ from gossamer import kernels
 from gossamer.engine.caches import CacheKind, Shape, new_cache
 from gossamer.engine.gates import ActivationGate, NativeGates
 from gossamer.engine.policy import Looks, new_policy
-from gossamer.errors import ModelError
+from gossamer.errors import MatrixError, ModelError
 from gossamer.kernels.native import native
 from gossamer.matrices import Matrix, Packed, compile_matrix, stages_of
 from gossamer.models.session import context_length
@@ -322,28 +322,26 @@ def why_not(model: nn.Module) -> str | None:
 def pack_in_place(model: nn.Module) -> None:
     """Plain linear layers, embedding and head of a model that `why_not` knows no reason against become packed
     modules of the same numbers, one after the other: the decoder then needs no copy of them. Fused experts
-    are taken apart for it."""
+    are taken apart for it. Raises ModelError, which names the weight, where numbers are not finite."""
+    take_apart(model)
     whole: Any = model
-    body = whole.model
-    tied = _source(body.embed_tokens) is _source(whole.lm_head)
-    if isinstance(body.embed_tokens, nn.Embedding):
-        rows = _matrix(body.embed_tokens)
-        body.embed_tokens = StructuredEmbedding.from_embedding(body.embed_tokens, rows)
-    if isinstance(whole.lm_head, nn.Linear):
-        matrix = body.embed_tokens.matrix if tied else _matrix(whole.lm_head)
-        whole.lm_head = StructuredLinear(matrix, whole.lm_head.bias)
-    for layer in body.layers:
-        for name in _linears(layer):
-            owner = _owner(layer, name)
-            plain = getattr(owner, name)
-            if isinstance(plain, nn.Linear):
-                setattr(owner, name, StructuredLinear(_matrix(plain), plain.bias))
-        if _is_mixture(layer.mlp):
-            take_apart(layer.mlp)
-            for name, plain in list(layer.mlp.experts.named_modules()):
-                if isinstance(plain, nn.Linear):
-                    packed = StructuredLinear(_matrix(plain), plain.bias)
-                    replace_module(layer.mlp.experts, name, packed)
+    tied = _source(whole.model.embed_tokens) is _source(whole.lm_head)
+    places = {module: name for name, module in model.named_modules()}
+    names = [(label, places[module]) for label, module in _weights(model)]
+    del places  # each plain weight goes when its packed one is there
+    for label, name in names:
+        plain: Any = model.get_submodule(name)
+        if not isinstance(plain, (nn.Linear, nn.Embedding)):
+            continue
+        try:
+            shared = tied and plain is whole.lm_head
+            matrix = whole.model.embed_tokens.matrix if shared else _matrix(plain)
+        except MatrixError as error:
+            raise ModelError(f"the model's weights are damaged: {label}: {error}") from error
+        if isinstance(plain, nn.Embedding):
+            replace_module(model, name, StructuredEmbedding.from_embedding(plain, matrix))
+        else:
+            replace_module(model, name, StructuredLinear(matrix, plain.bias))
 
 
 def _windows(config: Any) -> list[int]:
@@ -378,14 +376,10 @@ def _weights(model: Any) -> list[tuple[str, Any]]:
 def _linears(layer: Any) -> dict[str, Any]:
     """The linear layers that every token reads."""
     return {
-        name: getattr(_owner(layer, name), name)
+        name: getattr(layer.self_attn if part != "mlp" else layer.mlp, name)
         for name, part in _LINEARS.items()
         if part != "mlp" or not _is_mixture(layer.mlp)
     }
-
-
-def _owner(layer: Any, name: str) -> Any:
-    return layer.mlp if _LINEARS[name] == "mlp" else layer.self_attn
 
 
 def _is_mixture(mlp: Any) -> bool:

@@ -232,6 +232,7 @@ def load(
     engine: Engine = "auto",
     cache: CacheKind | Path = "bfloat16",
     attention: str | Path | Policy | None = None,
+    pack_plain: bool = False,
     progress: Progress = silent,
 ) -> LoadedModel:
     """Loads a Gossamer checkpoint, or any model that ``compress`` takes (folder, GGUF file, hub name,
@@ -243,45 +244,16 @@ def load(
     checkpoint's weights are read into memory of huge pages instead of mapped from the file: they take
     memory of this process's own, and are read faster; ``engine``: ``"native"`` is the decoder in C++,
     ``"transformers"`` the model as transformers has it, ``"auto"`` the native one for checkpoints of the
-    families that it knows (a plain model's weights must be packed for it first, in place: seconds that one
-    answer may not win back); ``cache``: what that decoder keeps keys and values in (``kivi4``, ``gear4``,
-    ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`, or one of these, or the file of one);
+    families that it knows, and with ``pack_plain`` for plain models too, whose weights are packed for it in
+    place (worth the seconds where it is to answer, and then all are asked in one arithmetic; not float16,
+    which it holds in twice the bytes); ``cache``: what that decoder keeps keys and values in (``kivi4``,
+    ``gear4``, ``kivi2``, ``gear2``: in few bits, `gossamer.engine.PackedCache`, or one of these, or the file
+    of one);
     ``attention``: a policy of `gossamer.dynamic.attention` (its name, the JSON file of one, or itself) that
     chooses which keys are looked at (None: all). Where gates were saved with the model (``activations.json``)
     it runs gated, in either engine, and ``engine`` says so; also what of this has no effect in transformers.
     Raises ModelError, CheckpointError or MethodError.
     """
-    plain: Engine = "transformers" if engine == "auto" else engine
-    return _load(source, engine, plain, dtype, huge_pages, cache, attention, progress)
-
-
-def load_native(
-    source: str | Path,
-    *,
-    dtype: torch.dtype | str = "auto",
-    huge_pages: bool = False,
-    engine: Engine = "auto",
-    cache: CacheKind | Path = "bfloat16",
-    attention: str | Path | Policy | None = None,
-    progress: Progress = silent,
-) -> LoadedModel:
-    """`load`, and ``"auto"`` is the native decoder also for a plain model that it knows, unless its numbers
-    are float16, which it holds in twice the bytes: what answers is worth packing, and many questions are
-    asked in one arithmetic."""
-    return _load(source, engine, engine, dtype, huge_pages, cache, attention, progress)
-
-
-def _load(
-    source: str | Path,
-    engine: Engine,
-    plain: Engine,
-    dtype: torch.dtype | str,
-    huge_pages: bool,
-    cache: CacheKind | Path,
-    attention: str | Path | Policy | None,
-    progress: Progress,
-) -> LoadedModel:
-    """`load`; ``plain``: the engine of a plain model."""
     if engine not in get_args(Engine):
         raise ModelError(f"unknown engine {engine!r}; there are: {', '.join(get_args(Engine))}")
     cache_of(cache)  # says what is wrong with it, in any engine
@@ -301,19 +273,21 @@ def _load(
     stored = "bfloat16" if dtype == "fast" else dtype
     model, tokenizer = load_model(found.folder, stored)
     asked = "" if dtype == "auto" else f" {str(stored).removeprefix('torch.')}"
-    reason = "the model is no checkpoint of packed weights"
-    if plain == "auto" and model.dtype == torch.float16:
-        plain, reason = "transformers", "the native decoder would hold float16 in float32"
-    if plain != "transformers" and why_not(model) is None:
+    reason = ""
+    if engine == "auto" and not pack_plain:
+        reason = "the model is no checkpoint of packed weights"
+    elif engine == "auto" and model.dtype == torch.float16:
+        reason = "the native decoder would hold float16 in float32"
+    if engine != "transformers" and not reason and why_not(model) is None:
         pack_in_place(model)
-    elif dtype == "fast" and plain != "native" and fast_dtype() != torch.bfloat16:
+    elif dtype == "fast" and engine != "native" and fast_dtype() != torch.bfloat16:
         model, asked = model.to(fast_dtype()), f"{asked} in float32"
     progress(f"loading {found.label}", 1, 1)
     loaded = _gated(LoadedModel(model, tokenizer, found.label + asked, attention=looks), found.folder)
     loaded = (
         _in_transformers(loaded, reason, policy, cache)
-        if engine == "auto" and plain == "transformers"
-        else _with_engine(loaded, plain, cache, policy)
+        if reason
+        else _with_engine(loaded, engine, cache, policy)
     )
     return replace(loaded, engine=f"{loaded.engine}; no huge pages") if huge_pages else loaded
 

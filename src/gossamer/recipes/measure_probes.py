@@ -13,7 +13,7 @@ from gossamer.errors import EvaluationError
 from gossamer.evaluate.probes import PROBES, Change, Probe, ProbeScore, changed
 from gossamer.evaluate.task_files import ITEMS
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import Engine, LoadedModel, load_native
+from gossamer.recipes.load import Engine, LoadedModel, load
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def measure_probes(
 
     def scores(one: str | Path | LoadedModel) -> tuple[str, dict[str, ProbeScore]]:
         options: dict[str, Any] = {"dtype": dtype, "engine": engine, "progress": progress}
-        loaded = one if isinstance(one, LoadedModel) else load_native(one, **options)
+        loaded = one if isinstance(one, LoadedModel) else load(one, pack_plain=True, **options)
         engines.append(loaded.engine)
         return loaded.title, each(lambda probe: probe.ask(loaded, items, progress))
 

@@ -14,7 +14,7 @@ from gossamer.evaluate.task_files import ITEMS, TaskItems, check_tasks, read_tas
 from gossamer.evaluate.task_scores import Flips, TaskScore, flips
 from gossamer.models.session import context_length
 from gossamer.progress import Progress, silent
-from gossamer.recipes.load import Engine, LoadedModel, load_native
+from gossamer.recipes.load import Engine, LoadedModel, load
 
 if TYPE_CHECKING:
     from gossamer.evaluate.harness_tasks import HarnessTask
@@ -96,7 +96,7 @@ def measure_tasks(
 
     def asked(one: str | Path | LoadedModel) -> tuple[str, tuple[TaskScore, ...]]:
         options: dict[str, Any] = {"dtype": dtype, "engine": engine, "progress": progress}
-        loaded = one if isinstance(one, LoadedModel) else load_native(one, **options)
+        loaded = one if isinstance(one, LoadedModel) else load(one, pack_plain=True, **options)
         engines.append(loaded.engine)
         positions = context_length(loaded.model.config)
         asking = harness.SessionLM(loaded.session, loaded.tokenizer, positions, progress)

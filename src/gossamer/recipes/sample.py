@@ -29,7 +29,7 @@ from gossamer.outputs import work_of
 from gossamer.paths import expanded
 from gossamer.progress import Progress, silent
 from gossamer.recipes.fingerprint import files_of, made_with, sha256_of, surroundings
-from gossamer.recipes.load import LoadedModel, load_native
+from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.settings import checked
 from gossamer.tune.self_data import REWRITE, Continuations, Prompts, Rewrites, samples
 
@@ -116,7 +116,7 @@ def sample(
     if out.suffix != ".jsonl":
         raise TextError(f"what is written is jsonl: call it {out.name}.jsonl, else it is read as prose later")
     source = read_text(text) if chosen.rewrite is None else read_instructions(chosen.rewrite)
-    loaded = load_native(model, dtype=chosen.dtype, progress=progress)
+    loaded = load(model, dtype=chosen.dtype, pack_plain=True, progress=progress)
     prompts: Prompts
     if chosen.rewrite is not None:
         prompts, told = Rewrites(exchanges(source), loaded.tokenizer), source.sha256
