@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from gossamer import kernels
 from gossamer.claim import Experiment
 from gossamer.errors import MethodError, ModelError
 from gossamer.evaluate import exp
-from gossamer.matrices.atomic import atomic_file
 from gossamer.matrices.checksums import checksums_of
 from gossamer.progress import Progress, silent
 from gossamer.recipes.gpusq import Mixed, gpusq, logits_of
 from gossamer.recipes.modules import MODULES
 from gossamer.recipes.sparsify import sparsify
 from gossamer.report.code import code_of
-from gossamer.report.texts import label
+from gossamer.report.texts import kept
 from gossamer.tune.modules import ModuleTuning
 from gossamer.version import VERSION
 
@@ -88,11 +86,14 @@ def figures(name: str, experiment: Experiment, work: Path, progress: Progress = 
     A net is trained by the experiment's seed. Figures are kept in the folder ``work`` by all that they depend
     on. Raises MethodError where scikit-learn is missing.
     """
-    asked = _asked(name, experiment)
-    file = work / f"{label(asked)}.json"
-    if file.exists():
-        progress(f"{name}: figures as kept in {work.name}", 1, 1)
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    def measure() -> dict[str, Any]:
+        return _measured(name, experiment, progress)
+
+    return kept(name, _asked(name, experiment), work, progress, measure)
+
+
+def _measured(name: str, experiment: Experiment, progress: Progress) -> dict[str, Any]:
     images, labels = digits()
     dense = trained(experiment.model, experiment.seed)
     progress(f"{name} on {experiment.model}", 0, 1)
@@ -104,8 +105,7 @@ def figures(name: str, experiment: Experiment, work: Path, progress: Progress = 
     nll = -found.gather(1, labels[TRAINED:, None])[:, 0]
     kl = kl_div(found, wanted, reduction="none", log_target=True).sum(1).clamp_min(0)
     right = (found.argmax(1) == labels[TRAINED:]).double()
-    result = {
-        "asked": asked,
+    return {
         "accuracy": float(right.mean()),
         "perplexity": exp(float(nll.mean())),
         "kl": float(kl.mean()),
@@ -117,10 +117,6 @@ def figures(name: str, experiment: Experiment, work: Path, progress: Progress = 
         "smoke_test": False,
         "seconds": round(seconds, 1),
     }
-    text = json.dumps(result, indent=1)
-    with atomic_file(file) as beside:
-        beside.write(text.encode())
-    return dict(json.loads(text))
 
 
 @lru_cache(maxsize=1)

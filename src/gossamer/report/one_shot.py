@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,6 @@ from gossamer.dynamic.cache import CACHES
 from gossamer.dynamic.cache.through import Through
 from gossamer.evaluate import evaluate
 from gossamer.evaluate.logits import LogitReader
-from gossamer.matrices.atomic import atomic_file
 from gossamer.models.text import TextSource, calibration_windows, read_text
 from gossamer.outputs import work_of
 from gossamer.progress import Progress, silent
@@ -28,7 +26,7 @@ from gossamer.recipes.load import LoadedModel, load
 from gossamer.recipes.measure import windows_for
 from gossamer.recipes.shrink import ShrinkSettings, remove_blocks
 from gossamer.report.code import code_of
-from gossamer.report.texts import Texts, label, subject, tuned_on
+from gossamer.report.texts import Texts, kept, label, subject, tuned_on
 
 
 def figures(
@@ -41,11 +39,17 @@ def figures(
     interrupted compression or tuning goes on. Raises a GossamerError for whatever a person can mend.
     """
     asked = _asked(name, experiment, texts)
-    out = work / label(asked)
-    file = out.with_name(f"{out.name}.json")
-    if file.exists():
-        progress(f"{name}: figures as kept in {work.name}", 1, 1)
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    def measure() -> dict[str, Any]:
+        return _measured(name, experiment, texts, work, work / label(asked), progress)
+
+    return kept(name, asked, work, progress, measure)
+
+
+def _measured(
+    name: str, experiment: Experiment, texts: Texts, work: Path, out: Path, progress: Progress
+) -> dict[str, Any]:
+    """The figures of a contender whose files are, or will be, ``out``."""
     if name in experiment.tuned or name in experiment.gated:
         figures(experiment.start, experiment, texts, work, progress)
     dense, reference = _dense(experiment.model)
@@ -66,8 +70,7 @@ def figures(
     length, count = texts.windows_of(experiment.length)
     windows = windows_for(dense, read, length, count)
     found = evaluate(measured.model, windows, reference=reference, first=experiment.first, progress=progress)
-    result = {
-        "asked": asked,
+    return {
         "perplexity": found.perplexity,
         "kl": found.mean_kl,
         "nll": list(found.nll),
@@ -77,10 +80,6 @@ def figures(
         "smoke_test": read.smoke or (name != "dense" and texts.calibration is None),
         "seconds": None if seconds is None else round(seconds, 1),
     }
-    text = json.dumps(result, indent=1)
-    with atomic_file(file) as beside:
-        beside.write(text.encode())
-    return dict(json.loads(text))
 
 
 def _make(name: str, experiment: Experiment, texts: Texts, work: Path, out: Path, progress: Progress) -> None:

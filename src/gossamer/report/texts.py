@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -80,6 +81,21 @@ def label(asked: dict[str, Any]) -> str:
     """What the files of a contender, or of a text, are called that depends on all of ``asked``."""
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     return f"{asked['method']}-{key}"
+
+
+def kept(
+    name: str, asked: dict[str, Any], work: Path, progress: Progress, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The figures of a contender that depends on all of ``asked``, from the folder ``work``; where it has
+    none they are measured and kept there."""
+    file = work / f"{label(asked)}.json"
+    if file.exists():
+        progress(f"{name}: figures as kept in {work.name}", 1, 1)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    text = json.dumps({"asked": asked, **measure()}, indent=1)
+    with atomic_file(file) as beside:
+        beside.write(text.encode())
+    return dict(json.loads(text))
 
 
 def forget(work: Path) -> None:
