@@ -6,7 +6,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-CALIBRATED = ", calibrated"
+CALIBRATED, IMPORTANCE = ", calibrated", "importance.npz"
 
 
 def _constant(prefix: str, name: str) -> int:
@@ -53,7 +53,7 @@ def quantize(source: Path, target: Path, variant: str, threads: int) -> Path:
         # With tied embeddings llama.cpp has one tensor for both, and asks either option for its type.
         params.token_embedding_type = params.output_tensor_type = _constant("GGML_TYPE_", head.upper())
     if plain != variant:
-        params.imatrix = _importance(source.with_name("importance.npz"))
+        params.imatrix = _importance(source.with_name(IMPORTANCE))
     beside = target.with_suffix(".part")
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(beside).encode(), ctypes.byref(params))
     if code != 0:
